@@ -1,0 +1,65 @@
+"""lowbits: run any torch module or diffusers pipeline in the memory you have.
+
+handle = lowbits.apply(pipe, "bnb-nf4")     # in place; every byte accounted for
+print(handle.report())
+handle.restore()                            # bit-exactly
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+from lowbits import errors as errors
+
+if TYPE_CHECKING:
+    from lowbits import testing as testing
+    from lowbits._api import apply as apply
+    from lowbits._api import backend as backend
+    from lowbits._api import backends as backends
+    from lowbits._api import dequantize as dequantize
+    from lowbits._api import handle as handle
+    from lowbits._api import quantize as quantize
+    from lowbits._api import register_backend as register_backend
+    from lowbits._api import restore as restore
+    from lowbits._api import schemes as schemes
+    from lowbits.config import LowbitsConfig as LowbitsConfig
+    from lowbits.core.backend import Packed as Packed
+    from lowbits.core.backend import QuantBackend as QuantBackend
+    from lowbits.core.handle import Handle as Handle
+    from lowbits.core.report import LayerReport as LayerReport
+    from lowbits.core.report import Report as Report
+    from lowbits.core.scheme import BackendInfo as BackendInfo
+    from lowbits.core.scheme import Scheme as Scheme
+    from lowbits.core.scheme import SchemeInfo as SchemeInfo
+    from lowbits.progress import CancelToken as CancelToken
+    from lowbits.progress import ProgressEvent as ProgressEvent
+
+#: Where each public name lives; it is imported at its first use.
+_HOMES = {
+    "lowbits._api": """apply backend backends dequantize handle quantize register_backend restore
+        schemes""",
+    "lowbits.config": "LowbitsConfig",
+    "lowbits.core.backend": "Packed QuantBackend",
+    "lowbits.core.handle": "Handle",
+    "lowbits.core.report": "LayerReport Report",
+    "lowbits.core.scheme": "BackendInfo Scheme SchemeInfo",
+    "lowbits.progress": "CancelToken ProgressEvent",
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split()}
+
+__all__ = ["__version__", "errors", "testing", *_HOME_OF]  # noqa: PLE0604 - strings, but not literals
+
+
+def __getattr__(name: str) -> object:
+    if name == "__version__":
+        return importlib.import_module("importlib.metadata").version("lowbits")
+    if name == "testing":
+        return importlib.import_module("lowbits.testing")
+    if name in _HOME_OF:
+        return getattr(importlib.import_module(_HOME_OF[name]), name)
+    raise AttributeError(f"module 'lowbits' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,328 @@
+"""The functions of `import lowbits`: wiring only."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from lowbits.config import LowbitsConfig
+from lowbits.core.convert import ConvertOptions, convert
+from lowbits.core.handle import Handle, find_handle
+from lowbits.core.packed import PackedLayer
+from lowbits.core.registry import DEFAULT
+from lowbits.core.scheme import NATIVE, BackendInfo, SchemeInfo
+from lowbits.core.select import Component, Decision, Selection, select
+from lowbits.core.source import SourceFiles
+from lowbits.core.surgery import dequantize_layers
+from lowbits.errors import (
+    AlreadyPatchedError,
+    ConfigError,
+    NoCapableBackendError,
+    NotPatchedError,
+    suggestion,
+)
+from lowbits.integrations.configs import component_requests, is_pipeline_config, request_of
+from lowbits.integrations.diffusers import components_of, default_reasons, is_pipeline
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from lowbits.core.backend import QuantBackend
+    from lowbits.progress import CancelToken, ProgressCallback
+
+logger = logging.getLogger("lowbits.api")
+
+
+def apply(
+    target: Any,
+    scheme: Any = NATIVE,
+    *,
+    components: Mapping[str, Any] | Sequence[str] | None = None,
+    rules: Mapping[str, Any] | None = None,
+    skip: Sequence[str] = (),
+    device: torch.device | str | None = None,
+    compute_dtype: torch.dtype | None = None,
+    keep_source: str = "auto",
+    source: str | Path | None = None,
+    progress: ProgressCallback | None = None,
+    cancel: CancelToken | None = None,
+) -> Handle:
+    """Pack a module or a pipeline in place, and place it on a device.
+
+    All or nothing: whatever is raised, the target is as it was.
+
+    Args:
+        target: a `torch.nn.Module` or a diffusers pipeline; changed in place.
+        scheme: a scheme's name (`schemes` lists them), an entry of Forge's menu, a quantization
+            config of diffusers or transformers, or a `LowbitsConfig`, which stands for all options.
+        components: for pipelines: names to pack, or a scheme for each name; None: the denoiser and
+            large text encoders.
+        rules: a scheme for each glob over layer names, with or without the component in front; the
+            last match counts, and overrides what is left alone by default. ``"native"`` leaves alone.
+        skip: globs of layers that are left alone; they override rules.
+        device: that the target runs on; None: the accelerator if there is one, else the CPU.
+        compute_dtype: that packed layers multiply in; None: what is fast on their device.
+        keep_source: where originals are kept for `restore`: ``"memory"`` (host), ``"file"`` (only
+            with source, byte for byte proven), ``"none"``, or ``"auto"``: file if proven, else
+            memory if originals and packed weights fit in 60 % of what is free, else none.
+        source: safetensors file, or folder, that the weights were loaded from.
+        progress: called after each packed layer.
+        cancel: stops the operation between two layers when set.
+
+    Returns:
+        The handle; the target owns it too.
+
+    Raises:
+        ConfigError: a value, a pattern or a name that means nothing here.
+        BackendUnavailableError: the scheme's package is missing or broken; says what to install.
+        AlreadyPatchedError: the target is packed; use ``handle.switch`` or ``handle.restore``.
+        NonFiniteWeightError: a weight holds NaN or infinity.
+        SourceUnavailableError: ``keep_source="file"`` and a weight is not in the file.
+        NoCapableBackendError: not one layer can be packed; `failures` says why.
+    """
+    if isinstance(scheme, LowbitsConfig):
+        config = scheme
+    else:
+        config = LowbitsConfig(
+            scheme, components, rules, skip, device, compute_dtype, keep_source, source, progress,
+            cancel,
+        )  # fmt: skip
+    place = torch.device(config.device) if config.device is not None else _default_device()
+    return _apply(target, config, place)
+
+
+def quantize(module: nn.Module, scheme: Any, **options: Any) -> Handle:
+    """Pack a module in place where it is: as `apply`, but nothing is moved to another device.
+
+    Args:
+        module: a `torch.nn.Module` or a diffusers pipeline; changed in place.
+        scheme: as for `apply`.
+        options: those of `apply`, but ``device``.
+    """
+    if "device" in options:
+        raise ConfigError("device: quantize never moves a module; use lowbits.apply for that")
+    return _apply(module, LowbitsConfig(scheme, **options), None)
+
+
+def dequantize(target: Any) -> None:
+    """Turn packed layers into ordinary ones, with the weights *as quantized*, in place.
+
+    Lossy: the originals are let go. To get them back, use `restore` instead. Works on any packed
+    module, copies and unpickled ones too.
+
+    Raises:
+        NotPatchedError: nothing in the target is packed.
+    """
+    modules = list(_modules_of(target).values())
+    layers = {id(m): m for root in modules for m in root.modules() if isinstance(m, PackedLayer)}
+    if not layers:
+        raise NotPatchedError(f"nothing in this {type(target).__name__} is packed")
+    dequantize_layers(layers.values())
+    for owned in {id(h): h for h in map(find_handle, modules) if h}.values():
+        owned.release()
+
+
+def handle(target: Any) -> Handle | None:
+    """Return the handle of a module or pipeline that was applied, or None."""
+    found = (find_handle(module) for module in _modules_of(target).values())
+    return next((owned for owned in found if owned is not None), None)
+
+
+def restore(target: Any) -> None:
+    """Undo `apply` or `quantize`: see `Handle.restore`."""
+    owned = handle(target)
+    if owned is None:
+        raise NotPatchedError(
+            f"this {type(target).__name__} has no handle: it was not applied, was restored already, "
+            "or is a copy of an applied one (lowbits.dequantize works on those)"
+        )
+    owned.restore()
+
+
+def schemes() -> tuple[SchemeInfo, ...]:
+    """Return every scheme of every backend, and whether it can be used here."""
+    return DEFAULT.schemes()
+
+
+def backends() -> tuple[BackendInfo, ...]:
+    """Return every backend, whether it works here, and if not, why and what helps."""
+    return DEFAULT.infos()
+
+
+def backend(name: str) -> QuantBackend:
+    """Return a backend by name."""
+    return DEFAULT.backend(name)
+
+
+def register_backend(backend: QuantBackend) -> None:
+    """Add a backend to those that `apply` knows; packages use the entry point group instead.
+
+    Raises:
+        DuplicateBackendError: its name, or a scheme's, is taken.
+    """
+    DEFAULT.register(backend)
+
+
+def _modules_of(target: Any) -> dict[str, nn.Module]:
+    if is_pipeline(target):
+        return components_of(target)
+    if isinstance(target, nn.Module):
+        return {"": target}
+    raise ConfigError(
+        f"target: got {type(target).__name__}, expected a torch.nn.Module or a diffusers pipeline"
+    )
+
+
+def _default_device() -> torch.device:
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
+def _apply(target: Any, config: LowbitsConfig, device: torch.device | None) -> Handle:
+    modules = _modules_of(target)
+    components = _components(modules, config)
+    _refuse_patched(components)
+    rules = {glob: request_of(value).scheme for glob, value in (config.rules or {}).items()}
+    decisions = select(components, Selection(rules, config.skip, DEFAULT))
+    _require_one(components, decisions)
+    options = ConvertOptions(
+        keep_source=config.keep_source,
+        source=None if config.source is None else SourceFiles(config.source),
+        device=device,
+        progress=config.progress,
+        cancel=config.cancel,
+    )
+    before = _placements(modules, device)
+    conversion = convert(decisions, options)
+    try:
+        for module, _ in before:
+            module.to(device)
+    except BaseException:
+        conversion.journal.undo()
+        for module, old in before:
+            module.to(old)
+        raise
+    for warning in conversion.report.warnings:
+        logger.warning("%s", warning)
+    touched = {c.name: c.module for c in components if c.scheme}
+    return Handle(
+        touched or modules,
+        conversion.journal,
+        conversion.report,
+        lambda new: _switch(target, config, device, new),
+        before,
+    )
+
+
+def _switch(target: Any, config: LowbitsConfig, device: torch.device | None, scheme: Any) -> Handle:
+    names = list(config.components) if config.components is not None else None
+    new = replace(config, scheme=scheme, components=names)
+    request_of(scheme)  # a mistyped name is not worth a restore
+    restore(target)
+    try:
+        return _apply(target, new, device)
+    except BaseException:
+        _apply(target, config, device)
+        raise
+
+
+def _components(modules: Mapping[str, nn.Module], config: LowbitsConfig) -> list[Component]:
+    """Say for each module of the target which scheme was asked for."""
+    wanted: Mapping[str, Any] | None = None
+    if is_pipeline_config(config.scheme):
+        wanted = component_requests(config.scheme)
+    elif isinstance(config.components, Mapping):
+        wanted = config.components
+    elif config.components is not None:
+        wanted = dict.fromkeys(config.components, config.scheme)
+    reasons: dict[str, str] = {}
+    if wanted is None:
+        reasons = default_reasons(modules) if "" not in modules else {}
+        wanted = {name: config.scheme for name in modules if name not in reasons}
+    for name in wanted:
+        if name not in modules:
+            raise ConfigError(
+                f"components: the target has no {name!r}{suggestion(name, modules)}; "
+                f"it has {', '.join(modules) or 'none'}"
+            )
+    return [
+        _component(
+            name, module, wanted.get(name), reasons.get(name, "not among the components"), config
+        )
+        for name, module in modules.items()
+    ]
+
+
+def _component(
+    name: str, module: nn.Module, scheme: Any, reason: str, config: LowbitsConfig
+) -> Component:
+    if scheme is None:
+        return Component(name, module, None, reason, compute_dtype=config.compute_dtype)
+    request = request_of(scheme)
+    dtype = config.compute_dtype or request.compute_dtype
+    return Component(name, module, request.scheme, "", request.skip, dtype)
+
+
+def _refuse_patched(components: Sequence[Component]) -> None:
+    for component in components:
+        if component.scheme is None:
+            continue
+        name = component.name or type(component.module).__name__
+        if find_handle(component.module) is not None:
+            raise AlreadyPatchedError(
+                f"{name} is packed already: lowbits.handle(target).switch(scheme) packs it in another "
+                "scheme, lowbits.restore(target) undoes it; components=[...] leaves it out"
+            )
+        if any(isinstance(module, PackedLayer) for module in component.module.modules()):
+            raise AlreadyPatchedError(
+                f"{name} holds packed layers already (a part of it was applied, or it is a copy of "
+                "an applied module): restore that part, or call lowbits.dequantize(target) first"
+            )
+
+
+def _require_one(components: Sequence[Component], decisions: Sequence[Decision]) -> None:
+    """Raise where a scheme was asked for and nothing would be packed."""
+    if any(d.scheme for d in decisions) or all(c.scheme in (None, NATIVE) for c in components):
+        return
+    matrices = {d.path: d.reason for d in decisions if len(d.shape) > 1 and d.kind != "buffer"}
+    listed = "; ".join(
+        f"{path or 'weight'}: {reason}" for path, reason in list(matrices.items())[:3]
+    )
+    raise NoCapableBackendError(
+        f"no layer would be packed ({listed or 'the target has no matrices'}); "
+        "rules={'*': scheme} packs what is left alone by default",
+        matrices,
+    )
+
+
+def _placements(
+    modules: Mapping[str, nn.Module], device: torch.device | None
+) -> list[tuple[nn.Module, torch.device]]:
+    """Return the modules that have to move, and where they are now.
+
+    Raises:
+        ConfigError: a module lies on several devices, so that it could not be put back.
+    """
+    moves: dict[int, tuple[nn.Module, torch.device]] = {}
+    if device is None:
+        return []
+    for name, module in modules.items():
+        devices = {t.device for t in (*module.parameters(), *module.buffers())}
+        if not devices or all(_same_device(d, device) for d in devices):
+            continue
+        if len(devices) > 1:
+            places = ", ".join(sorted(map(str, devices)))
+            raise ConfigError(
+                f"{name or 'the target'} lies on several devices ({places}): remove its device map "
+                "or offload hooks, or use lowbits.quantize, which moves nothing"
+            )
+        moves[id(module)] = (module, devices.pop())
+    return list(moves.values())
+
+
+def _same_device(a: torch.device, b: torch.device) -> bool:
+    return a.type == b.type and (a.index == b.index or None in (a.index, b.index))

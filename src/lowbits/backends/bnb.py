@@ -1,0 +1,181 @@
+"""bitsandbytes: NF4 and FP4 in blocks of 64, LLM.int8() per row.
+
+bitsandbytes makes the bytes, on any device it supports, CPUs included; they are read by tables, so
+that a packed model runs, and can be unpickled, without the library. Code words and the layout of the
+nested scales are those of bitsandbytes 0.50 (``bitsandbytes/functional.py``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from importlib import metadata
+from typing import TYPE_CHECKING, ClassVar, Final, final
+
+import torch
+
+from lowbits.core.backend import Packed, QuantBackend, Rows
+from lowbits.core.decode import ByteTable, decode_int8_rows, deliver, scale_groups, work_buffer
+from lowbits.core.scheme import CONVOLUTIONS, LINEAR, PARAMETER, Scheme
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+BLOCK: Final = 64
+#: Scales in a block of nested ("double quantized") scales.
+NESTED_BLOCK: Final = 256
+
+# The 16 quantiles of the normal distribution of QLoRA, appendix E (arXiv:2305.14314), as float32.
+NF4: Final = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+    -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+# Sign, two bits of exponent, one of mantissa; scaled so that the largest is 1.
+_FP4: Final = (0.0, 0.0052083334885537624, 0.6666666865348816, 1.0, 0.3333333432674408, 0.5,
+               0.1666666716337204, 0.25)  # fmt: skip
+FP4: Final = (*_FP4, 0.0, *(-value for value in _FP4[1:]))
+
+_NF4_SCHEMES: Final = ("bnb-nf4", "bnb-nf4-dq")
+_NESTED: Final = "bnb-nf4-dq"
+
+_SCHEMES: Final = (
+    Scheme(
+        "bnb-nf4", "NormalFloat 4 bit, float32 scale per 64", 4, 32, (BLOCK,), forge_name="bnb-nf4"
+    ),
+    Scheme(
+        _NESTED,
+        "NormalFloat 4 bit, scales quantized to 8 bits (QLoRA's double quantization)",
+        4,
+        8,
+        (BLOCK,),
+        kinds=(LINEAR, *CONVOLUTIONS, PARAMETER),
+    ),
+    Scheme(
+        "bnb-fp4",
+        "4 bit floating point, float32 scale per 64",
+        4,
+        32,
+        (BLOCK,),
+        forge_name="bnb-fp4",
+    ),
+    Scheme("bnb-int8", "LLM.int8() weights, float32 scale per row, threshold 0", 8, 32),
+)
+
+
+@final
+class BitsAndBytesBackend(QuantBackend):
+    """bitsandbytes' 4-bit and 8-bit weights."""
+
+    name: ClassVar[str] = "bnb"
+    requires: ClassVar[str | None] = "lowbits[bnb]"
+
+    def __init__(self) -> None:
+        self._nf4 = ByteTable.of_codes(NF4, high_first=True)
+        self._fp4 = ByteTable.of_codes(FP4, high_first=True)
+
+    def schemes(self) -> tuple[Scheme, ...]:
+        """Return the schemes of this backend."""
+        return _SCHEMES
+
+    def probe(self) -> str | None:
+        """Quantize one block to 4 bits and one row to 8 on the CPU."""
+        ones = torch.ones(1, BLOCK)
+        for scheme in _SCHEMES:
+            self.pack(ones, scheme)
+        return metadata.version("bitsandbytes")
+
+    def packed_bytes(self, scheme: Scheme, rows: int, row_length: int) -> int:
+        """Return the exact bytes: 4-bit blocks run over the whole weight, across rows."""
+        if scheme.code_bits == 8:  # noqa: PLR2004 - bits
+            return super().packed_bytes(scheme, rows, row_length)
+        weights = rows * row_length
+        blocks = -(-weights // BLOCK)
+        nested_bytes = 4 * -(-blocks // NESTED_BLOCK) + 4 if scheme.name == _NESTED else 0
+        return -(-weights // 2) + blocks * scheme.group_bits // 8 + nested_bytes
+
+    def pack(self, weight: Tensor, scheme: Scheme) -> Packed:
+        """Quantize with bitsandbytes."""
+        from bitsandbytes import functional as bnb
+
+        shape = (weight.shape[0], weight.shape[1])
+        if scheme.name == "bnb-int8":
+            codes, absmax, _ = bnb.int8_vectorwise_quant(weight)
+            # LLM.int8() divides by 127 when it multiplies; the scale is stored ready to use.
+            return Packed(
+                scheme.name, shape, {"qdata": codes, "scale": (absmax / 127).unsqueeze(1)}
+            )
+        codes, state = bnb.quantize_4bit(
+            weight,
+            blocksize=BLOCK,
+            compress_statistics=scheme.name == _NESTED,
+            quant_type="nf4" if scheme.name in _NF4_SCHEMES else "fp4",
+        )
+        sliceable = shape[1] % BLOCK == 0
+        grid = (shape[0], -1) if sliceable else (1, -1)
+        tensors = {"qdata": codes.view(grid), "scale": state.absmax.view(grid)}
+        if scheme.name == _NESTED:
+            tensors["nested_scale"] = state.state2.absmax
+            tensors["offset"] = state.offset.view(1)
+            return Packed(scheme.name, shape, tensors, row_sliceable=False)
+        return Packed(scheme.name, shape, tensors, row_sliceable=sliceable)
+
+    def unpack(
+        self,
+        packed: Packed,
+        dtype: torch.dtype,
+        out: Tensor | None = None,
+        rows: Rows | None = None,
+    ) -> Tensor:
+        """Look the codes up, and scale."""
+        if packed.scheme == "bnb-int8":
+            packed = packed.rows(rows)
+            return decode_int8_rows(packed["qdata"], packed["scale"], dtype, out)
+        if packed.scheme == _NESTED:
+            packed = _without_nesting(packed)
+        table = self._nf4 if packed.scheme in _NF4_SCHEMES else self._fp4
+        if not packed.row_sliceable:
+            return _deliver_rows(_decode_flat(table, packed), dtype, out, rows)
+        packed = packed.rows(rows)
+        values = table.decode(packed["qdata"], work_buffer(out))
+        return deliver(scale_groups(values, packed["scale"]), dtype, out)
+
+
+def _without_nesting(packed: Packed) -> Packed:
+    """Decode the nested scales: a 64th of the weight's size."""
+    codes = packed["scale"]
+    flat = _dynamic_map(codes.device)[codes.reshape(-1).int()]
+    blocks = torch.arange(flat.numel(), device=codes.device) // NESTED_BLOCK
+    scale = flat * packed["nested_scale"][blocks] + packed["offset"]
+    tensors = {"qdata": packed["qdata"], "scale": scale.view(codes.shape)}
+    return replace(packed, tensors=tensors, row_sliceable=codes.shape[0] == packed.shape[0])
+
+
+def _decode_flat(table: ByteTable, packed: Packed) -> Tensor:
+    """Decode a weight whose blocks run across its rows."""
+    rows, row_length = packed.shape
+    values = table.decode(packed["qdata"]).view(-1)[: rows * row_length]
+    scale = packed["scale"].view(-1).repeat_interleave(BLOCK)[: rows * row_length]
+    return (values * scale).view(rows, row_length)
+
+
+def _deliver_rows(
+    values: Tensor, dtype: torch.dtype, out: Tensor | None, rows: Rows | None
+) -> Tensor:
+    if rows is not None:
+        values = values[rows[0] : rows[1]] if isinstance(rows, tuple) else values[rows]
+    return deliver(values, dtype, out)
+
+
+def _dynamic_map(device: torch.device) -> Tensor:
+    """Return bitsandbytes' 8-bit "dynamic tree" code book, ascending, 256 values in [-1, 1].
+
+    Seven decades, each split at the middles of equal steps between 0.1 and 1; source:
+    ``create_dynamic_map(signed=True, max_exponent_bits=7, total_bits=8)``.
+    """
+    values = [0.0, 1.0]
+    for exponent in range(7):
+        edges = torch.linspace(0.1, 1, 2**exponent + 1, dtype=torch.float32)
+        means = ((edges[:-1] + edges[1:]) / 2 * 10.0 ** (exponent - 6)).tolist()
+        values += means + [-mean for mean in means]
+    return torch.tensor(sorted(values), dtype=torch.float32, device=device)

@@ -1,0 +1,86 @@
+"""The options of `lowbits.apply`, each with its help: the one source for every interface."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Final, final
+
+import torch
+
+from lowbits.errors import ConfigError, suggestion
+from lowbits.progress import CancelToken, ProgressCallback
+
+_FP16_LORA: Final = " (fp16 LoRA)"
+
+#: Entries of Forge's "Diffusion in Low Bits" menu whose names are not a scheme's.
+_FORGE: Final = {"Automatic": "native"}
+
+
+def _option(default: Any, text: str, choices: tuple[str, ...] = ()) -> Any:
+    return field(default=default, metadata={"help": text, "choices": choices})
+
+
+@final
+@dataclass(frozen=True)
+class LowbitsConfig:
+    """Everything `lowbits.apply` can be told, as one value.
+
+    Example:
+        >>> LowbitsConfig(scheme="bnb-nf4", keep_source="none").scheme
+        'bnb-nf4'
+    """
+
+    scheme: Any = _option("native", "scheme that weights are packed in, see lowbits.schemes()")
+    components: Mapping[str, Any] | Sequence[str] | None = _option(
+        None, "components to pack, or a scheme for each; default: denoiser and large text encoders"
+    )
+    rules: Mapping[str, Any] | None = _option(
+        None, "scheme by glob over layer names; the last match counts"
+    )
+    skip: Sequence[str] = _option((), "globs over layer names that are left alone")
+    device: torch.device | str | None = _option(
+        None, "device that the target runs on; default: the accelerator if there is one"
+    )
+    compute_dtype: torch.dtype | None = _option(
+        None, "dtype that packed layers multiply in; default: what is fast on the device"
+    )
+    keep_source: str = _option(
+        "auto", "where originals are kept for restore()", ("auto", "memory", "file", "none")
+    )
+    source: str | Path | None = _option(
+        None, "safetensors file or folder that the weights were loaded from"
+    )
+    progress: ProgressCallback | None = _option(None, "called after each packed layer")
+    cancel: CancelToken | None = _option(None, "stops the operation between two layers when set")
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            choices, value = item.metadata["choices"], getattr(self, item.name)
+            if choices and value not in choices:
+                raise ConfigError(
+                    f"{item.name}: got {value!r}, expected one of {', '.join(choices)}"
+                    f"{suggestion(str(value), choices)}"
+                )
+        if isinstance(self.skip, str):
+            raise ConfigError(f"skip: got the string {self.skip!r}, expected a sequence of globs")
+        if self.compute_dtype is not None and not self.compute_dtype.is_floating_point:
+            raise ConfigError(f"compute_dtype: got {self.compute_dtype}, expected a floating dtype")
+
+
+def scheme_name(value: str) -> str:
+    """Return the scheme that a string means: a scheme's name, or an entry of Forge's menu.
+
+    Forge's suffix ``" (fp16 LoRA)"`` says that a LoRA stays beside the weights: on packed layers it
+    always does.
+
+    Example:
+        >>> scheme_name("bnb-nf4 (fp16 LoRA)")
+        'bnb-nf4'
+    """
+    name = value.removesuffix(_FP16_LORA)
+    return _FORGE.get(name, name)
+
+
+SchemeResolver = Callable[[Any], str]

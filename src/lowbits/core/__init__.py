@@ -1,0 +1,1 @@
+"""The part that everything else stands on: packed layers, surgery, selection, sources, reports."""

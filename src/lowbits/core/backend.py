@@ -1,0 +1,137 @@
+"""What a backend is: a codec between weights and plain tensors, over one library."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar, final
+
+from torch import Tensor
+from torch.nn import functional
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import dtype
+
+    from lowbits.core.scheme import Scheme
+
+#: Some rows of a weight: ``(start, stop)``, or a 1-D integer tensor of row numbers.
+Rows = tuple[int, int] | Tensor
+
+
+@final
+@dataclass(frozen=True)
+class Packed:
+    """A weight as plain tensors, in the dtypes that their values have.
+
+    Attributes:
+        scheme: name of the scheme.
+        shape: ``(rows, row_length)`` of the weight.
+        tensors: what is stored, by name; owned by this object. ``"qdata"`` are the codes.
+        row_sliceable: whether dim 0 of each tensor is dim 0 of the weight.
+    """
+
+    scheme: str
+    shape: tuple[int, int]
+    tensors: Mapping[str, Tensor]
+    row_sliceable: bool = True
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.tensors[name]
+
+    def rows(self, rows: Rows | None) -> Packed:
+        """Return some rows: views for ``(start, stop)``, gathered ones for an index tensor."""
+        if rows is None:
+            return self
+        if isinstance(rows, tuple):
+            start, stop = rows
+            tensors = {name: tensor[start:stop] for name, tensor in self.tensors.items()}
+            return replace(self, shape=(stop - start, self.shape[1]), tensors=tensors)
+        tensors = {name: tensor.index_select(0, rows) for name, tensor in self.tensors.items()}
+        return replace(self, shape=(rows.numel(), self.shape[1]), tensors=tensors)
+
+
+class QuantBackend(ABC):
+    """A codec over one library: makes packed weights, and reads them.
+
+    An instance holds no state that a layer needs: layers name their backend, and a pickled layer
+    finds it again through the registry.
+    """
+
+    #: Unique name, the prefix of its schemes' names by convention.
+    name: ClassVar[str]
+    #: The pip requirement that makes the backend usable; None where it needs nothing.
+    requires: ClassVar[str | None] = None
+    #: Device types that its schemes run on; empty: all.
+    devices: ClassVar[tuple[str, ...]] = ()
+
+    @abstractmethod
+    def schemes(self) -> tuple[Scheme, ...]:
+        """Return the schemes that this backend offers; imports nothing."""
+
+    @abstractmethod
+    def probe(self) -> str | None:
+        """Do a tiny real operation with the library, and return the library's version.
+
+        Raises:
+            Exception: whatever the library raises; the registry turns it into a reason.
+        """
+
+    @abstractmethod
+    def pack(self, weight: Tensor, scheme: Scheme) -> Packed:
+        """Quantize a weight.
+
+        Args:
+            weight: ``(rows, row_length)``, float32, contiguous, finite, not empty; not kept, not changed.
+                It may be a few rows of a larger weight: the parts are put together along dim 0
+                where the first part says that it is ``row_sliceable``.
+            scheme: one of `schemes`, which accepts this row length.
+
+        Returns:
+            Plain contiguous tensors on the weight's device.
+        """
+
+    @abstractmethod
+    def unpack(
+        self, packed: Packed, dtype: dtype, out: Tensor | None = None, rows: Rows | None = None
+    ) -> Tensor:
+        """Dequantize a weight, or some of its rows.
+
+        Args:
+            packed: what `pack` made, on any device.
+            dtype: floating dtype of the result.
+            out: ``(rows, row_length)`` of that dtype, contiguous; written and returned.
+            rows: ``(start, stop)``, or a 1-D integer tensor of row numbers.
+
+        Returns:
+            ``(rows, row_length)`` on the device of `packed`.
+        """
+
+    def packed_bytes(self, scheme: Scheme, rows: int, row_length: int) -> int:
+        """Return the exact bytes that a weight of this shape takes, scales included."""
+        code_bytes = -(-row_length * scheme.code_bits // 8)
+        groups = row_length // scheme.group_size(row_length) if row_length else 1
+        return int(rows * (code_bytes + groups * scheme.group_bits // 8))
+
+    def linear(self, x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor | None:  # noqa: ARG002 - part of the interface
+        """Compute ``x @ weight.T + bias`` without dequantizing first, or return None.
+
+        Args:
+            x: ``(..., row_length)``, in the dtype that the layer computes in.
+            packed: a 2-D weight.
+            bias: ``(rows,)`` in x's dtype.
+        """
+        return None
+
+    def __reduce__(self) -> tuple[Callable[[str], QuantBackend], tuple[str]]:
+        from lowbits.core.registry import backend
+
+        return backend, (self.name,)
+
+    @final
+    def matmul(self, x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
+        """Compute a linear layer: by `linear`, else on the dequantized weight."""
+        y = self.linear(x, packed, bias)
+        return functional.linear(x, self.unpack(packed, x.dtype), bias) if y is None else y

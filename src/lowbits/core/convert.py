@@ -1,0 +1,232 @@
+"""Packing the chosen weights of a target: all of them, or none."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, cast, final
+
+import torch
+from torch import nn
+
+from lowbits.core.memory import available_host_bytes
+from lowbits.core.packed import PackedLayer, storage_form
+from lowbits.core.packing import pack_weight
+from lowbits.core.report import LayerReport, Report, format_bytes
+from lowbits.core.scheme import NATIVE, rows_of
+from lowbits.core.source import AUTO_MEMORY_SHARE, FileSource, MemorySource, SourceFiles
+from lowbits.core.surgery import Journal, PackedParameters, packed_parameters
+from lowbits.errors import NonFiniteWeightError, SourceUnavailableError
+from lowbits.progress import CancelToken, ProgressCallback, ProgressEvent
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from lowbits.core.select import Decision
+
+
+@final
+@dataclass(frozen=True)
+class ConvertOptions:
+    """How to convert.
+
+    Attributes:
+        keep_source: one of `lowbits.core.source.KEEP_SOURCE`.
+        source: a safetensors file or folder that the weights came from.
+        device: that quantizes and holds the result; None: the one each weight lies on.
+    """
+
+    keep_source: str = "auto"
+    source: SourceFiles | None = None
+    device: torch.device | None = None
+    progress: ProgressCallback | None = None
+    cancel: CancelToken | None = None
+
+
+@final
+@dataclass(frozen=True)
+class Conversion:
+    """What was done, and the way back."""
+
+    journal: Journal
+    report: Report
+
+
+def convert(decisions: Sequence[Decision], options: ConvertOptions) -> Conversion:
+    """Pack the weights that were chosen, in place.
+
+    Whatever is raised, at whatever layer, KeyboardInterrupt and MemoryError included: the target is
+    as it was. Peak memory above the target's: the packed weights and one part of one layer
+    (`PART_WEIGHTS`); with file sources, originals go as their layers are packed.
+    """
+    chosen = [d for d in decisions if d.scheme]
+    sources = _prove(chosen, options)
+    mode = _memory_or_none(chosen, sources, options.keep_source)
+    before = _bytes_before(decisions)
+    journal = Journal()
+    try:
+        _pack_all(chosen, sources, journal, options)
+    except BaseException:
+        journal.undo()
+        raise
+    if mode == "none":
+        journal.forget_originals()
+    return Conversion(journal, _report(decisions, before, sources, mode))
+
+
+def _prove(chosen: Sequence[Decision], options: ConvertOptions) -> dict[int, FileSource]:
+    """Return a file source for each tensor that has one; all must where the caller insists."""
+    if options.source is None:
+        if options.keep_source == "file" and chosen:
+            raise SourceUnavailableError(
+                "keep_source='file' needs source=path: no weight is known to come from a file"
+            )
+        return {}
+    if options.keep_source in ("memory", "none"):
+        return {}
+    proven = {}
+    for decision in chosen:
+        if decision.tie not in proven:
+            fqn = ".".join(part for part in (_module_fqn(decision), decision.name) if part)
+            source = options.source.prove(
+                decision.component, fqn, cast("nn.Parameter", decision.tensor)
+            )
+            if source is not None:
+                proven[decision.tie] = source
+    missing = [d.path for d in chosen if d.tie not in proven]
+    if missing and options.keep_source == "file":
+        raise SourceUnavailableError(
+            f"{len(missing)} weights are not in {options.source.path} with these values, e.g. "
+            f"{missing[0]} (a fused LoRA, another dtype or another file?): "
+            "pass keep_source='auto' to keep those in memory"
+        )
+    return proven
+
+
+def _module_fqn(decision: Decision) -> str:
+    return decision.fqn if decision.name == "weight" else decision.fqn.rpartition(".")[0]
+
+
+def _memory_or_none(
+    chosen: Sequence[Decision], proven: Mapping[int, FileSource], keep_source: str
+) -> str:
+    """Return what happens to the originals that no file holds."""
+    if keep_source in ("memory", "none"):
+        return keep_source
+    rest = [d for d in chosen if d.tie not in proven]
+    available = available_host_bytes()
+    if available is None or not rest:
+        return "memory"
+    original = sum({d.tie: d.tensor.nbytes for d in rest}.values())
+    packed = sum({d.tie: _packed_bytes(d) for d in chosen}.values())
+    # Originals in host memory are there already: what is free has to hold the rest of the sum.
+    on_host = sum({d.tie: d.tensor.nbytes for d in rest if d.tensor.device.type == "cpu"}.values())
+    fits = original + packed <= AUTO_MEMORY_SHARE * (available + on_host)
+    return "memory" if fits else "none"
+
+
+def _packed_bytes(decision: Decision) -> int:
+    assert decision.scheme and decision.backend  # noqa: S101, PT018 - chosen ones have both
+    rows, row_length = rows_of(decision.shape, decision.kind)
+    return decision.backend.packed_bytes(decision.scheme, rows, row_length)
+
+
+def _bytes_before(decisions: Sequence[Decision]) -> dict[int, int]:
+    return {d.tie: d.tensor.nbytes for d in decisions}
+
+
+def _pack_all(
+    chosen: Sequence[Decision],
+    sources: Mapping[int, FileSource],
+    journal: Journal,
+    options: ConvertOptions,
+) -> None:
+    modules: dict[int, list[Decision]] = defaultdict(list)
+    for decision in chosen:
+        modules[id(decision.module)].append(decision)
+    total = sum({d.tie: d.tensor.nbytes for d in chosen}.values())
+    holders = _count_holders(chosen)
+    tied: dict[int, PackedParameters] = {}
+    done = 0
+    for group in modules.values():
+        packed = {}
+        for decision in group:
+            if options.cancel:
+                options.cancel.raise_if_cancelled("packing")
+            if decision.tie in tied:
+                packed[decision.name] = tied[decision.tie]
+                continue
+            done += decision.tensor.nbytes
+            packed[decision.name] = _pack_one(decision, sources.get(decision.tie), options)
+            if holders[decision.tie] > 1:
+                tied[decision.tie] = packed[decision.name]
+        journal.install(group[0].module, packed)
+        if options.progress:
+            options.progress(ProgressEvent("pack", group[-1].path, done, total))
+
+
+def _count_holders(chosen: Sequence[Decision]) -> dict[int, int]:
+    counts: dict[int, int] = defaultdict(int)
+    for decision in chosen:
+        counts[decision.tie] += 1
+    return counts
+
+
+def _pack_one(
+    decision: Decision, source: FileSource | None, options: ConvertOptions
+) -> PackedParameters:
+    scheme, backend = decision.scheme, decision.backend
+    assert scheme and backend  # noqa: S101, PT018 - chosen ones have both
+    original = cast("nn.Parameter", decision.tensor)
+    try:
+        packed = pack_weight(
+            original, decision.kind, scheme, backend, options.device or original.device
+        )
+    except NonFiniteWeightError as error:
+        raise NonFiniteWeightError(
+            f"{decision.path} cannot be packed as {scheme.name}: {error}; leave it alone with "
+            f"skip=({decision.path!r},), or repair the weight"
+        ) from error
+    layout, tensors = storage_form(decision.name, packed, backend, original.shape)
+    layout = replace(layout, compute_dtype=decision.compute_dtype)
+    kept = source or MemorySource(original)
+    return packed_parameters(decision.name, layout, tensors, original, kept)
+
+
+def _report(
+    decisions: Sequence[Decision],
+    before: Mapping[int, int],
+    sources: Mapping[int, FileSource],
+    mode: str,
+) -> Report:
+    layers, counted, dropped = [], set(), 0
+    for decision in decisions:
+        is_again = decision.tie in counted
+        counted.add(decision.tie)
+        bytes_before = before[decision.tie]
+        bytes_after = bytes_before
+        if isinstance(decision.module, PackedLayer) and decision.scheme:
+            bytes_after = decision.module.stored_bytes(decision.name)
+        source = ("file" if decision.tie in sources else mode) if decision.scheme else "-"
+        dropped += bytes_before if source == "none" and not is_again else 0
+        numel = decision.shape.numel()
+        layers.append(
+            LayerReport(
+                fqn=decision.fqn,
+                component=decision.component,
+                kind=decision.kind,
+                shape=tuple(decision.shape),
+                scheme=decision.scheme.name if decision.scheme else NATIVE,
+                bytes_before=0 if is_again else bytes_before,
+                bytes_after=0 if is_again else bytes_after,
+                bits_per_weight=bytes_after * 8 / numel if numel else 0.0,
+                source=source,
+                reason=f"tied; {decision.reason}".strip("; ") if is_again else decision.reason,
+            )
+        )
+    warnings = (
+        (f"{format_bytes(dropped)} of originals were not kept: restore() is not possible",)
+        if dropped
+        else ()
+    )
+    return Report(tuple(layers), warnings)

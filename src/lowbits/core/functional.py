@@ -1,0 +1,125 @@
+"""What packed layers compute: linear layers, convolutions' weights, embeddings.
+
+Three cases, in each function: while compiling, the plain expression; where a gradient is wanted, an
+exact function that does not keep the dequantized weight; else the fastest that the device has.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from lowbits.core.memory import CHUNK_ROWS, scratch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lowbits.core.backend import Packed, QuantBackend
+
+
+def linear(
+    x: Tensor, packed: Packed, bias: Tensor | None, backend: QuantBackend, dtype: torch.dtype
+) -> Tensor:
+    """Compute ``x @ weight.T + bias``.
+
+    Args:
+        x: ``(..., row_length)`` floating.
+        packed: a 2-D weight.
+        bias: ``(rows,)`` or None.
+        backend: the codec of `packed`.
+        dtype: that the product runs in.
+
+    Returns:
+        ``(..., rows)`` in x's dtype, or autocast's where that is on.
+    """
+    device_type = x.device.type
+    if torch.is_autocast_enabled(device_type):
+        with torch.autocast(device_type, enabled=False):
+            return linear(x.to(torch.get_autocast_dtype(device_type)), packed, bias, backend, dtype)
+    bias = bias if bias is None else bias.to(dtype)
+    inputs = x.to(dtype)
+    if torch.compiler.is_compiling():
+        y = backend.matmul(inputs, packed, bias)
+    elif _wants_grad(inputs, bias):
+        y = _FrozenLinear.apply(inputs, bias, packed, backend)  # type: ignore[no-untyped-call]
+    else:
+        y = _linear_eager(inputs, packed, bias, backend)
+    return y.to(x.dtype)
+
+
+def _wants_grad(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _linear_eager(x: Tensor, packed: Packed, bias: Tensor | None, backend: QuantBackend) -> Tensor:
+    if x.device.type != "cpu":
+        return backend.matmul(x, packed, bias)
+    y = backend.linear(x, packed, bias)
+    if y is not None:
+        return y
+    rows, row_length = packed.shape
+    flat = x.reshape(-1, row_length)
+    result = flat.new_empty(flat.shape[0], rows)
+    # Where codes run across rows, the backend decodes the whole weight at each call: call it once.
+    step = CHUNK_ROWS if packed["qdata"].shape[0] == rows else rows
+    for start in range(0, rows, step):
+        stop = min(start + step, rows)
+        weight = scratch(stop - start, row_length, x.dtype)
+        backend.unpack(packed, x.dtype, out=weight, rows=(start, stop))
+        part = result[:, start:stop]
+        if bias is None:
+            torch.mm(flat, weight.t(), out=part)
+        else:
+            torch.addmm(bias[start:stop], flat, weight.t(), out=part)
+    return result.view(*x.shape[:-1], rows)
+
+
+class _FrozenLinear(torch.autograd.Function):
+    """A linear layer whose weight gets no gradient, and is dequantized again in backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, bias: Tensor | None, packed: Packed, backend: QuantBackend
+    ) -> Tensor:
+        ctx.packed, ctx.backend = packed, backend
+        return _linear_eager(x, packed, bias, backend)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        grad_x = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_x = grad @ ctx.backend.unpack(ctx.packed, grad.dtype)
+        if ctx.needs_input_grad[1]:
+            grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
+        return grad_x, grad_bias, None, None
+
+
+def embedding(indices: Tensor, packed: Packed, backend: QuantBackend, dtype: torch.dtype) -> Tensor:
+    """Look rows up, decoding only those.
+
+    Args:
+        indices: integers of any shape.
+        packed: a table ``(rows, row_length)``.
+        backend: the codec of `packed`.
+        dtype: of the result.
+
+    Returns:
+        ``(*indices.shape, row_length)``.
+    """
+    if not torch.compiler.is_compiling():
+        _check_range(indices, packed.shape[0])
+    rows = backend.unpack(packed, dtype, rows=indices.reshape(-1))
+    return rows.view(*indices.shape, packed.shape[1])
+
+
+def _check_range(indices: Tensor, rows: int) -> None:
+    """Refuse what an ordinary embedding refuses; on accelerators the gather itself does."""
+    if indices.device.type == "cpu" and indices.numel():
+        low, high = int(indices.min()), int(indices.max())
+        if low < 0 or high >= rows:
+            raise IndexError(
+                f"embedding index out of range: got {low}..{high}, table has {rows} rows"
+            )

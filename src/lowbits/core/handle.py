@@ -1,0 +1,182 @@
+"""What `lowbits.apply` returns: the report, and the way back."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import TYPE_CHECKING, Any, Final, final
+
+from lowbits.core.packed import PackedLayer
+from lowbits.errors import NotPatchedError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from types import TracebackType
+
+    import torch
+    from torch import nn
+
+    from lowbits.core.report import Report
+    from lowbits.core.surgery import Journal
+
+_OWNED: Final = "_lowbits_handle"
+
+
+@final
+class Handle:
+    """An applied target's report and undo journal.
+
+    The target owns it: dropping it changes nothing, and `lowbits.handle` finds it again. Copies and
+    pickles of the target are packed, but have no handle: originals are never copied along.
+    """
+
+    def __init__(
+        self,
+        components: Mapping[str, nn.Module],
+        journal: Journal,
+        report: Report,
+        reapply: Callable[[Any], Handle],
+        placement: Sequence[tuple[nn.Module, torch.device]] = (),
+    ) -> None:
+        self._components = dict(components)
+        self._journal = journal
+        self._report = report
+        self._reapply = reapply
+        self._placement = list(placement)
+        self._hooks = [
+            module._register_state_dict_hook(_answer_weight_lookups)  # type: ignore[no-untyped-call]
+            for module in _distinct(self._components)
+        ]
+        for module in _distinct(self._components):
+            module.__dict__[_OWNED] = _Owned(self)
+
+    @property
+    def components(self) -> dict[str, nn.Module]:
+        """The modules that this handle is for, by their names in the target."""
+        return dict(self._components)
+
+    @property
+    def is_active(self) -> bool:
+        """Whether the target is still packed by this handle."""
+        return any(find_handle(module) is self for module in self._components.values())
+
+    def report(self) -> Report:
+        """Return what was done to each layer, byte by byte."""
+        return self._report
+
+    def restore(self) -> None:
+        """Undo everything: bit-equal weights, the same classes, hooks and order as before.
+
+        What the caller did since stays: a model that was cast or moved while packed is restored in
+        the new dtype, on the new device.
+
+        Raises:
+            NotPatchedError: it was restored already.
+            SourceUnavailableError: originals were not kept, or their file changed; nothing changes.
+        """
+        self._require_active("restore")
+        self._journal.undo()
+        self._release()
+        for module, device in self._placement:
+            module.to(device)
+
+    def switch(self, scheme: Any) -> Handle:
+        """Pack the target in another scheme, from the originals, with the same options.
+
+        Args:
+            scheme: as for `lowbits.apply`.
+
+        Returns:
+            The new handle; this one is spent.
+
+        Raises:
+            SourceUnavailableError: originals were not kept.
+            LowbitsError: whatever applying raises; the target is then as it was, in its old scheme.
+        """
+        self._require_active("switch")
+        return self._reapply(scheme)
+
+    def release(self) -> None:
+        """Let the target go without restoring it: it stays packed, and has no handle."""
+        self._require_active("release")
+        self._release()
+
+    def _release(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        for module in _distinct(self._components):
+            module.__dict__.pop(_OWNED, None)
+
+    def _require_active(self, what: str) -> None:
+        if not self.is_active:
+            raise NotPatchedError(f"cannot {what}: this handle's target was restored already")
+
+    def __enter__(self) -> Handle:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self.is_active:
+            self.restore()
+
+    def __repr__(self) -> str:
+        state = "active" if self.is_active else "restored"
+        return f"Handle({state}: {self._report.summary()})"
+
+
+@final
+class _Owned:
+    """A module's reference to its handle, which copies and pickles of the module do not share."""
+
+    def __init__(self, handle: Handle | None = None) -> None:
+        self.handle = handle
+
+    def __reduce__(self) -> tuple[type[_Owned], tuple[()]]:
+        return _Owned, ()
+
+
+def find_handle(module: nn.Module) -> Handle | None:
+    """Return the handle of a component, if it has one."""
+    owned = module.__dict__.get(_OWNED)
+    return owned.handle if isinstance(owned, _Owned) else None
+
+
+def _distinct(components: Mapping[str, nn.Module]) -> list[nn.Module]:
+    return list({id(module): module for module in components.values()}.values())
+
+
+class _StateDict(OrderedDict[str, Any]):
+    """A state dict that answers look-ups of packed weights without listing them.
+
+    LoRA loaders read ``state_dict()["layer.weight"]`` for its shape; saving must not see it.
+    """
+
+    module: nn.Module | None = None
+
+    def __missing__(self, key: str) -> Any:
+        fqn, _, name = key.rpartition(".")
+        layer: Any = self.module
+        for part in fqn.split(".") if fqn else []:
+            layer = layer._modules.get(part) if layer is not None else None
+        if isinstance(layer, PackedLayer) and name in type(layer).packed_names:
+            return layer.read(name)
+        raise KeyError(key)
+
+    def __reduce__(self) -> tuple[type[OrderedDict[str, Any]], tuple[list[tuple[str, Any]]]]:
+        return OrderedDict, (list(self.items()),)
+
+
+def _answer_weight_lookups(
+    module: nn.Module, state_dict: OrderedDict[str, Any], prefix: str, _: Any
+) -> OrderedDict[str, Any] | None:
+    if prefix:
+        return None  # a part of another module's state dict
+    answering = _StateDict(state_dict)
+    answering.module = module
+    if hasattr(state_dict, "_metadata"):
+        answering._metadata = state_dict._metadata  # type: ignore[attr-defined]
+    return answering

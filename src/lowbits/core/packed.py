@@ -1,0 +1,336 @@
+"""Packed layers: the same objects, holding plain tensors instead of a weight.
+
+[Note: packed layers]
+A packed layer is the layer that was there before, with its class set to a subclass and its weight
+replaced, in ``_parameters``, by frozen Parameters that safetensors, deepcopy, a streamer and ``.to()``
+handle without knowing what they are:
+
+    weight_like    shape (0,), the weight's dtype and device: what dtype and device queries find first
+    weight_qdata   codes, as integers
+    weight_scale   scales, as *integers* of the same width: no cast of floating Parameters changes them
+
+``layer.weight`` reads as a `WeightProxy`. Names, hooks and references to the layer stay valid.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any, Final, cast, final
+
+import torch
+from torch import Tensor, nn
+
+from lowbits.core import functional
+from lowbits.core.backend import Packed, QuantBackend
+from lowbits.core.memory import compute_dtype, storage_bytes
+from lowbits.core.proxy import WeightProxy
+from lowbits.errors import FormatError, PatchError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+LAYOUT_VERSION: Final = 1
+
+_INTEGERS: Final = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@final
+@dataclass(frozen=True)
+class Field:
+    """One stored tensor: its Parameter's name, the dtype of its values, the dtype it is held in."""
+
+    name: str
+    parameter: str
+    dtype: torch.dtype
+    storage_dtype: torch.dtype
+
+
+@final
+@dataclass(frozen=True)
+class Layout:
+    """How a weight is stored in a layer's Parameters.
+
+    Attributes:
+        scheme: name of the scheme.
+        backend: its codec.
+        shape: of the weight as the layer sees it.
+        rows: the weight as ``(rows, row_length)``, as the backend sees it.
+        fields: the stored tensors.
+        row_sliceable: whether dim 0 of each is dim 0 of the weight.
+        compute_dtype: that the layer multiplies in; None: what is fast on its device.
+    """
+
+    scheme: str
+    backend: QuantBackend
+    shape: torch.Size
+    rows: tuple[int, int]
+    fields: tuple[Field, ...]
+    row_sliceable: bool
+    compute_dtype: torch.dtype | None = None
+    version: int = LAYOUT_VERSION
+
+    def stamp(self) -> Tensor:
+        """Return what identifies the stored bytes, as uint8 JSON: part of the state dict."""
+        text = json.dumps({"version": self.version, "scheme": self.scheme, "shape": [*self.shape]})
+        return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+
+
+def storage_form(
+    name: str, packed: Packed, backend: QuantBackend, shape: torch.Size
+) -> tuple[Layout, dict[str, Tensor]]:
+    """Return the layout of a packed weight, and its tensors by Parameter name, as integers."""
+    fields, tensors = [], {}
+    for field_name, tensor in packed.tensors.items():
+        storage_dtype = tensor.dtype
+        if tensor.is_floating_point():
+            storage_dtype = _INTEGERS[tensor.element_size()]
+        field = Field(field_name, f"{name}_{field_name}", tensor.dtype, storage_dtype)
+        fields.append(field)
+        tensors[field.parameter] = tensor.contiguous().view(storage_dtype)
+    layout = Layout(
+        packed.scheme, backend, shape, packed.shape, tuple(fields), packed.row_sliceable
+    )
+    return layout, tensors
+
+
+def marker_name(name: str) -> str:
+    """Return the name of the marker Parameter of a packed weight."""
+    return f"{name}_like"
+
+
+class PackedLayer(nn.Module):
+    """What packed layers of all kinds share; a mix-in in front of the layer's own class."""
+
+    packed_base: type[nn.Module]
+    packed_names: tuple[str, ...]
+    lowbits_layouts: dict[str, Layout]
+
+    def packed(self, name: str = "weight") -> Packed:
+        """Return a packed weight; its tensors are the layer's own.
+
+        Raises:
+            FormatError: something cast the stored integers, so that the weight is lost.
+        """
+        layout, parameters = self.lowbits_layouts[name], self._parameters
+        tensors = {}
+        for field in layout.fields:
+            tensor = cast("Tensor", parameters[field.parameter])
+            if tensor.dtype != field.storage_dtype:
+                raise FormatError(_cast_message(self, field, tensor))
+            tensors[field.name] = (
+                tensor if tensor.dtype == field.dtype else tensor.view(field.dtype)
+            )
+        return Packed(layout.scheme, layout.rows, tensors, layout.row_sliceable)
+
+    def dequantized(self, name: str = "weight", dtype: torch.dtype | None = None) -> Tensor:
+        """Return a weight's values; a copy in ``dtype``, or in the weight's own."""
+        layout = self.lowbits_layouts[name]
+        dtype = dtype or self._marker(name).dtype
+        return layout.backend.unpack(self.packed(name), dtype).view(layout.shape)
+
+    def read(self, name: str) -> Tensor:
+        """Return what an attribute read of a packed weight gives."""
+        if torch.compiler.is_compiling():
+            return self.dequantized(
+                name
+            )  # a compiler cannot look into the proxy, but drops dead code
+        layout = self.lowbits_layouts[name]
+        return WeightProxy(self.packed(name), layout.backend, layout.shape, self._marker(name))
+
+    def stored_bytes(self, name: str = "weight") -> int:
+        """Return the bytes of the storages that hold a packed weight."""
+        fields = self.lowbits_layouts[name].fields
+        return storage_bytes(cast("Tensor", self._parameters[f.parameter]) for f in fields)
+
+    def _marker(self, name: str) -> Tensor:
+        return cast("Tensor", self._parameters[marker_name(name)])
+
+    def _compute_dtype(self) -> torch.dtype:
+        marker = self._marker("weight")
+        explicit = self.lowbits_layouts["weight"].compute_dtype
+        return explicit or compute_dtype(marker.device, marker.dtype)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in type(self).packed_names:
+            scheme = self.lowbits_layouts[name].scheme
+            raise PatchError(
+                f"cannot set {name!r} of a {type(self).packed_base.__name__} stored as {scheme}; "
+                "call lowbits.restore(target) first, or lowbits.dequantize(layer)"
+            )
+        super().__setattr__(name, value)
+
+    def get_extra_state(self) -> Tensor:
+        """Return the layouts' stamps: a state dict says which scheme its bytes are in."""
+        return torch.cat([layout.stamp() for layout in self.lowbits_layouts.values()])
+
+    def set_extra_state(self, state: Any) -> None:
+        """Accept a stamp; it was compared before anything was loaded."""
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: Mapping[str, Any],
+        strict: bool,  # noqa: FBT001 - torch's signature
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Load stored tensors, reinterpreting and never converting them."""
+        problems = _load_problems(self, state_dict, prefix)
+        if problems:
+            error_msgs.extend(problems)
+            return
+        for layout in self.lowbits_layouts.values():
+            for field in layout.fields:
+                key = prefix + field.parameter
+                if key in state_dict and state_dict[key].dtype != field.storage_dtype:
+                    state_dict[key] = state_dict[key].view(field.storage_dtype)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        cls = type(self)
+        return _new_packed, (cls.packed_base, cls.packed_names), self.__dict__.copy()
+
+    def extra_repr(self) -> str:
+        """Add the schemes to the layer's own description."""
+        schemes = ", ".join(sorted({layout.scheme for layout in self.lowbits_layouts.values()}))
+        return ", ".join(part for part in (super().extra_repr(), f"scheme={schemes}") if part)
+
+
+def _cast_message(layer: PackedLayer, field: Field, tensor: Tensor) -> str:
+    scheme = next(iter(layer.lowbits_layouts.values())).scheme
+    return (
+        f"{field.parameter} of a layer stored as {scheme} was cast to {tensor.dtype}; expected "
+        f"{field.storage_dtype}: its bytes are lost. Use module.to(dtype), which keeps them, "
+        "instead of casting Parameters one by one"
+    )
+
+
+def _load_problems(layer: PackedLayer, state_dict: Mapping[str, Any], prefix: str) -> list[str]:
+    """Say why a state dict cannot be loaded into a packed layer."""
+    problems = []
+    for name, layout in layer.lowbits_layouts.items():
+        if prefix + name in state_dict:
+            problems.append(
+                f"{prefix}{name} is a full-precision weight, and the layer is stored as "
+                f"{layout.scheme}: load it before packing, or after lowbits.restore"
+            )
+        for field in layout.fields:
+            value = state_dict.get(prefix + field.parameter)
+            if value is not None and value.dtype not in (field.dtype, field.storage_dtype):
+                problems.append(
+                    f"{prefix}{field.parameter} has dtype {value.dtype}, expected "
+                    f"{field.storage_dtype}: values are never converted on loading"
+                )
+    stamp = state_dict.get(prefix + "_extra_state")
+    if stamp is not None:
+        found, wanted = (bytes(s.tolist()).decode() for s in (stamp, layer.get_extra_state()))
+        if found != wanted:
+            problems.append(f"{prefix[:-1]}: the state dict holds {found}, the layer is {wanted}")
+    return problems
+
+
+def _proxy_property(name: str) -> property:
+    def read(self: PackedLayer) -> Tensor:
+        return self.read(name)
+
+    return property(read, doc=f"The packed {name}, as a read-only `WeightProxy`.")
+
+
+class PackedLinear(PackedLayer, nn.Linear):
+    """A packed `torch.nn.Linear`."""
+
+    packed_base = nn.Linear
+    packed_names = ("weight",)
+    weight = _proxy_property("weight")
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's name
+        """Compute ``input @ weight.T + bias`` in the dtype that is fast here; in input's dtype."""
+        backend = self.lowbits_layouts["weight"].backend
+        return functional.linear(input, self.packed(), self.bias, backend, self._compute_dtype())
+
+
+class _PackedConv(PackedLayer):
+    """A packed convolution: the weight is dequantized whole, its row is an output channel."""
+
+    packed_names = ("weight",)
+    weight = _proxy_property("weight")
+    bias: Tensor | None
+    _conv_forward: Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's name
+        """Convolve in the dtype that is fast here; in input's dtype."""
+        dtype = self._compute_dtype()
+        bias = self.bias if self.bias is None else self.bias.to(dtype)
+        y = self._conv_forward(input.to(dtype), self.dequantized(dtype=dtype), bias)
+        return y.to(input.dtype) if y.dtype == dtype else y  # autocast's dtype stays
+
+
+class PackedConv1d(_PackedConv, nn.Conv1d):
+    """A packed `torch.nn.Conv1d`."""
+
+    packed_base = nn.Conv1d
+
+
+class PackedConv2d(_PackedConv, nn.Conv2d):
+    """A packed `torch.nn.Conv2d`."""
+
+    packed_base = nn.Conv2d
+
+
+class PackedConv3d(_PackedConv, nn.Conv3d):
+    """A packed `torch.nn.Conv3d`."""
+
+    packed_base = nn.Conv3d
+
+
+class PackedEmbedding(PackedLayer, nn.Embedding):
+    """A packed `torch.nn.Embedding`: only the rows that are looked up are decoded."""
+
+    packed_base = nn.Embedding
+    packed_names = ("weight",)
+    weight = _proxy_property("weight")
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's name
+        """Look rows up, in the weight's dtype."""
+        backend = self.lowbits_layouts["weight"].backend
+        return functional.embedding(input, self.packed(), backend, self._marker("weight").dtype)
+
+
+_FAST: Final[tuple[type[PackedLayer], ...]] = (
+    PackedLinear,
+    PackedConv1d,
+    PackedConv2d,
+    PackedConv3d,
+    PackedEmbedding,
+)
+
+
+@cache
+def packed_class(base: type[Any], names: tuple[str, ...]) -> type[PackedLayer]:
+    """Return the packed subclass of a layer class.
+
+    A class that inherits its forward from one of torch's layers gets the fast one; any other keeps
+    its forward, which finds proxies where it reads its weights.
+    """
+    for fast in _FAST:
+        if names == ("weight",) and issubclass(base, fast.packed_base):
+            if base is fast.packed_base:
+                return fast
+            if base.forward is fast.packed_base.forward:
+                return type(f"Packed{base.__name__}", (fast, base), {"packed_base": base})
+    members = {name: _proxy_property(name) for name in names}
+    members |= {"packed_base": base, "packed_names": names}  # type: ignore[dict-item]
+    return type(f"Packed{base.__name__}", (PackedLayer, base), members)
+
+
+def _new_packed(base: type[nn.Module], names: tuple[str, ...]) -> PackedLayer:
+    """Make an empty packed layer for pickle and deepcopy, which fill it."""
+    cls = packed_class(base, names)
+    return cls.__new__(cls)

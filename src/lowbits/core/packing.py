@@ -1,0 +1,73 @@
+"""Packing one weight: in parts of bounded size, refusing what is not finite."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+import torch
+
+from lowbits.core.backend import Packed
+from lowbits.core.scheme import rows_of
+from lowbits.errors import NonFiniteWeightError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lowbits.core.backend import QuantBackend
+    from lowbits.core.scheme import Scheme
+
+#: Weights handed to a backend at once: libraries make three to five float32 copies of them.
+PART_WEIGHTS: Final = 1 << 22
+
+
+def pack_weight(
+    weight: Tensor, kind: str, scheme: Scheme, backend: QuantBackend, device: torch.device
+) -> Packed:
+    """Quantize a layer's weight on a device.
+
+    Args:
+        weight: of any layer kind, floating, on any device but meta; not changed.
+        kind: the layer's kind, which says what a row is.
+        scheme: accepts this kind and row length.
+        backend: the scheme's.
+        device: that quantizes; the packed tensors lie there.
+
+    Raises:
+        NonFiniteWeightError: the weight, or a scale made from it, is not finite.
+    """
+    rows, row_length = rows_of(weight.shape, kind)
+    flat = weight.detach().reshape(rows, row_length)
+    step = max(1, PART_WEIGHTS // row_length)
+    first = _pack_part(flat[:step], scheme, backend, device)
+    if step >= rows:
+        return first
+    if not first.row_sliceable:
+        return _pack_part(flat, scheme, backend, device)
+    tensors = {name: t.new_empty(rows, *t.shape[1:]) for name, t in first.tensors.items()}
+    part, start = first, 0
+    while True:
+        for name, tensor in part.tensors.items():
+            tensors[name][start : start + part.shape[0]] = tensor
+        start += part.shape[0]
+        if start == rows:
+            return Packed(scheme.name, (rows, row_length), tensors)
+        part = _pack_part(flat[start : start + step], scheme, backend, device)
+
+
+@torch.no_grad()
+def _pack_part(part: Tensor, scheme: Scheme, backend: QuantBackend, device: torch.device) -> Packed:
+    values = part.to(device).float().contiguous()
+    bad = int((~values.isfinite()).sum())
+    if bad:
+        raise NonFiniteWeightError(f"{bad} of its values are NaN or infinite")
+    packed = backend.pack(values, scheme)
+    # What is stored may still decode to NaN: a float16 scale that overflowed, a library that
+    # divided a row of zeros by its scale.
+    bad = int((~backend.unpack(packed, torch.float32).isfinite()).sum())
+    if bad:
+        largest = float(values.abs().max())
+        raise NonFiniteWeightError(
+            f"{bad} of its values would decode to NaN or infinity in {scheme.name} "
+            f"(the largest is {largest:g})"
+        )
+    return packed

@@ -1,0 +1,369 @@
+"""Which weights are packed, in which scheme, and why the others are not.
+
+What is left alone by default is chosen by reason, the same for every scheme: norms, biases and other
+vectors, weights too small to matter, and the first and last projections, which carry the data itself
+in few channels. A rule that names a layer overrides those; nothing overrides what cannot be packed.
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import re
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Final, final
+
+import torch
+from torch import nn
+
+from lowbits.core.packed import PackedLayer
+from lowbits.core.scheme import EMBEDDING, LINEAR, NATIVE, PARAMETER, Scheme, rows_of
+from lowbits.errors import ConfigError, PatchError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+
+    from lowbits.core.backend import QuantBackend
+    from lowbits.core.registry import BackendRegistry
+
+#: Smaller weights save less than 8 KB each at 16 bits: not worth a dequantization per call.
+TINY_WEIGHTS: Final = 4096
+#: A layer outside of the repeated blocks that widens or narrows this much is a first or last projection.
+PROJECTION_RATIO: Final = 8
+
+_FLOATS: Final = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_LAYERS: Final[Mapping[str, type[nn.Module]]] = {
+    LINEAR: nn.Linear,
+    "Conv1d": nn.Conv1d,
+    "Conv2d": nn.Conv2d,
+    "Conv3d": nn.Conv3d,
+    EMBEDDING: nn.Embedding,
+}
+_CONTAINERS: Final = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
+
+
+@final
+@dataclass(frozen=True)
+class Component:
+    """A module of the target, by its name there.
+
+    Attributes:
+        name: e.g. ``"transformer"``; empty for a target that is itself a module.
+        module: the component.
+        scheme: asked for; None to leave it alone.
+        reason: why it is left alone.
+        skip: globs from a foreign config, which may match nothing.
+        compute_dtype: that its packed layers multiply in; None: what is fast on their device.
+    """
+
+    name: str
+    module: nn.Module
+    scheme: str | None
+    reason: str = ""
+    skip: tuple[str, ...] = ()
+    compute_dtype: torch.dtype | None = None
+
+
+@final
+@dataclass(frozen=True)
+class Decision:
+    """What happens to one parameter or buffer.
+
+    Attributes:
+        component: name of its component.
+        fqn: dotted name in the component; a layer's weight goes by the layer's name.
+        module: that holds it.
+        name: in that module.
+        kind: of the layer, e.g. ``"Linear"``; for the rest what it is, e.g. ``"bias"``.
+        shape: of the tensor.
+        tie: identity of the tensor: the same for tied ones.
+        scheme: that it will be packed in; None where it is left alone.
+        backend: of the scheme.
+        compute_dtype: as in `Component`.
+        reason: why it is left alone, or why it is not in the scheme asked for.
+    """
+
+    component: str
+    fqn: str
+    module: nn.Module
+    name: str
+    kind: str
+    shape: torch.Size
+    tie: int
+    scheme: Scheme | None = None
+    backend: QuantBackend | None = None
+    compute_dtype: torch.dtype | None = None
+    reason: str = ""
+
+    @property
+    def path(self) -> str:
+        """The dotted name with the component in front."""
+        return ".".join(part for part in (self.component, self.fqn) if part)
+
+    @property
+    def tensor(self) -> torch.Tensor:
+        """The parameter or buffer as it is now; decisions keep no reference to it."""
+        tensor = self.module._parameters.get(self.name, self.module._buffers.get(self.name))
+        assert tensor is not None  # noqa: S101 - empty slots make no decision
+        return tensor
+
+
+@final
+class Patterns:
+    """Glob patterns over dotted names; a pattern that names a module means all below it."""
+
+    def __init__(self, patterns: Iterable[str], option: str) -> None:
+        self._compiled = {p: re.compile(fnmatch.translate(p)) for p in patterns}
+        self._unused = set(self._compiled)
+        self._option = option
+
+    def last_match(
+        self, decision: Decision, *, is_raw: bool = False, only_component: bool = False
+    ) -> str | None:
+        """Return the last pattern that names this tensor.
+
+        Args:
+            decision: of the tensor.
+            is_raw: a raw parameter: the pattern must name it, not only a module around it.
+            only_component: the pattern must begin with the component's own name.
+        """
+        found = None
+        names = [*_prefixes(decision.path), *_prefixes(decision.fqn)]
+        for pattern, compiled in self._compiled.items():
+            if is_raw and not _names_parameter(pattern):
+                continue
+            if only_component and pattern.split(".")[0] != decision.component:
+                continue
+            if any(compiled.match(name) for name in names):
+                self._unused.discard(pattern)
+                found = pattern
+        return found
+
+    def require_all_used(self, paths: Iterable[str]) -> None:
+        """Raise `ConfigError` where a pattern named nothing."""
+        for pattern in sorted(self._unused):
+            names = sorted({re.sub(r"\d+", "*", path) for path in paths})
+            close = difflib.get_close_matches(pattern, names, n=3, cutoff=0.4)
+            hint = f"close to it: {', '.join(map(repr, close))}" if close else f"e.g. {names[:3]}"
+            raise ConfigError(f"{self._option}: pattern {pattern!r} matches no layer; {hint}")
+
+
+def _prefixes(path: str) -> list[str]:
+    parts = path.split(".")
+    return [".".join(parts[: i + 1]) for i in range(len(parts))]
+
+
+def _names_parameter(pattern: str) -> bool:
+    return any(c.isalnum() for c in pattern.rsplit(".", 1)[-1])
+
+
+@final
+@dataclass(frozen=True)
+class Selection:
+    """What a caller asks for beside the components' schemes."""
+
+    rules: Mapping[str, str]
+    skip: Sequence[str]
+    registry: BackendRegistry
+
+
+def select(components: Sequence[Component], selection: Selection) -> list[Decision]:
+    """Decide for every parameter and buffer of the target; changes nothing.
+
+    Raises:
+        ConfigError: a pattern matches no layer.
+        UnknownSchemeError: with the closest name.
+        BackendUnavailableError: a scheme cannot be used here.
+        PatchError: a weight to be packed has no data (meta device).
+    """
+    rules = Patterns(selection.rules, "rules")
+    skip = Patterns(selection.skip, "skip")
+    decisions, seen = [], {}
+    for component in components:
+        if id(component.module) in seen:
+            continue  # a second name of a module that was handled
+        seen[id(component.module)] = component.name
+        decide = _Decider(component, rules, skip, selection)
+        decisions += [decide(tensor) for tensor in _tensors(component)]
+    paths = [d.path for d in decisions if _is_layer(d)]
+    rules.require_all_used(paths)
+    skip.require_all_used(paths)
+    decisions = _settle_ties(decisions)
+    for decision in decisions:
+        if decision.scheme and decision.tensor.is_meta:
+            raise PatchError(
+                f"{decision.path} has no data (meta device): load the weights first, and remove "
+                "offload hooks (accelerate, enable_*_offload), which keep them elsewhere"
+            )
+    return decisions
+
+
+def _tensors(component: Component) -> Iterator[Decision]:
+    for module_fqn, module in component.module.named_modules():
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is None:
+                continue
+            kind = _kind(module, name, tensor)
+            own_name = "" if name == "weight" else name
+            fqn = ".".join(part for part in (module_fqn, own_name) if part)
+            yield Decision(component.name, fqn, module, name, kind, tensor.shape, id(tensor))
+
+
+def _kind(module: nn.Module, name: str, tensor: torch.Tensor) -> str:
+    if name in module._buffers:
+        return "buffer"
+    if name == "weight":
+        kind = next((k for k, cls in _LAYERS.items() if isinstance(module, cls)), None)
+        return kind or type(module).__name__
+    if tensor.dim() < 2:  # noqa: PLR2004 - matrices have two dimensions
+        return "bias" if name == "bias" else "vector"
+    return PARAMETER
+
+
+def _is_layer(decision: Decision) -> bool:
+    return decision.kind in _LAYERS or decision.kind == PARAMETER
+
+
+class _Decider:
+    """Decides for the tensors of one component."""
+
+    def __init__(
+        self, component: Component, rules: Patterns, skip: Patterns, selection: Selection
+    ) -> None:
+        self._component, self._rules, self._skip = component, rules, skip
+        self._component_skip = Patterns(component.skip, "skip")
+        self._selection = selection
+        self._blocks = [
+            fqn
+            for fqn, module in component.module.named_modules()
+            if isinstance(module, _CONTAINERS)
+        ]
+        self._adapters = set(_adapter_fqns(component.module))
+
+    def __call__(self, decision: Decision) -> Decision:
+        is_raw = decision.kind == PARAMETER and not isinstance(
+            decision.module, nn.MultiheadAttention
+        )
+        rule = None
+        if _is_layer(decision):
+            # A general pattern does not reach into a component that was left out.
+            rule = self._rules.last_match(
+                decision, is_raw=is_raw, only_component=self._component.scheme is None
+            )
+        skipped = self._skipped(decision)
+        reason = self._impossible(decision)
+        if not reason and skipped is not None:
+            reason = f"skipped by {skipped!r}"
+        if not reason and rule is None:
+            reason = self._default_reason(decision, is_raw=is_raw)
+        if reason:
+            return replace(decision, reason=reason)
+        name = self._selection.rules[rule] if rule is not None else self._component.scheme
+        return self._in_scheme(decision, name or NATIVE)
+
+    def _skipped(self, decision: Decision) -> str | None:
+        if not _is_layer(decision):
+            return None
+        pattern = self._skip.last_match(decision)
+        return pattern or self._component_skip.last_match(decision)
+
+    def _impossible(self, decision: Decision) -> str:
+        """Say why a tensor cannot be packed whatever the caller asks for."""
+        module, tensor = decision.module, decision.tensor
+        if isinstance(module, PackedLayer):
+            return "already packed"
+        if not _is_layer(decision):
+            return _not_a_layer(decision)
+        if decision.kind == EMBEDDING and getattr(module, "max_norm", None) is not None:
+            return "its max_norm rewrites the weight at each call"
+        if any(decision.fqn.startswith(prefix) for prefix in self._adapters):
+            return "adapter factor"
+        if isinstance(module, nn.utils.parametrize.ParametrizationList):
+            return "parametrized weight"
+        return _unsuitable(tensor)
+
+    def _default_reason(self, decision: Decision, *, is_raw: bool) -> str:
+        """Say why a tensor is left alone where no rule names it."""
+        if self._component.scheme is None:
+            return self._component.reason
+        if is_raw:
+            return "raw parameter: name it in rules to pack it"
+        if not decision.fqn:
+            return ""  # the target is this one layer
+        numel = decision.shape.numel()
+        if numel < TINY_WEIGHTS:
+            return f"tiny: {numel} weights"
+        in_block = any(not fqn or decision.fqn.startswith(fqn + ".") for fqn in self._blocks)
+        if decision.kind in (EMBEDDING, PARAMETER) or in_block:
+            return ""
+        narrow, wide = sorted(decision.shape[:2])
+        if narrow * PROJECTION_RATIO <= wide:
+            return f"first or last projection: {narrow} channels on one side, {wide} on the other"
+        return ""
+
+    def _in_scheme(self, decision: Decision, name: str) -> Decision:
+        """Give a tensor its scheme, or the first of its fallbacks that takes it."""
+        backend, scheme = self._selection.registry.require(name)
+        if backend is None:
+            return replace(decision, reason="native: kept in its own precision")
+        if not scheme.can_quantize:
+            raise ConfigError(f"scheme {name!r} can only be decoded, not quantized to")
+        decision = replace(decision, compute_dtype=self._component.compute_dtype)
+        _, row_length = rows_of(decision.shape, decision.kind)
+        refusal = scheme.refusal(decision.kind, row_length)
+        if refusal is None:
+            return replace(decision, scheme=scheme, backend=backend)
+        for fallback in scheme.fallbacks:
+            backend, scheme = self._selection.registry.require(fallback)
+            if backend and scheme.refusal(decision.kind, row_length) is None:
+                reason = f"instead of {name}: {refusal}"
+                return replace(decision, scheme=scheme, backend=backend, reason=reason)
+        return replace(decision, reason=refusal)
+
+
+def _not_a_layer(decision: Decision) -> str:
+    if decision.kind in ("bias", "buffer", "vector"):
+        return decision.kind
+    if "norm" in decision.kind.lower():
+        return "norm"
+    if decision.tensor.dim() < 2:  # noqa: PLR2004 - matrices have two dimensions
+        return "vector"
+    return f"no scheme holds {decision.kind} layers"
+
+
+def _unsuitable(tensor: torch.Tensor) -> str:
+    if type(tensor) not in (nn.Parameter, torch.Tensor) or type(tensor.data) is not torch.Tensor:
+        return f"already stored by another library as {type(tensor.data).__name__}"
+    if tensor.dtype not in _FLOATS:
+        return f"its dtype {str(tensor.dtype).removeprefix('torch.')} is not a full precision"
+    return "" if tensor.numel() else "empty"
+
+
+def _adapter_fqns(module: nn.Module) -> Iterator[str]:
+    """Yield the dotted prefixes of LoRA factors: what peft's layers list as their adapters."""
+    for fqn, child in module.named_modules():
+        names = getattr(child, "adapter_layer_names", None)
+        if isinstance(names, tuple):
+            for name in names:
+                yield ".".join(part for part in (fqn, name) if part)
+
+
+def _settle_ties(decisions: list[Decision]) -> list[Decision]:
+    """Pack tied tensors alike, or not at all: a tie broken costs memory and surprises."""
+    groups = defaultdict(list)
+    for decision in decisions:
+        groups[decision.tie].append(decision)
+    settled = []
+    for decision in decisions:
+        group = groups[decision.tie]
+        schemes = {d.scheme.name if d.scheme else None for d in group}
+        if decision.scheme and len(schemes) > 1:
+            other = next(d for d in group if d is not decision)
+            fate = f"is stored as {other.scheme.name}" if other.scheme else f"({other.reason})"
+            reason = f"tied to {other.path}, which {fate}"
+            settled.append(replace(decision, scheme=None, backend=None, reason=reason))
+        else:
+            settled.append(decision)
+    return settled

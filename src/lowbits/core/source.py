@@ -1,0 +1,192 @@
+"""Where the full-precision weight of a packed layer can be had again."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Final, final
+
+import torch
+from safetensors import safe_open
+from torch import nn
+
+from lowbits.errors import ConfigError, SourceUnavailableError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import Tensor
+
+KEEP_SOURCE: Final = ("auto", "memory", "file", "none")
+
+#: What ``keep_source="auto"`` may fill of the free host memory with originals and packed weights.
+AUTO_MEMORY_SHARE: Final = 0.6
+
+_COMPARE_BYTES: Final = 1 << 24
+
+
+class Source(ABC):
+    """A way back to a weight."""
+
+    #: As the report calls it.
+    kind: ClassVar[str]
+
+    def settle(self) -> None:
+        """Free what the way back does not need; called once the layer is packed."""
+
+    @abstractmethod
+    def verify(self) -> None:
+        """Raise `SourceUnavailableError` where `parameter` would not give the original bits."""
+
+    @abstractmethod
+    def parameter(self) -> nn.Parameter:
+        """Return the original weight, bit for bit."""
+
+
+@final
+class MemorySource(Source):
+    """The original Parameter object itself: costs its bytes, in host memory."""
+
+    kind: ClassVar[str] = "memory"
+
+    def __init__(self, parameter: nn.Parameter) -> None:
+        self._parameter, self._device = parameter, parameter.device
+
+    def settle(self) -> None:
+        """Move the bytes to the host; the object stays the same."""
+        if self._device.type != "cpu":
+            self._parameter.data = self._parameter.data.cpu()
+
+    def verify(self) -> None:
+        """Nothing can be lost."""
+
+    def parameter(self) -> nn.Parameter:
+        """Return the object that the layer had, on the device where it was."""
+        if self._parameter.device != self._device:
+            self._parameter.data = self._parameter.data.to(self._device)
+        return self._parameter
+
+
+@final
+class NoSource(Source):
+    """Nothing was kept."""
+
+    kind: ClassVar[str] = "none"
+
+    def verify(self) -> None:
+        """Refuse: dequantized weights are not the original ones."""
+        raise SourceUnavailableError(
+            "the full-precision weights were not kept (keep_source='none'): load the model again, or "
+            "pack with keep_source='memory' or source=path; lowbits.dequantize(target) gives "
+            "ordinary layers with the weights as quantized"
+        )
+
+    def parameter(self) -> nn.Parameter:
+        """Refuse."""
+        self.verify()
+        raise AssertionError
+
+
+@final
+class FileSource(Source):
+    """A tensor of a safetensors file that was compared with the weight, byte for byte.
+
+    Costs no memory. What is read back is compared with the digest of what was read then: a file
+    that was changed in between is refused.
+    """
+
+    kind: ClassVar[str] = "file"
+
+    def __init__(self, path: Path, key: str, parameter: nn.Parameter, digest: bytes) -> None:
+        self._path, self._key, self._digest = path, key, digest
+        self._dtype, self._device = parameter.dtype, parameter.device
+        self._requires_grad = parameter.requires_grad
+
+    def verify(self) -> None:
+        """Read the tensor, and compare its digest."""
+        self._read()
+
+    def parameter(self) -> nn.Parameter:
+        """Read the tensor into a new Parameter."""
+        tensor = self._read().to(self._device, self._dtype, copy=True)
+        return nn.Parameter(tensor, requires_grad=self._requires_grad)
+
+    def _read(self) -> Tensor:
+        try:
+            tensor = read_tensor(self._path, self._key)
+        except Exception as error:
+            raise SourceUnavailableError(
+                f"cannot read {self._key!r} from {self._path} again: {error}"
+            ) from error
+        if digest(tensor) != self._digest:
+            raise SourceUnavailableError(
+                f"{self._key!r} in {self._path} is not what it was when the weight was packed"
+            )
+        return tensor
+
+
+@final
+class SourceFiles:
+    """The safetensors files that a caller says the weights came from."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        if not self.path.exists():
+            raise ConfigError(f"source: no such file or folder: {self.path}")
+
+    def prove(self, component: str, fqn: str, parameter: nn.Parameter) -> FileSource | None:
+        """Return the tensor that has this weight's bits, or None where there is none.
+
+        A file may hold the weight in another dtype, if converting gives these bits exactly as
+        loading did. A path, a size or a date prove nothing: a LoRA may have been fused since.
+        """
+        for file, key in self._candidates(component, fqn):
+            tensor = read_tensor(file, key)
+            if tensor.shape == parameter.shape and _same_bits(tensor, parameter.detach()):
+                return FileSource(file, key, parameter, digest(tensor))
+        return None
+
+    def _candidates(self, component: str, fqn: str) -> list[tuple[Path, str]]:
+        index = self._index(component)
+        return [(index[fqn], fqn)] if fqn in index else []
+
+    def _index(self, component: str) -> Mapping[str, Path]:
+        """Return where each tensor of a component is: a file, its folder, or the pipeline's."""
+        if self.path.is_file():
+            files = [self.path]
+        else:
+            folder = self.path / component
+            files = sorted(
+                (folder if component and folder.is_dir() else self.path).glob("*.safetensors")
+            )
+        index = {}
+        for file in files:
+            with safe_open(file, framework="pt") as opened:
+                index.update(dict.fromkeys(opened.keys(), file))
+        return index
+
+
+def read_tensor(path: Path, key: str) -> Tensor:
+    """Return one tensor of a safetensors file, on the CPU."""
+    with safe_open(path, framework="pt") as file:
+        tensor: Tensor = file.get_tensor(key)
+    return tensor
+
+
+def digest(tensor: Tensor) -> bytes:
+    """Return the BLAKE2b digest of a tensor's bytes."""
+    data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+    return hashlib.blake2b(data, digest_size=16).digest()
+
+
+def _same_bits(stored: Tensor, weight: Tensor) -> bool:
+    """Compare part by part: the converted copy stays small."""
+    stored, weight = stored.reshape(-1), weight.reshape(-1)
+    step = _COMPARE_BYTES // weight.element_size()
+    for start in range(0, weight.numel(), step):
+        part = weight[start : start + step].cpu()
+        other = stored[start : start + step].to(part.dtype)
+        if not torch.equal(part.view(torch.uint8), other.view(torch.uint8)):
+            return False
+    return True

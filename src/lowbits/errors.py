@@ -1,0 +1,108 @@
+"""Every error that lowbits raises on purpose.
+
+    LowbitsError
+    |- ConfigError (ValueError)                  a bad value: names the field, the value, what is allowed
+    |   `- UnknownSchemeError (LookupError)
+    |- BackendError
+    |   |- UnknownBackendError (LookupError)
+    |   |- BackendUnavailableError (ImportError)
+    |   |- DuplicateBackendError (ValueError)
+    |   `- NoCapableBackendError                 every layer was refused: .failures says why
+    |- PatchError (RuntimeError)                 a module cannot be changed, or not used in this way
+    |   |- AlreadyPatchedError
+    |   |- NotPatchedError
+    |   |- NonFiniteWeightError (ValueError)
+    |   `- SourceUnavailableError                full-precision weights cannot be had again
+    |- InsufficientMemoryError (MemoryError)
+    |- CancelledError
+    `- FormatError (ValueError)                  bytes that are not what they claim to be
+
+Messages are lower case and say what, where, got, expected, and what to do.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+
+
+class LowbitsError(Exception):
+    """Base of all errors raised by lowbits."""
+
+
+class ConfigError(LowbitsError, ValueError):
+    """A value that an option does not accept."""
+
+
+class UnknownSchemeError(ConfigError, LookupError):
+    """A scheme name that no registered backend offers."""
+
+
+class BackendError(LowbitsError):
+    """Base of the errors about backends; the first argument is the message."""
+
+
+class UnknownBackendError(BackendError, LookupError):
+    """A backend name that nobody registered."""
+
+
+class BackendUnavailableError(BackendError, ImportError):
+    """A backend whose package is missing, too old or broken on this machine."""
+
+
+class DuplicateBackendError(BackendError, ValueError):
+    """A second backend, or scheme, of a name that is taken."""
+
+
+class NoCapableBackendError(BackendError):
+    """No layer of the target could be packed."""
+
+    def __init__(self, message: str, failures: Mapping[str, str] | None = None) -> None:
+        super().__init__(message, dict(failures or {}))
+
+    @property
+    def failures(self) -> dict[str, str]:
+        """The reason for each layer that was considered, by its name."""
+        failures: dict[str, str] = self.args[1]
+        return failures
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class PatchError(LowbitsError, RuntimeError):
+    """A module cannot be changed, or a packed one cannot be used in this way."""
+
+
+class AlreadyPatchedError(PatchError):
+    """The target, or a part of it, is packed already."""
+
+
+class NotPatchedError(PatchError):
+    """The target is not packed."""
+
+
+class NonFiniteWeightError(PatchError, ValueError):
+    """A weight, or the scale made from it, holds NaN or infinity."""
+
+
+class SourceUnavailableError(PatchError):
+    """The full-precision weights of a packed layer cannot be had again."""
+
+
+class InsufficientMemoryError(LowbitsError, MemoryError):
+    """An operation that would not fit, refused before it began."""
+
+
+class CancelledError(LowbitsError):
+    """The caller's cancel token was set; everything is as it was before the call."""
+
+
+class FormatError(LowbitsError, ValueError):
+    """Stored bytes whose shape, dtype or version is not the expected one."""
+
+
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """Return ``; did you mean 'x'?`` for the closest known name, or an empty string."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""

@@ -1,0 +1,50 @@
+"""What a diffusers pipeline is made of, and which of it is worth packing.
+
+The only file that knows diffusers. It never imports it: an object can only be a pipeline where
+somebody else did.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any, Final
+
+from torch import nn
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+#: Names that diffusers' pipelines give to what runs at every step.
+_DENOISERS: Final = ("transformer", "unet", "prior", "decoder", "controlnet", "dit")
+
+
+def is_pipeline(target: Any) -> bool:
+    """Say whether an object is a diffusers pipeline."""
+    diffusers = sys.modules.get("diffusers")
+    return diffusers is not None and isinstance(target, diffusers.DiffusionPipeline)
+
+
+def components_of(pipe: Any) -> dict[str, nn.Module]:
+    """Return a pipeline's modules by name; components that are None, or no modules, are left out."""
+    return {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
+
+
+def default_reasons(components: Mapping[str, nn.Module]) -> dict[str, str]:
+    """Return why components are left alone by default; those that are packed are not in it.
+
+    Packed: what runs at every step, and text encoders but CLIP. The denoiser is nearly all of the
+    time and bytes; T5, Gemma, Llama, ... are most of the rest. CLIP and the VAE are small, and
+    pictures are sensitive to both.
+    """
+    reasons = {}
+    for name, module in components.items():
+        if name.startswith(_DENOISERS):
+            continue
+        if name.startswith("text_encoder"):
+            if "CLIP" in type(module).__name__:
+                reasons[name] = "CLIP text encoder: small and sensitive; name it to pack it"
+        elif name.startswith("vae") or "Autoencoder" in type(module).__name__:
+            reasons[name] = "VAE: small and sensitive; name it to pack it"
+        else:
+            reasons[name] = f"{type(module).__name__}: not packed by default; name it to pack it"
+    return reasons
