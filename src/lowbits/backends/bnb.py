@@ -73,6 +73,7 @@ class BitsAndBytesBackend(QuantBackend):
     def __init__(self) -> None:
         self._nf4 = ByteTable.of_codes(NF4, high_first=True)
         self._fp4 = ByteTable.of_codes(FP4, high_first=True)
+        self._dynamic = ByteTable([[value] for value in _dynamic_values()])
 
     def schemes(self) -> tuple[Scheme, ...]:
         """Return the schemes of this backend."""
@@ -132,7 +133,7 @@ class BitsAndBytesBackend(QuantBackend):
             packed = packed.rows(rows)
             return decode_int8_rows(packed["qdata"], packed["scale"], dtype, out)
         if packed.scheme == _NESTED:
-            packed = _without_nesting(packed)
+            packed = self._without_nesting(packed)
         table = self._nf4 if packed.scheme in _NF4_SCHEMES else self._fp4
         if not packed.row_sliceable:
             return _deliver_rows(_decode_flat(table, packed), dtype, out, rows)
@@ -140,15 +141,16 @@ class BitsAndBytesBackend(QuantBackend):
         values = table.decode(packed["qdata"], work_buffer(out))
         return deliver(scale_groups(values, packed["scale"]), dtype, out)
 
-
-def _without_nesting(packed: Packed) -> Packed:
-    """Decode the nested scales: a 64th of the weight's size."""
-    codes = packed["scale"]
-    flat = _dynamic_map(codes.device)[codes.reshape(-1).int()]
-    blocks = torch.arange(flat.numel(), device=codes.device) // NESTED_BLOCK
-    scale = flat * packed["nested_scale"][blocks] + packed["offset"]
-    tensors = {"qdata": packed["qdata"], "scale": scale.view(codes.shape)}
-    return replace(packed, tensors=tensors, row_sliceable=codes.shape[0] == packed.shape[0])
+    def _without_nesting(self, packed: Packed) -> Packed:
+        """Decode the nested scales: a 64th of the weight's size."""
+        codes = packed["scale"]
+        blocks = torch.arange(codes.numel(), device=codes.device) // NESTED_BLOCK
+        scale = self._dynamic.decode(codes).view(-1) * packed["nested_scale"][blocks]
+        tensors = {
+            "qdata": packed["qdata"],
+            "scale": (scale + packed["offset"]).view(codes.shape),
+        }
+        return replace(packed, tensors=tensors, row_sliceable=codes.shape[0] == packed.shape[0])
 
 
 def _decode_flat(table: ByteTable, packed: Packed) -> Tensor:
@@ -167,7 +169,7 @@ def _deliver_rows(
     return deliver(values, dtype, out)
 
 
-def _dynamic_map(device: torch.device) -> Tensor:
+def _dynamic_values() -> list[float]:
     """Return bitsandbytes' 8-bit "dynamic tree" code book, ascending, 256 values in [-1, 1].
 
     Seven decades, each split at the middles of equal steps between 0.1 and 1; source:
@@ -178,4 +180,4 @@ def _dynamic_map(device: torch.device) -> Tensor:
         edges = torch.linspace(0.1, 1, 2**exponent + 1, dtype=torch.float32)
         means = ((edges[:-1] + edges[1:]) / 2 * 10.0 ** (exponent - 6)).tolist()
         values += means + [-mean for mean in means]
-    return torch.tensor(sorted(values), dtype=torch.float32, device=device)
+    return sorted(values)

@@ -312,13 +312,17 @@ _FAST: Final[tuple[type[PackedLayer], ...]] = (
 )
 
 
-@cache
-def packed_class(base: type[Any], names: tuple[str, ...]) -> type[PackedLayer]:
-    """Return the packed subclass of a layer class.
+def packed_class(base: type[nn.Module], names: tuple[str, ...]) -> type[PackedLayer]:
+    """Return the packed subclass of a layer class; the same one each time, for compilers.
 
     A class that inherits its forward from one of torch's layers gets the fast one; any other keeps
     its forward, which finds proxies where it reads its weights.
     """
+    return _packed_class(cast("Any", base), names)
+
+
+@cache
+def _packed_class(base: type[Any], names: tuple[str, ...]) -> type[PackedLayer]:
     for fast in _FAST:
         if names == ("weight",) and issubclass(base, fast.packed_base):
             if base is fast.packed_base:

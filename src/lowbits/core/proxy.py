@@ -48,7 +48,7 @@ class WeightProxy(torch.Tensor):
         cls, packed: Packed, backend: QuantBackend, shape: torch.Size, marker: torch.Tensor
     ) -> WeightProxy:
         """Make a proxy of this shape, with the marker's dtype and device."""
-        proxy: WeightProxy = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        proxy: WeightProxy = torch.Tensor._make_wrapper_subclass(
             cls, shape, dtype=marker.dtype, device=marker.device, requires_grad=False
         )
         proxy._packed, proxy._backend = packed, backend
@@ -63,7 +63,7 @@ class WeightProxy(torch.Tensor):
             shape, dtype = self.shape, self.dtype
         return self._backend.unpack(self._packed, dtype).view(shape)
 
-    def __repr__(self, **_: Any) -> str:
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override] # torch names one option
         with torch._C.DisableTorchFunctionSubclass():
             shape, dtype, device = tuple(self.shape), self.dtype, self.device
         return (

@@ -177,7 +177,7 @@ def read_tensor(path: Path, key: str) -> Tensor:
 def digest(tensor: Tensor) -> bytes:
     """Return the BLAKE2b digest of a tensor's bytes."""
     data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
-    return hashlib.blake2b(data, digest_size=16).digest()
+    return hashlib.blake2b(memoryview(data), digest_size=16).digest()
 
 
 def _same_bits(stored: Tensor, weight: Tensor) -> bool:
