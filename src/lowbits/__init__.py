@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from lowbits import testing as testing
     from lowbits._api import apply as apply
     from lowbits._api import backend as backend
-    from lowbits._api import backends as backends
     from lowbits._api import dequantize as dequantize
     from lowbits._api import handle as handle
     from lowbits._api import quantize as quantize
@@ -35,9 +34,13 @@ if TYPE_CHECKING:
     from lowbits.progress import CancelToken as CancelToken
     from lowbits.progress import ProgressEvent as ProgressEvent
 
+    def backends() -> tuple[BackendInfo, ...]:
+        """Return every backend, and whether it works here; see `lowbits.backends`."""
+
+
 #: Where each public name lives; it is imported at its first use.
 _HOMES = {
-    "lowbits._api": """apply backend backends dequantize handle quantize register_backend restore
+    "lowbits._api": """apply backend dequantize handle quantize register_backend restore
         schemes""",
     "lowbits.config": "LowbitsConfig",
     "lowbits.core.backend": "Packed QuantBackend",
@@ -48,14 +51,14 @@ _HOMES = {
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split()}
 
-__all__ = ["__version__", "errors", "testing", *_HOME_OF]  # noqa: PLE0604 - strings, but not literals
+__all__ = ["__version__", "backends", "errors", "testing", *_HOME_OF]  # noqa: PLE0604 - all strings
 
 
 def __getattr__(name: str) -> object:
     if name == "__version__":
         return importlib.import_module("importlib.metadata").version("lowbits")
-    if name == "testing":
-        return importlib.import_module("lowbits.testing")
+    if name in ("backends", "testing"):  # packages; the first one is callable
+        return importlib.import_module(f"lowbits.{name}")
     if name in _HOME_OF:
         return getattr(importlib.import_module(_HOME_OF[name]), name)
     raise AttributeError(f"module 'lowbits' has no attribute {name!r}")

@@ -15,7 +15,7 @@ from lowbits.core.convert import ConvertOptions, convert
 from lowbits.core.handle import Handle, find_handle
 from lowbits.core.packed import PackedLayer
 from lowbits.core.registry import DEFAULT
-from lowbits.core.scheme import NATIVE, BackendInfo, SchemeInfo
+from lowbits.core.scheme import NATIVE, SchemeInfo
 from lowbits.core.select import Component, Decision, Selection, select
 from lowbits.core.source import SourceFiles
 from lowbits.core.surgery import dequantize_layers
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("lowbits.api")
 
 
-def apply(
+def apply(  # noqa: PLR0913 - one place for every option
     target: Any,
     scheme: Any = NATIVE,
     *,
@@ -63,7 +63,8 @@ def apply(
         components: for pipelines: names to pack, or a scheme for each name; None: the denoiser and
             large text encoders.
         rules: a scheme for each glob over layer names, with or without the component in front; the
-            last match counts, and overrides what is left alone by default. ``"native"`` leaves alone.
+            last match counts, and overrides what is left alone by default. ``"native"`` leaves
+            alone.
         skip: globs of layers that are left alone; they override rules.
         device: that the target runs on; None: the accelerator if there is one, else the CPU.
         compute_dtype: that packed layers multiply in; None: what is fast on their device.
@@ -138,8 +139,8 @@ def restore(target: Any) -> None:
     owned = handle(target)
     if owned is None:
         raise NotPatchedError(
-            f"this {type(target).__name__} has no handle: it was not applied, was restored already, "
-            "or is a copy of an applied one (lowbits.dequantize works on those)"
+            f"this {type(target).__name__} has no handle: it was not applied, was restored "
+            "already, or is a copy of an applied one (lowbits.dequantize works on those)"
         )
     owned.restore()
 
@@ -147,11 +148,6 @@ def restore(target: Any) -> None:
 def schemes() -> tuple[SchemeInfo, ...]:
     """Return every scheme of every backend, and whether it can be used here."""
     return DEFAULT.schemes()
-
-
-def backends() -> tuple[BackendInfo, ...]:
-    """Return every backend, whether it works here, and if not, why and what helps."""
-    return DEFAULT.infos()
 
 
 def backend(name: str) -> QuantBackend:
@@ -274,8 +270,8 @@ def _refuse_patched(components: Sequence[Component]) -> None:
         name = component.name or type(component.module).__name__
         if find_handle(component.module) is not None:
             raise AlreadyPatchedError(
-                f"{name} is packed already: lowbits.handle(target).switch(scheme) packs it in another "
-                "scheme, lowbits.restore(target) undoes it; components=[...] leaves it out"
+                f"{name} is packed already: lowbits.handle(target).switch(scheme) packs it in "
+                "another scheme, lowbits.restore(target) undoes it; components=[...] leaves it out"
             )
         if any(isinstance(module, PackedLayer) for module in component.module.modules()):
             raise AlreadyPatchedError(

@@ -1,21 +1,21 @@
 """Every error that lowbits raises on purpose.
 
     LowbitsError
-    |- ConfigError (ValueError)                  a bad value: names the field, the value, what is allowed
+    |- ConfigError (ValueError)               a bad value: names the field and what is allowed
     |   `- UnknownSchemeError (LookupError)
     |- BackendError
     |   |- UnknownBackendError (LookupError)
     |   |- BackendUnavailableError (ImportError)
     |   |- DuplicateBackendError (ValueError)
-    |   `- NoCapableBackendError                 every layer was refused: .failures says why
-    |- PatchError (RuntimeError)                 a module cannot be changed, or not used in this way
+    |   `- NoCapableBackendError              every layer was refused: .failures says why
+    |- PatchError (RuntimeError)              a module cannot be changed, or used in this way
     |   |- AlreadyPatchedError
     |   |- NotPatchedError
     |   |- NonFiniteWeightError (ValueError)
-    |   `- SourceUnavailableError                full-precision weights cannot be had again
+    |   `- SourceUnavailableError             full-precision weights cannot be had again
     |- InsufficientMemoryError (MemoryError)
     |- CancelledError
-    `- FormatError (ValueError)                  bytes that are not what they claim to be
+    `- FormatError (ValueError)               bytes that are not what they claim to be
 
 Messages are lower case and say what, where, got, expected, and what to do.
 """
@@ -23,7 +23,10 @@ Messages are lower case and say what, where, got, expected, and what to do.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
 
 
 class LowbitsError(Exception):

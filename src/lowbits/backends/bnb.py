@@ -1,8 +1,8 @@
 """bitsandbytes: NF4 and FP4 in blocks of 64, LLM.int8() per row.
 
 bitsandbytes makes the bytes, on any device it supports, CPUs included; they are read by tables, so
-that a packed model runs, and can be unpickled, without the library. Code words and the layout of the
-nested scales are those of bitsandbytes 0.50 (``bitsandbytes/functional.py``).
+that a packed model runs, and can be unpickled, without the library. Code words and the layout of
+the nested scales are those of bitsandbytes 0.50 (``bitsandbytes/functional.py``).
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class BitsAndBytesBackend(QuantBackend):
 
     def packed_bytes(self, scheme: Scheme, rows: int, row_length: int) -> int:
         """Return the exact bytes: 4-bit blocks run over the whole weight, across rows."""
-        if scheme.code_bits == 8:  # noqa: PLR2004 - bits
+        if scheme.code_bits == 8:
             return super().packed_bytes(scheme, rows, row_length)
         weights = rows * row_length
         blocks = -(-weights // BLOCK)
@@ -150,7 +150,7 @@ class BitsAndBytesBackend(QuantBackend):
             "qdata": packed["qdata"],
             "scale": (scale + packed["offset"]).view(codes.shape),
         }
-        return replace(packed, tensors=tensors, row_sliceable=codes.shape[0] == packed.shape[0])
+        return replace(packed, tensors=tensors, row_sliceable=packed.shape[1] % BLOCK == 0)
 
 
 def _decode_flat(table: ByteTable, packed: Packed) -> Tensor:

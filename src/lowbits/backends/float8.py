@@ -1,8 +1,8 @@
 """float8 layerwise cast: no library needed, torch's own dtypes.
 
-The ``-raw`` schemes are the plain cast that diffusers' layerwise casting and Forge do, byte for byte.
-The others scale each output row to the format's range first: 2.65 % against 3.30 % error on Gaussian
-weights in e4m3, because half of the usual weights are subnormal in it unscaled.
+The ``-raw`` schemes are the plain cast that diffusers' layerwise casting and Forge do, byte for
+byte. The others scale each output row to the format's range first: 2.65 % against 3.30 % error on
+Gaussian weights in e4m3, because half of the usual weights are subnormal in it unscaled.
 """
 
 from __future__ import annotations

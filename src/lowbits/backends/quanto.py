@@ -1,8 +1,8 @@
 """optimum-quanto: int8, float8, int4 and int2 weights.
 
 quanto's own quantizers make the codes; its C++ unpacking extension is never compiled, because the
-codes are packed here, two or four of one row in a byte. quanto keeps scale and shift of int4 and int2
-in the weight's dtype; here they are float16, and the codes are chosen for the rounded values.
+codes are packed here, two or four of one row in a byte. quanto keeps scale and shift of int4 and
+int2 in the weight's dtype; here they are float16, and the codes are chosen for the rounded values.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class QuantoBackend(QuantBackend):
         """Quantize with quanto."""
         shape = (weight.shape[0], weight.shape[1])
         bits = int(scheme.code_bits)
-        if bits == 8:  # noqa: PLR2004 - bits
+        if bits == 8:
             tensors = _pack_rows(weight, "qint8" if scheme.name == "quanto-int8" else "qfloat8")
         else:
             tensors = _pack_groups(weight, bits, scheme.group_size(shape[1]))
@@ -120,9 +120,9 @@ def _pack_groups(weight: Tensor, bits: int, group_size: int) -> dict[str, Tensor
     from optimum import quanto
 
     qtype = {2: quanto.qint2, 4: quanto.qint4}[bits]
-    scale, shift = (
-        value.half().float() for value in quanto.MaxOptimizer()(weight, qtype, 0, group_size)
-    )
+    # Called past its front door, which takes a weight of one group for "per tensor", and fails.
+    scale, shift = quanto.MaxOptimizer().optimize(weight.view(-1, group_size), qtype, 0)
+    scale, shift = scale.half().float(), shift.half().float()
     scale = torch.where(scale == 0, 1.0, scale)  # a constant group: its shift says it all
     codes = torch.ops.quanto.quantize_affine(weight, bits, 0, group_size, scale, shift)
     rows = weight.shape[0]

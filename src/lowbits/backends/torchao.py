@@ -1,8 +1,8 @@
 """torchao: int8, int4 and float8 weights, the latter two with activations quantized on the fly too.
 
 torchao makes the bytes. ``torchao-int4`` is the format of its ``tinygemm`` kernels (codes 0 to 15,
-bfloat16 scale and zero point per group) with two codes in a byte, which torchao itself offers on some
-GPUs only; its ``IntxWeightOnlyConfig`` keeps a 4-bit code in 8 bits and is not offered here.
+bfloat16 scale and zero point per group) with two codes in a byte, which torchao itself offers on
+some GPUs only; its ``IntxWeightOnlyConfig`` keeps a 4-bit code in 8 bits and is not offered here.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from importlib import metadata
 from typing import TYPE_CHECKING, ClassVar, Final, final
 
 import torch
+from torch.nn import functional
 
 from lowbits.core.backend import Packed, QuantBackend, Rows
 from lowbits.core.decode import (
@@ -92,22 +93,9 @@ class TorchaoBackend(QuantBackend):
         shape = (weight.shape[0], weight.shape[1])
         if scheme.name == _INT4:
             return Packed(scheme.name, shape, _pack_int4(weight, scheme.group_size(shape[1])))
-        from torchao.quantization import Float8Tensor, Int8Tensor, PerRow
-
         if scheme.name in _INT8:
-            quantized = Int8Tensor.from_hp(weight, PerRow())
-            return Packed(scheme.name, shape, {"qdata": quantized.qdata, "scale": quantized.scale})
-        quantized = Float8Tensor.from_hp(weight, torch.float8_e4m3fn, PerRow())
-        # torchao divides an all-zero row (padding of an embedding) by its zero scale.
-        is_zero = quantized.scale == 0
-        return Packed(
-            scheme.name,
-            shape,
-            {
-                "qdata": quantized.qdata.view(torch.uint8).masked_fill(is_zero, 0),
-                "scale": quantized.scale.masked_fill(is_zero, 1),
-            },
-        )
+            return Packed(scheme.name, shape, _pack_int8(weight))
+        return Packed(scheme.name, shape, _pack_float8(weight))
 
     def unpack(
         self,
@@ -134,6 +122,29 @@ class TorchaoBackend(QuantBackend):
         y = product(flat, packed) if flat.shape[0] else flat.new_zeros(0, packed.shape[0])
         y = y.to(x.dtype).view(*x.shape[:-1], packed.shape[0])
         return y if bias is None else y + bias
+
+
+def _pack_int8(weight: Tensor) -> dict[str, Tensor]:
+    from torchao.quantization import Int8Tensor, PerRow
+
+    columns = weight.shape[1]
+    if columns == 1:
+        # torchao takes rows of one column for a single group; a zero beside it changes no scale.
+        weight = functional.pad(weight, (0, 1))
+    quantized = Int8Tensor.from_hp(weight, PerRow())
+    return {"qdata": quantized.qdata[:, :columns].contiguous(), "scale": quantized.scale}
+
+
+def _pack_float8(weight: Tensor) -> dict[str, Tensor]:
+    from torchao.quantization import Float8Tensor, PerRow
+
+    quantized = Float8Tensor.from_hp(weight, torch.float8_e4m3fn, PerRow())
+    # torchao divides an all-zero row (padding of an embedding) by its zero scale.
+    is_zero = quantized.scale == 0
+    return {
+        "qdata": quantized.qdata.view(torch.uint8).masked_fill(is_zero, 0),
+        "scale": quantized.scale.masked_fill(is_zero, 1),
+    }
 
 
 def _pack_int4(weight: Tensor, group_size: int) -> dict[str, Tensor]:

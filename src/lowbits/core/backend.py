@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, final
 
@@ -11,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from torch import dtype
 
@@ -84,7 +83,8 @@ class QuantBackend(ABC):
         """Quantize a weight.
 
         Args:
-            weight: ``(rows, row_length)``, float32, contiguous, finite, not empty; not kept, not changed.
+            weight: ``(rows, row_length)``, float32, contiguous, finite, not empty; not kept, not
+            changed.
                 It may be a few rows of a larger weight: the parts are put together along dim 0
                 where the first part says that it is ``row_sliceable``.
             scheme: one of `schemes`, which accepts this row length.

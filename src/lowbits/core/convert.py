@@ -6,9 +6,6 @@ from collections import defaultdict
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, cast, final
 
-import torch
-from torch import nn
-
 from lowbits.core.memory import available_host_bytes
 from lowbits.core.packed import PackedLayer, storage_form
 from lowbits.core.packing import pack_weight
@@ -21,6 +18,9 @@ from lowbits.progress import CancelToken, ProgressCallback, ProgressEvent
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+
+    import torch
+    from torch import nn
 
     from lowbits.core.select import Decision
 
@@ -126,7 +126,8 @@ def _memory_or_none(
 
 
 def _packed_bytes(decision: Decision) -> int:
-    assert decision.scheme and decision.backend  # noqa: S101, PT018 - chosen ones have both
+    assert decision.scheme
+    assert decision.backend
     rows, row_length = rows_of(decision.shape, decision.kind)
     return decision.backend.packed_bytes(decision.scheme, rows, row_length)
 
@@ -176,7 +177,8 @@ def _pack_one(
     decision: Decision, source: FileSource | None, options: ConvertOptions
 ) -> PackedParameters:
     scheme, backend = decision.scheme, decision.backend
-    assert scheme and backend  # noqa: S101, PT018 - chosen ones have both
+    assert scheme
+    assert backend
     original = cast("nn.Parameter", decision.tensor)
     try:
         packed = pack_weight(

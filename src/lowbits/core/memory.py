@@ -45,7 +45,7 @@ def compute_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
 
 
 def scratch(rows: int, row_length: int, dtype: torch.dtype) -> Tensor:
-    """Return ``(rows, row_length)`` of this thread's CPU scratch; its content is lost at the next call.
+    """Return ``(rows, row_length)`` of this thread's CPU scratch; the next call overwrites it.
 
     Costs as many bytes as the largest request of the thread so far. It is an ordinary tensor, also
     when it is first needed under ``torch.inference_mode``, because it outlives that block.
@@ -71,7 +71,7 @@ def storage_bytes(tensors: Iterable[Tensor]) -> int:
 
 
 def available_host_bytes() -> int | None:
-    """Return the host memory that may still be taken, a cgroup's limit included; None if unknown."""
+    """Return the host bytes that may still be taken, cgroup's limit included; None if unknown."""
     candidates = [_linux_available(), _cgroup_available()]
     known = [value for value in candidates if value is not None]
     return min(known) if known else None

@@ -2,12 +2,12 @@
 
 [Note: packed layers]
 A packed layer is the layer that was there before, with its class set to a subclass and its weight
-replaced, in ``_parameters``, by frozen Parameters that safetensors, deepcopy, a streamer and ``.to()``
-handle without knowing what they are:
+replaced, in ``_parameters``, by frozen Parameters that safetensors, deepcopy, a streamer and
+``.to()`` handle without knowing what they are:
 
-    weight_like    shape (0,), the weight's dtype and device: what dtype and device queries find first
+    weight_like    shape (0,), the weight's dtype and device: the first thing that queries find
     weight_qdata   codes, as integers
-    weight_scale   scales, as *integers* of the same width: no cast of floating Parameters changes them
+    weight_scale   scales, as *integers* of the same width, which no cast of floats changes
 
 ``layer.weight`` reads as a `WeightProxy`. Names, hooks and references to the layer stay valid.
 """
@@ -15,7 +15,6 @@ handle without knowing what they are:
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, Final, cast, final
@@ -30,7 +29,7 @@ from lowbits.core.proxy import WeightProxy
 from lowbits.errors import FormatError, PatchError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
 LAYOUT_VERSION: Final = 1
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from lowbits.core.scheme import Scheme
 
 #: Weights handed to a backend at once: libraries make three to five float32 copies of them.
-PART_WEIGHTS: Final = 1 << 22
+PART_WEIGHTS: Final = 1 << 20
 
 
 def pack_weight(

@@ -1,8 +1,8 @@
 """What ``layer.weight`` reads as on a packed layer.
 
 Much code reads a weight without computing with it: its dtype to cast an activation, its device to
-place an adapter, its shape to size one. A proxy answers those at once, dequantizes when it is used in
-maths, and refuses to be written: a write into a dequantized copy would be lost without a word.
+place an adapter, its shape to size one. A proxy answers those at once, dequantizes when it is used
+in maths, and refuses to be written: a write into a dequantized copy would be lost without a word.
 """
 
 from __future__ import annotations
@@ -21,12 +21,14 @@ if TYPE_CHECKING:
 
 #: Attributes and methods that the wrapper's own metadata answers.
 _METADATA: Final = frozenset(
-    """shape dtype device layout ndim requires_grad is_leaf is_cuda is_cpu is_xpu is_mps is_meta
-    is_sparse is_quantized is_nested is_mkldnn grad grad_fn names nbytes itemsize _version
-    size dim numel nelement ndimension stride element_size get_device is_contiguous
-    is_floating_point is_complex is_signed is_inference is_same_size __len__ __hash__
-    storage_offset _is_view _base output_nr _backward_hooks retains_grad is_maia is_hpu is_mtia
-    is_vulkan is_ipu is_xla is_ort type""".split()
+    """
+    shape dtype device layout ndim requires_grad is_leaf is_cuda is_cpu is_xpu is_mps
+    is_meta is_sparse is_quantized is_nested is_mkldnn grad grad_fn names nbytes itemsize
+    _version size dim numel nelement ndimension stride element_size get_device
+    is_contiguous is_floating_point is_complex is_signed is_inference is_same_size __len__
+    __hash__ storage_offset _is_view _base output_nr _backward_hooks retains_grad is_maia
+    is_hpu is_mtia is_vulkan is_ipu is_xla is_ort type
+    """.split()  # noqa: SIM905 - a list of 50 short names reads better so
 )
 #: Reads that give the proxy itself.
 _SELF: Final = frozenset(("data", "detach", "requires_grad_", "contiguous"))
@@ -45,7 +47,11 @@ class WeightProxy(torch.Tensor):
 
     @staticmethod
     def __new__(
-        cls, packed: Packed, backend: QuantBackend, shape: torch.Size, marker: torch.Tensor
+        cls: type[WeightProxy],
+        packed: Packed,
+        backend: QuantBackend,
+        shape: torch.Size,
+        marker: torch.Tensor,
     ) -> WeightProxy:
         """Make a proxy of this shape, with the marker's dtype and device."""
         proxy: WeightProxy = torch.Tensor._make_wrapper_subclass(
@@ -74,7 +80,7 @@ class WeightProxy(torch.Tensor):
     def __torch_function__(
         cls,
         func: Callable[..., Any],
-        types: Sequence[type],  # noqa: ARG003 - torch's signature
+        types: Sequence[type],
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:

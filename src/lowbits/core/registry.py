@@ -138,7 +138,7 @@ class BackendRegistry:
         ):
             try:
                 self._add(entry.load()())
-            except Exception as error:  # noqa: BLE001 - a broken plugin is reported, not fatal
+            except Exception as error:  # noqa: BLE001 - it becomes the reason that is reported
                 self._broken[entry.name] = f"{type(error).__name__}: {error}"
 
     def _add(self, backend: QuantBackend) -> None:
@@ -161,7 +161,7 @@ def _probe(backend: QuantBackend) -> BackendInfo:
     install = f"pip install {backend.requires!r}" if backend.requires else None
     try:
         version = backend.probe()
-    except Exception as error:  # noqa: BLE001 - a broken package may raise anything; it becomes the reason
+    except Exception as error:  # noqa: BLE001 - it becomes the reason that is reported
         reason = f"{type(error).__name__}: {error}"
         return BackendInfo(backend.name, None, available=False, reason=reason, install=install)
     return BackendInfo(backend.name, version, available=True, reason=None, install=None)

@@ -7,6 +7,10 @@ from collections import defaultdict
 from dataclasses import asdict, dataclass
 from typing import Any, Final, final
 
+_HEADER: Final = (
+    *("layer", "n", "kind", "shape", "scheme"),
+    *("before", "after", "bits", "source", "why"),
+)
 _UNITS: Final = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
@@ -107,19 +111,7 @@ class Report:
             if layer.component in whole:
                 key = (layer.component or "(all)", "", "", layer.scheme, "")
             groups[key].append(layer)
-        header = (
-            "layer",
-            "n",
-            "kind",
-            "shape",
-            "scheme",
-            "before",
-            "after",
-            "bits",
-            "source",
-            "why",
-        )
-        rows = [header, *(_row(key, group) for key, group in groups.items())]
+        rows = [_HEADER, *(_row(key, group) for key, group in groups.items())]
         return "\n".join([*_aligned(rows), "", *self._totals()])
 
     def _components(self) -> list[str]:
@@ -138,11 +130,10 @@ class Report:
     def summary(self) -> str:
         """Return one line: bytes before and after, packed layers, the way back."""
         packed = self.packed
-        ratio = self.bytes_before / self.bytes_after if self.bytes_after else 1.0
-        text = (
-            f"{format_bytes(self.bytes_before)} -> {format_bytes(self.bytes_after)} ({ratio:.2f}x), "
-            f"{len(packed)} weights packed"
-        )
+        before, after = self.bytes_before, self.bytes_after
+        ratio = before / after if after else 1.0
+        text = f"{format_bytes(before)} -> {format_bytes(after)} ({ratio:.2f}x)"
+        text = f"{text}, {len(packed)} weights packed"
         if not packed:
             return text
         schemes = ", ".join(dict.fromkeys(layer.scheme for layer in packed))
@@ -157,7 +148,7 @@ def format_bytes(count: int) -> str:
     """Return bytes in the largest IEC unit that keeps at least one digit before the point."""
     value = float(count)
     for unit in _UNITS[:-1]:
-        if abs(value) < 1024:  # noqa: PLR2004 - IEC
+        if abs(value) < 1024:
             return f"{value:.0f} {unit}" if unit == "B" else f"{value:.2f} {unit}"
         value /= 1024
     return f"{value:.2f} {_UNITS[-1]}"

@@ -1,8 +1,9 @@
 """Which weights are packed, in which scheme, and why the others are not.
 
-What is left alone by default is chosen by reason, the same for every scheme: norms, biases and other
-vectors, weights too small to matter, and the first and last projections, which carry the data itself
-in few channels. A rule that names a layer overrides those; nothing overrides what cannot be packed.
+What is left alone by default is chosen by reason, the same for every scheme: norms, biases and
+other vectors, weights too small to matter, and the first and last projections, which carry the data
+itself in few channels. A rule that names a layer overrides those; nothing overrides what cannot be
+packed.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import difflib
 import fnmatch
 import re
 from collections import defaultdict
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final, final
 
@@ -23,14 +23,15 @@ from lowbits.core.scheme import EMBEDDING, LINEAR, NATIVE, PARAMETER, Scheme, ro
 from lowbits.errors import ConfigError, PatchError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from lowbits.core.backend import QuantBackend
     from lowbits.core.registry import BackendRegistry
 
 #: Smaller weights save less than 8 KB each at 16 bits: not worth a dequantization per call.
 TINY_WEIGHTS: Final = 4096
-#: A layer outside of the repeated blocks that widens or narrows this much is a first or last projection.
+#: A layer outside of the repeated blocks that widens or narrows this much is a first or last
+#: projection.
 PROJECTION_RATIO: Final = 8
 
 _FLOATS: Final = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -106,7 +107,7 @@ class Decision:
     def tensor(self) -> torch.Tensor:
         """The parameter or buffer as it is now; decisions keep no reference to it."""
         tensor = self.module._parameters.get(self.name, self.module._buffers.get(self.name))
-        assert tensor is not None  # noqa: S101 - empty slots make no decision
+        assert tensor is not None
         return tensor
 
 
@@ -217,7 +218,7 @@ def _kind(module: nn.Module, name: str, tensor: torch.Tensor) -> str:
     if name == "weight":
         kind = next((k for k, cls in _LAYERS.items() if isinstance(module, cls)), None)
         return kind or type(module).__name__
-    if tensor.dim() < 2:  # noqa: PLR2004 - matrices have two dimensions
+    if tensor.dim() < 2:
         return "bias" if name == "bias" else "vector"
     return PARAMETER
 
@@ -284,7 +285,7 @@ class _Decider:
             return "parametrized weight"
         return _unsuitable(tensor)
 
-    def _default_reason(self, decision: Decision, *, is_raw: bool) -> str:
+    def _default_reason(self, decision: Decision, *, is_raw: bool) -> str:  # noqa: PLR0911 - a list of refusals
         """Say why a tensor is left alone where no rule names it."""
         if self._component.scheme is None:
             return self._component.reason
@@ -328,7 +329,7 @@ def _not_a_layer(decision: Decision) -> str:
         return decision.kind
     if "norm" in decision.kind.lower():
         return "norm"
-    if decision.tensor.dim() < 2:  # noqa: PLR2004 - matrices have two dimensions
+    if decision.tensor.dim() < 2:
         return "vector"
     return f"no scheme holds {decision.kind} layers"
 
@@ -361,8 +362,8 @@ def _settle_ties(decisions: list[Decision]) -> list[Decision]:
         schemes = {d.scheme.name if d.scheme else None for d in group}
         if decision.scheme and len(schemes) > 1:
             other = next(d for d in group if d is not decision)
-            fate = f"is stored as {other.scheme.name}" if other.scheme else f"({other.reason})"
-            reason = f"tied to {other.path}, which {fate}"
+            fate = f"stored as {other.scheme.name}" if other.scheme else other.reason
+            reason = f"tied to {other.path}: {fate}"
             settled.append(replace(decision, scheme=None, backend=None, reason=reason))
         else:
             settled.append(decision)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Final, final
+from typing import TYPE_CHECKING, Any, ClassVar, Final, cast, final
 
 import torch
 from safetensors import safe_open
@@ -32,7 +32,7 @@ class Source(ABC):
     #: As the report calls it.
     kind: ClassVar[str]
 
-    def settle(self) -> None:
+    def settle(self) -> None:  # noqa: B027 - most sources have nothing to free
         """Free what the way back does not need; called once the layer is packed."""
 
     @abstractmethod
@@ -77,8 +77,8 @@ class NoSource(Source):
     def verify(self) -> None:
         """Refuse: dequantized weights are not the original ones."""
         raise SourceUnavailableError(
-            "the full-precision weights were not kept (keep_source='none'): load the model again, or "
-            "pack with keep_source='memory' or source=path; lowbits.dequantize(target) gives "
+            "the full-precision weights were not kept (keep_source='none'): load the model again, "
+            "or pack with keep_source='memory' or source=path; lowbits.dequantize(target) gives "
             "ordinary layers with the weights as quantized"
         )
 
@@ -177,7 +177,7 @@ def read_tensor(path: Path, key: str) -> Tensor:
 def digest(tensor: Tensor) -> bytes:
     """Return the BLAKE2b digest of a tensor's bytes."""
     data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
-    return hashlib.blake2b(memoryview(data), digest_size=16).digest()
+    return hashlib.blake2b(cast("Any", data), digest_size=16).digest()
 
 
 def _same_bits(stored: Tensor, weight: Tensor) -> bool:

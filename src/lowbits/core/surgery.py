@@ -198,7 +198,7 @@ def _dense_parameters(
     """Return a layer's Parameters with its packed weights dequantized, in the original order."""
     parameters: dict[str, nn.Parameter | None] = {}
     stored = set()
-    for name, layout in layer.lowbits_layouts.items():
+    for layout in layer.lowbits_layouts.values():
         stored |= {f.parameter for f in layout.fields}
     markers = {marker_name(name): name for name in layer.lowbits_layouts}
     for key, parameter in layer._parameters.items():

@@ -1,17 +1,19 @@
 """Quantization configs of diffusers and transformers as schemes.
 
-They are recognized by their class's name, so that none of the libraries is imported for it: an object
-of such a class can only exist where its library does.
+They are recognized by their class's name, so that none of the libraries is imported for it: an
+object of such a class can only exist where its library does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final, final
+from typing import TYPE_CHECKING, Any, Final, final
 
 from lowbits.config import scheme_name
 from lowbits.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 _TORCHAO: Final[Mapping[str, str]] = {
     "Int8WeightOnlyConfig": "torchao-int8",

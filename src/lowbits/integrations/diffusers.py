@@ -25,7 +25,7 @@ def is_pipeline(target: Any) -> bool:
 
 
 def components_of(pipe: Any) -> dict[str, nn.Module]:
-    """Return a pipeline's modules by name; components that are None, or no modules, are left out."""
+    """Return a pipeline's modules by name; None and what is no module are not in it."""
     return {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
 
 

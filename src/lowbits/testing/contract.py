@@ -1,4 +1,4 @@
-"""The contract of a backend: what every scheme of it is checked for, on small layers, on the CPU."""
+"""The contract of a backend: what each of its schemes is checked for, on small layers."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def _check_description(backend: QuantBackend, scheme: Scheme) -> None:
     assert set(scheme.kinds) <= set(ALL_KINDS)
     info = next(info for info in lowbits.schemes() if info.name == scheme.name)
     assert info.backend == backend.name
-    assert 0 < info.bits_per_weight < 32  # noqa: PLR2004 - bits of float32
+    assert 0 < info.bits_per_weight < 32
     assert all(lowbits.backend(backend.name) is DEFAULT.find(f)[0] for f in scheme.fallbacks)
 
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class Model(nn.Module):
-    """A layer of each kind, tied embeddings, a buffer, a norm, and attention with a raw Parameter."""
+    """A layer of each kind, tied embeddings, a buffer, a norm, attention with a raw Parameter."""
 
     offset: Tensor
 
@@ -81,7 +81,7 @@ def close(got: Tensor, expected: Tensor, scheme: Scheme) -> bool:
     return float((got - expected).norm() / expected.norm()) <= tolerance
 
 
-def check_forward_is_that_of_its_weights(backend: QuantBackend, scheme: Scheme) -> None:  # noqa: ARG001
+def check_forward_is_that_of_its_weights(backend: QuantBackend, scheme: Scheme) -> None:
     """Packed layers of every kind compute what their dequantized weights do, batch 0 included."""
     model, handle = packed_model(scheme.name)
     kinds = {layer.kind for layer in handle.report().packed}
@@ -91,7 +91,7 @@ def check_forward_is_that_of_its_weights(backend: QuantBackend, scheme: Scheme) 
         assert model.blocks[0](torch.zeros(0, 64)).shape == (0, 96)
 
 
-def check_restore_gives_everything_back(backend: QuantBackend, scheme: Scheme) -> None:  # noqa: ARG001
+def check_restore_gives_everything_back(backend: QuantBackend, scheme: Scheme) -> None:
     """Undo: the same Parameter objects, classes, order, hooks and bits; no leaked attributes."""
     model = Model().eval()
     calls: list[str] = []
@@ -115,7 +115,7 @@ def _anatomy(model: nn.Module) -> list[Any]:
     ]
 
 
-def check_copies_are_packed_alike(backend: QuantBackend, scheme: Scheme) -> None:  # noqa: ARG001
+def check_copies_are_packed_alike(backend: QuantBackend, scheme: Scheme) -> None:
     """Copies by deepcopy, pickle and torch.save give the same output, without the handle."""
     model, _ = packed_model(scheme.name)
     expected = model(tokens())
@@ -133,7 +133,7 @@ def check_copies_are_packed_alike(backend: QuantBackend, scheme: Scheme) -> None
         assert all(a is b for a, b in ties), "tied weights must stay tied"
 
 
-def check_state_dict_round_trip(backend: QuantBackend, scheme: Scheme) -> None:  # noqa: ARG001
+def check_state_dict_round_trip(backend: QuantBackend, scheme: Scheme) -> None:
     """The state dict is plain tensors, loads strictly, and is refused where it does not belong."""
     model, _ = packed_model(scheme.name)
     state = model.state_dict()
@@ -157,7 +157,7 @@ def _with_buffers_of(model: Model, other: Model) -> Model:
     return model
 
 
-def check_casts_keep_the_codes(backend: QuantBackend, scheme: Scheme) -> None:  # noqa: ARG001
+def check_casts_keep_the_codes(backend: QuantBackend, scheme: Scheme) -> None:
     """`.half()` and `.to(dtype)` change the dtype that the layer answers and nothing stored."""
     model, _ = packed_model(scheme.name)
     layer: Any = model.blocks[0]
@@ -174,7 +174,7 @@ def check_casts_keep_the_codes(backend: QuantBackend, scheme: Scheme) -> None:  
         assert y.isfinite().all()
 
 
-def check_gradients_pass_through(backend: QuantBackend, scheme: Scheme) -> None:  # noqa: ARG001
+def check_gradients_pass_through(backend: QuantBackend, scheme: Scheme) -> None:
     """Inputs and biases get the gradients that the dequantized layer gives."""
     model, _ = packed_model(scheme.name)
     twin = dense_twin(model)
@@ -189,7 +189,7 @@ def check_gradients_pass_through(backend: QuantBackend, scheme: Scheme) -> None:
         assert close(got, expected, scheme)
 
 
-def check_weights_are_read_only(backend: QuantBackend, scheme: Scheme) -> None:  # noqa: ARG001
+def check_weights_are_read_only(backend: QuantBackend, scheme: Scheme) -> None:
     """Writes into a packed weight raise: they would be lost."""
     model, _ = packed_model(scheme.name)
     layer: Any = model.blocks[0]
@@ -210,7 +210,7 @@ def check_weights_are_read_only(backend: QuantBackend, scheme: Scheme) -> None: 
     assert torch.equal(layer.weight.clone(), before)
 
 
-def check_second_apply_is_refused(backend: QuantBackend, scheme: Scheme) -> None:  # noqa: ARG001
+def check_second_apply_is_refused(backend: QuantBackend, scheme: Scheme) -> None:
     """Packing twice raises, and changes nothing."""
     model, handle = packed_model(scheme.name)
     expected = model(tokens())
@@ -223,7 +223,7 @@ def check_second_apply_is_refused(backend: QuantBackend, scheme: Scheme) -> None
     raise AssertionError("a packed model was packed again")
 
 
-def check_what_does_not_fit_is_reported(backend: QuantBackend, scheme: Scheme) -> None:  # noqa: ARG001
+def check_what_does_not_fit_is_reported(backend: QuantBackend, scheme: Scheme) -> None:
     """Layers that a scheme refuses are left alone with a reason, or fall back and say so."""
     model = nn.ModuleList(
         [nn.Linear(64, 96), nn.Linear(33, 160), nn.ConvTranspose2d(64, 64, 3), nn.Conv2d(64, 64, 1)]

@@ -1,14 +1,15 @@
 """GGUF types of 32 weights a block: Q8_0, Q4_0, Q4_1, Q5_0, Q5_1.
 
-A block is, in this order: scale (float16), minimum (float16; ``_1`` types), the fifth bits (4 bytes;
-Q5 types), codes. Source: ``block_q4_0`` to ``block_q8_0`` in ggml-common.h; rounding as in ggml-quants.c
-and, byte for byte, the ``gguf`` package. Arithmetic is float32, so that scales cannot overflow.
+A block is, in this order: scale (float16), minimum (float16; ``_1`` types), the fifth bits (4
+bytes; Q5 types), codes. Source: ``block_q4_0`` to ``block_q8_0`` in ggml-common.h; rounding as in
+ggml-quants.c and, byte for byte, the ``gguf`` package. Arithmetic is float32, so that scales cannot
+overflow.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final, final
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, final
 
 import torch
 
@@ -41,7 +42,7 @@ class BlockType:
     def quantize(self, weight: Tensor) -> Tensor:
         """Quantize ``(rows, row_length)`` float32 to ``(rows, blocks * block_bytes)`` uint8."""
         blocks = weight.view(-1, BLOCK)
-        if self.bits == 8:  # noqa: PLR2004 - bits
+        if self.bits == 8:
             scale = blocks.abs().amax(1, keepdim=True) / 127
             codes = _round_half_away(blocks * _inverse(scale)).to(torch.int8).view(torch.uint8)
             parts = [_bytes_of(scale), codes]
@@ -67,19 +68,19 @@ class BlockType:
         # Weight i shares a byte with weight i + 16.
         low = codes & 15
         nibbles = low[:, : BLOCK // 2] | low[:, BLOCK // 2 :] << 4
-        fifth = [] if self.bits == 4 else [_pack_bits(codes >> 4)]  # noqa: PLR2004 - bits
+        fifth = [] if self.bits == 4 else [_pack_bits(codes >> 4)]
         return [*header, *fifth, nibbles]
 
     def dequantize(self, data: Tensor) -> Tensor:
         """Decode ``(rows, blocks * block_bytes)`` uint8 to ``(rows, blocks * 32)`` float32."""
         blocks = data.reshape(-1, self.block_bytes)
         scale = _float_of(blocks[:, :2])
-        if self.bits == 8:  # noqa: PLR2004 - bits
+        if self.bits == 8:
             return (blocks[:, 2:].view(torch.int8).float() * scale).view(data.shape[0], -1)
         start = 4 if self.has_minimum else 2
         codes = blocks[:, -BLOCK // 2 :]
         codes = torch.cat([codes & 15, codes >> 4], 1)
-        if self.bits == 5:  # noqa: PLR2004 - bits
+        if self.bits == 5:
             codes = codes | _unpack_bits(blocks[:, start : start + 4]) << 4
         if self.has_minimum:
             values = codes.float() * scale + _float_of(blocks[:, 2:4])

@@ -1,0 +1,116 @@
+"""Sessions for checking, testing and measuring. `nox` runs lint, types and tests."""
+
+from __future__ import annotations
+
+import nox
+
+nox.needs_version = ">=2025.2.9"
+# uv does not look where pip finds torch's CPU build: pip it is.
+nox.options.default_venv_backend = "virtualenv"
+nox.options.sessions = ["lint", "types", "tests"]
+
+PROJECT = nox.project.load_toml("pyproject.toml")
+CONSTRAINTS = ("-c", "constraints.txt")
+BACKENDS = ("bnb", "torchao", "quanto", "gguf", "float8")
+#: What each worker of the tests may use, so that they do not fight for cores.
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
+
+
+def install(session: nox.Session, extras: str, *groups: str) -> None:
+    """Install the project with some extras and dependency groups, in the tested versions."""
+    requirements = [r for group in groups for r in nox.project.dependency_groups(PROJECT, group)]
+    target = f".[{extras}]" if extras else "."
+    session.install(*CONSTRAINTS, "-e", target, *requirements)
+
+
+def install_for_tests(session: nox.Session) -> None:
+    install(session, "all", "test")
+    session.install("--no-deps", "./tests/toy_backend")
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    install(session, "", "lint")
+    session.run("ruff", "check")
+    session.run("ruff", "format", "--check")
+    session.run("lint-imports")
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    install(session, "all", "test", "lint")
+    session.install(*CONSTRAINTS, "nox")
+    session.run("mypy")
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    install_for_tests(session)
+    arguments = session.posargs or ("-n", "2", "--dist", "worksteal")
+    session.run("pytest", "-m", "not slow and not gpu", *arguments, env=ENVIRONMENT)
+
+
+@nox.session(default=False)
+def backends(session: nox.Session) -> None:
+    """Run the full product of schemes and checks, and fail where a backend was skipped."""
+    install_for_tests(session)
+    session.run(
+        "pytest", "-m", "not gpu", "-n", "2", "tests/backends", *session.posargs, env=ENVIRONMENT
+    )
+    check = "import lowbits as l; assert all(b.available for b in l.backends()), l.backends()"
+    session.run("python", "-c", check)
+
+
+@nox.session(default=False)
+def property(session: nox.Session) -> None:  # noqa: A001 - the session's name
+    install_for_tests(session)
+    session.run(
+        "pytest",
+        "-m",
+        "property",
+        "--hypothesis-profile=thorough",
+        *session.posargs,
+        env=ENVIRONMENT,
+    )
+
+
+@nox.session(default=False)
+@nox.parametrize("backend", BACKENDS)
+def one_backend(session: nox.Session, backend: str) -> None:
+    """Install one backend alone: the others are reported as missing, and it works."""
+    install(session, backend if backend != "float8" else "", "test")
+    session.run("pytest", "tests/backends/test_contract.py", "-k", backend, env=ENVIRONMENT)
+
+
+@nox.session(default=False)
+def minimums(session: nox.Session) -> None:
+    """Run the contract with the lowest versions that pyproject.toml admits."""
+    extras = PROJECT["project"]["optional-dependencies"]
+    lowest = [
+        r.replace(">=", "==") for name in ("bnb", "torchao", "quanto", "gguf") for r in extras[name]
+    ]
+    session.install(*CONSTRAINTS, "torch", *nox.project.dependency_groups(PROJECT, "test"))
+    session.install("--no-deps", "-e", ".")
+    session.install(*lowest)
+    session.run("pytest", "tests/backends/test_contract.py", env=ENVIRONMENT)
+
+
+@nox.session(default=False)
+def docs(session: nox.Session) -> None:
+    install(session, "", "docs")
+    session.run("mkdocs", "build", "--strict", *session.posargs)
+
+
+@nox.session(default=False)
+def bench(session: nox.Session) -> None:
+    install_for_tests(session)
+    session.run("python", "benchmarks/bench_import.py", env=ENVIRONMENT)
+    session.run("lowbits", "compare", "benchmarks/miniflux", "--out", "out", *session.posargs)
+
+
+@nox.session(default=False)
+def gpu(session: nox.Session) -> None:
+    """Run the contract on an accelerator; its name is printed first."""
+    install_for_tests(session)
+    session.run("python", "-c", "import torch; print(torch.accelerator.current_accelerator())")
+    session.run("pytest", "-m", "gpu", *session.posargs)

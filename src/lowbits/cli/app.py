@@ -1,0 +1,218 @@
+"""The commands of ``lowbits``."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Annotated, Any, Final, final
+
+import typer
+from rich.text import Text
+from typer.core import TyperGroup
+
+import lowbits
+from lowbits.cli import options, tables
+from lowbits.cli.bars import Bars
+from lowbits.cli.loading import Recipe, load_pipeline, pick_device, quiet, read_recipe
+from lowbits.errors import ConfigError, LowbitsError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+#: Packages that commands need, and the extra that brings them.
+_EXTRAS: Final = {
+    "PIL": "cli",
+    "numpy": "cli",
+    "accelerate": "diffusers",
+    "diffusers": "diffusers",
+    "transformers": "diffusers",
+}
+
+#: Pictures of each prompt: with mini-FLUX, two to three minutes on two cores.
+_SEEDS: Final = 12
+
+
+@final
+class _Commands(TyperGroup):
+    """Commands whose errors are one red line each."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (LowbitsError, ModuleNotFoundError) as error:
+            message = _message(error)
+            if ctx.params.get("debug") or message is None:
+                raise
+            line = Text(f"error: {message}", style="red")
+            tables.make_console(stderr=True).print(line, soft_wrap=True)
+            raise typer.Exit(1) from None
+
+
+def _message(error: LowbitsError | ModuleNotFoundError) -> str | None:
+    if isinstance(error, LowbitsError):
+        return str(error)
+    extra = _EXTRAS.get((error.name or "").partition(".")[0])
+    return f"this command needs {error.name}: pip install 'lowbits[{extra}]'" if extra else None
+
+
+app = typer.Typer(
+    name="lowbits",
+    cls=_Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,
+    help="Run any torch module or diffusers pipeline in the memory you have.",
+)
+
+
+def _show_version(is_wanted: bool) -> None:
+    if is_wanted:
+        typer.echo(f"lowbits {lowbits.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show it.")
+    ] = False,
+) -> None: ...
+
+
+@app.command()
+def backends(as_json: options.Json = False) -> None:
+    """List the libraries that pack weights, and which of them work here."""
+    with quiet():
+        infos = lowbits.backends()
+    _show(infos, tables.backends_table, as_json=as_json)
+
+
+@app.command()
+def schemes(as_json: options.Json = False) -> None:
+    """List the ways to store a weight."""
+    with quiet():
+        infos = lowbits.schemes()
+    _show(infos, tables.schemes_table, as_json=as_json)
+
+
+def _show(infos: Any, table: Callable[[Any], Any], *, as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps([asdict(info) for info in infos], indent=2))
+    else:
+        tables.make_console().print(table(infos))
+
+
+@app.command()
+def run(
+    model: options.Model,
+    prompt: options.Prompt,
+    scheme: options.Scheme,
+    out: options.Picture,
+    seed: options.Seed = 0,
+    steps: options.Steps = None,
+    height: options.Height = None,
+    width: options.Width = None,
+    settings: options.Settings = None,
+    show_report: options.ShowReport = False,
+    component: options.Components = None,
+    rule: options.Rules = None,
+    skip: options.Skip = None,
+    device: options.Device = None,
+    compute_dtype: options.ComputeDtype = None,
+    keep_source: options.KeepSource = "none",
+    source: options.Source = None,
+) -> None:
+    """Draw a picture with packed weights."""
+    call = options.call_settings(settings, num_inference_steps=steps, height=height, width=width)
+    import torch
+
+    from lowbits.cli.drawing import draw, to_image
+
+    call = {**read_recipe(model).call, **call}
+    console = tables.make_console(stderr=True)
+    with Bars(console) as bars:
+        bars.track("loading", 0, 1)
+        place = pick_device(device)
+        pipe = load_pipeline(model, place)
+        config = lowbits.LowbitsConfig(
+            scheme=scheme,
+            components=options.components(component, scheme),
+            rules=options.split_pairs(rule, "--rule") or None,
+            skip=tuple(skip or ()),
+            device=place,
+            compute_dtype=getattr(torch, compute_dtype) if compute_dtype else None,
+            keep_source=keep_source,
+            source=source or (model if keep_source == "file" else None),
+            progress=lambda event: bars.track("packing", event.done_bytes, event.total_bytes),
+        )
+        with quiet():
+            handle = lowbits.apply(pipe, config)
+        pictures = draw(pipe, prompt, [seed], call, lambda done: bars.track("drawing", done, 1))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    to_image(pictures[0]).save(out)
+    report = handle.report()
+    typer.echo(report.table() if show_report else report.summary())
+
+
+@app.command()
+def compare(
+    model: options.Model,
+    out: options.Folder,
+    scheme_list: options.SchemeList = None,
+    all_schemes: options.AllSchemes = False,
+    seeds: options.Seeds = _SEEDS,
+    prompts: options.Prompts = None,
+    steps: options.Steps = None,
+    settings: options.Settings = None,
+    batch: options.Batch = None,
+    device: options.Device = None,
+    blind: options.Blind = False,
+) -> None:
+    """Draw the same pictures with several schemes, and measure what each costs and saves.
+
+    Writes report.json and contact_sheet.png. Prompts, labels and settings come from the model's
+    compare.json, if it has one.
+    """
+    recipe = _recipe(model, prompts, options.call_settings(settings, num_inference_steps=steps))
+    console = tables.make_console(stderr=True)
+    with Bars(console) as bars:
+        bars.track("loading", 0, 1)
+        from lowbits.cli import compare as comparing
+        from lowbits.cli.outputs import write_outputs
+
+        with quiet():
+            names = _scheme_names(scheme_list, all_schemes=all_schemes)
+            usable, skipped = comparing.usable_schemes(names)
+        place = pick_device(device)
+        plan = comparing.Plan(recipe, usable, seeds, batch or seeds, place)
+        found = comparing.compare(load_pipeline(model, place), plan, bars.track)
+    found = replace(found, skipped=(*skipped, *found.skipped))
+    shown = tables.make_console()
+    shown.print(tables.comparison_table(found))
+    for line in tables.skipped_lines(found):
+        shown.print(line, soft_wrap=True)
+    for path in write_outputs(found, model.resolve().name, out, blind=blind):
+        typer.echo(f"wrote {path}")
+
+
+def _recipe(model: Any, prompts: list[str] | None, call: dict[str, Any]) -> Recipe:
+    """Return the model's recipe with what the command line changes in it."""
+    recipe = read_recipe(model)
+    if prompts:
+        recipe = replace(recipe, prompts=tuple(prompts), labels=(), classifier=None)
+    if not recipe.prompts:
+        raise ConfigError(f"{model} has no compare.json with prompts: pass --prompt")
+    return replace(recipe, call={**recipe.call, **call})
+
+
+def _scheme_names(listed: str | None, *, all_schemes: bool) -> tuple[str, ...]:
+    from lowbits.cli.compare import DEFAULT_SCHEMES
+
+    if listed is not None and all_schemes:
+        raise typer.BadParameter("--schemes and --all exclude each other")
+    if all_schemes:
+        return tuple(info.name for info in lowbits.schemes() if info.backend != "-")
+    if listed is not None:
+        return tuple(name.strip() for name in listed.split(",") if name.strip())
+    return DEFAULT_SCHEMES

@@ -1,0 +1,53 @@
+"""One live bar on stderr: the phase that is running."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, final
+
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from rich.console import Console
+
+
+@final
+class Bars:
+    """Shows a bar for each phase of the work while its block runs, one at a time.
+
+    Nothing is shown where the console is no terminal, and nothing stays when the block ends.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description}", table_column=None),
+            BarColumn(),
+            TaskProgressColumn(),
+            TimeElapsedColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._phase = ""
+
+    def track(self, phase: str, done: float, total: float) -> None:
+        """Say how far a phase is; a new name begins a new bar."""
+        if phase != self._phase:
+            for task in self._progress.task_ids:
+                self._progress.remove_task(task)
+            self._progress.add_task(phase)
+            self._phase = phase
+        self._progress.update(self._progress.task_ids[0], completed=done, total=total)
+
+    def __enter__(self) -> Bars:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._progress.stop()

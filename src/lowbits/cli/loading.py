@@ -1,0 +1,141 @@
+"""Loading pipelines, and what a model folder says about comparisons of it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import warnings
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final, final
+
+from lowbits.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+    from pathlib import Path
+
+    import torch
+
+RECIPE: Final = "compare.json"
+
+#: The first diffusers whose `from_pretrained` calls its ``torch_dtype`` ``dtype``.
+_DTYPE_RENAMED: Final = (0, 40)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep off the terminal what other libraries say while they are imported and loaded.
+
+    They announce packages that they do without, and each other's deprecations: nothing that the
+    user of a command can act on.
+    """
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
+
+
+def pick_device(device: str | None) -> torch.device:
+    """Return the device of this name; None: the accelerator if there is one, else the CPU.
+
+    Raises:
+        ConfigError: torch knows no such device.
+    """
+    import torch
+
+    if device is None:
+        found = torch.accelerator.current_accelerator(check_available=True)
+        return found or torch.device("cpu")
+    try:
+        return torch.device(device)
+    except RuntimeError as error:
+        raise ConfigError(f"device: got {device!r}, expected one such as cpu or cuda:0") from error
+
+
+def load_pipeline(folder: Path, device: torch.device) -> Any:
+    """Load a diffusers pipeline on the CPU: in float32 if it will run there, else in bfloat16.
+
+    Raises:
+        ConfigError: the folder has no pipeline in it.
+    """
+    import torch
+
+    if not (folder / "model_index.json").exists():
+        raise ConfigError(f"{folder} has no model_index.json: it is not a diffusers pipeline")
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    with quiet(), _no_loading_bars():
+        import diffusers
+
+        version = tuple(map(int, diffusers.__version__.split(".")[:2]))
+        name = "dtype" if version >= _DTYPE_RENAMED else "torch_dtype"
+        pipe = diffusers.DiffusionPipeline.from_pretrained(
+            folder, local_files_only=True, **{name: dtype}
+        )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@contextmanager
+def _no_loading_bars() -> Iterator[None]:
+    import diffusers
+    import transformers
+
+    logs = [diffusers.utils.logging, transformers.utils.logging]
+    shown = [log for log in logs if log.is_progress_bar_enabled()]
+    for log in shown:
+        log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for log in shown:
+            log.enable_progress_bar()
+
+
+@final
+@dataclass(frozen=True)
+class Recipe:
+    """What to draw with a model, and how to tell what is on the pictures.
+
+    Attributes:
+        prompts: what to draw.
+        labels: what the picture of each prompt should be recognised as; empty: it is not asked.
+        call: keywords of the pipeline's call.
+        classifier: weights of the `lowbits.cli.reader` that recognises the labels, in their order.
+    """
+
+    prompts: tuple[str, ...] = ()
+    labels: tuple[str, ...] = ()
+    call: Mapping[str, Any] = field(default_factory=dict)
+    classifier: Path | None = None
+
+
+def read_recipe(folder: Path) -> Recipe:
+    """Return what a model's ``compare.json`` says; an empty recipe where there is none.
+
+    Raises:
+        ConfigError: the file does not hold what it should.
+    """
+    path = folder / RECIPE
+    if not path.exists():
+        return Recipe()
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{path} is no JSON: {error}") from error
+    fields = {"prompts": list, "labels": list, "call": dict, "classifier": str}
+    for name, kind in fields.items():
+        value = data.get(name) if isinstance(data, dict) else data
+        if value is not None and not isinstance(value, kind):
+            raise ConfigError(
+                f"{path}: {name}: got {type(value).__name__}, expected {kind.__name__}"
+            )
+    prompts, labels = tuple(data.get("prompts", ())), tuple(data.get("labels", ()))
+    if labels and len(labels) != len(prompts):
+        raise ConfigError(f"{path}: got {len(labels)} labels for {len(prompts)} prompts")
+    classifier = data.get("classifier")
+    return Recipe(prompts, labels, data.get("call", {}), classifier and folder / classifier)

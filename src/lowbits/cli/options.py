@@ -1,0 +1,171 @@
+"""The options that commands share, and how their texts become values."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+_PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+
+_PACKING = "Packing"
+
+
+def _picture_path(path: Path) -> Path:
+    if path.suffix.lower() not in _PICTURE_SUFFIXES:
+        raise typer.BadParameter(f"{path.name} ends in none of {', '.join(_PICTURE_SUFFIXES)}")
+    return path
+
+
+Model = Annotated[
+    Path,
+    typer.Argument(
+        metavar="MODEL", exists=True, file_okay=False, help="Folder of a diffusers pipeline."
+    ),
+]
+Prompt = Annotated[str, typer.Argument(metavar="PROMPT", help="What to draw.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+Picture = Annotated[
+    Path, typer.Option("--out", "-o", callback=_picture_path, help="Picture to write.")
+]
+Seed = Annotated[int, typer.Option(help="Seed of the noise that the picture starts from.")]
+Steps = Annotated[int | None, typer.Option(min=1, help="Denoising steps.")]
+Height = Annotated[int | None, typer.Option(min=1, help="Pixels.")]
+Width = Annotated[int | None, typer.Option(min=1, help="Pixels.")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=JSON",
+        help="Keyword of the pipeline's call, such as true_cfg_scale=2.0; repeatable.",
+    ),
+]
+ShowReport = Annotated[bool, typer.Option("--report", help="Print what was done to each layer.")]
+
+Scheme = Annotated[
+    str,
+    typer.Option(
+        "--scheme",
+        "-s",
+        rich_help_panel=_PACKING,
+        help="Scheme that weights are packed in; `lowbits schemes` lists them.",
+    ),
+]
+Components = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--component",
+        metavar="NAME[=SCHEME]",
+        rich_help_panel=_PACKING,
+        help="Component to pack; repeatable. Default: denoiser and large text encoders.",
+    ),
+]
+Rules = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--rule",
+        metavar="GLOB=SCHEME",
+        rich_help_panel=_PACKING,
+        help="Scheme by glob over layer names; repeatable, the last match counts.",
+    ),
+]
+Skip = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--skip",
+        metavar="GLOB",
+        rich_help_panel=_PACKING,
+        help="Layers that are left alone; repeatable.",
+    ),
+]
+Device = Annotated[
+    str | None,
+    typer.Option(
+        rich_help_panel=_PACKING,
+        help="Device to run on. Default: the accelerator if there is one, else the CPU.",
+    ),
+]
+ComputeDtype = Annotated[
+    Literal["float32", "float16", "bfloat16"] | None,
+    typer.Option(
+        rich_help_panel=_PACKING,
+        help="What packed layers multiply in. Default: what is fast on the device.",
+    ),
+]
+KeepSource = Annotated[
+    Literal["auto", "memory", "file", "none"],
+    typer.Option(rich_help_panel=_PACKING, help="Where originals are kept."),
+]
+Source = Annotated[
+    Path | None,
+    typer.Option(
+        exists=True,
+        rich_help_panel=_PACKING,
+        help="Safetensors file or folder that the weights were loaded from. Default: MODEL.",
+    ),
+]
+
+Folder = Annotated[
+    Path, typer.Option("--out", "-o", file_okay=False, help="Folder for the report and the sheet.")
+]
+SchemeList = Annotated[
+    str | None, typer.Option("--schemes", metavar="A,B,C", help="Schemes to compare.")
+]
+AllSchemes = Annotated[bool, typer.Option("--all", help="Compare every scheme there is.")]
+Seeds = Annotated[int, typer.Option(min=1, help="Pictures of each prompt.")]
+Batch = Annotated[
+    int | None, typer.Option(min=1, help="Pictures drawn at once. Default: all of a prompt.")
+]
+Prompts = Annotated[
+    list[str] | None,
+    typer.Option("--prompt", help="What to draw; repeatable. Default: those of compare.json."),
+]
+Blind = Annotated[
+    bool, typer.Option("--blind", help="Also write blind.html: can you tell which is quantized?")
+]
+
+
+def split_pairs(items: Sequence[str] | None, option: str) -> dict[str, str]:
+    """Return ``KEY=VALUE`` texts as a mapping.
+
+    Raises:
+        typer.BadParameter: a text has no ``=``.
+    """
+    pairs = {}
+    for item in items or ():
+        key, equals, value = item.partition("=")
+        if not (key and equals):
+            raise typer.BadParameter(f"got {item!r}, expected KEY=VALUE", param_hint=option)
+        pairs[key] = value
+    return pairs
+
+
+def call_settings(items: Sequence[str] | None, **named: int | None) -> dict[str, Any]:
+    """Return keywords for the pipeline's call: those named and not None, then ``--set`` texts.
+
+    Raises:
+        typer.BadParameter: a value is no JSON.
+    """
+    settings: dict[str, Any] = {key: value for key, value in named.items() if value is not None}
+    for key, text in split_pairs(items, "--set").items():
+        try:
+            settings[key] = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise typer.BadParameter(
+                f"{key}: {text!r} is no JSON; a text needs double quotes: '{key}=\"...\"'",
+                param_hint="--set",
+            ) from error
+    return settings
+
+
+def components(items: Sequence[str] | None, scheme: str) -> dict[str, str] | None:
+    """Return the scheme of each component of ``NAME`` and ``NAME=SCHEME`` texts; None for none."""
+    if not items:
+        return None
+    return {name: own or scheme for name, _, own in (item.partition("=") for item in items)}

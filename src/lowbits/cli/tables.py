@@ -1,0 +1,139 @@
+"""Tables of backends, schemes and comparisons for the terminal."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+from typing import TYPE_CHECKING, Final
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import lowbits
+    from lowbits.cli.compare import Comparison, Result
+
+_MIB: Final = 2**20
+
+#: Columns of what is written to a file or a pipe: no table here needs more.
+_UNBOUNDED: Final = 200
+
+
+def make_console(*, stderr: bool = False) -> Console:
+    """Return a console; one that writes to a file or a pipe does not wrap tables at 80 columns."""
+    stream = sys.stderr if stderr else sys.stdout
+    is_sized = stream.isatty() or "COLUMNS" in os.environ
+    return Console(stderr=stderr, width=None if is_sized else _UNBOUNDED, highlight=False)
+
+
+def backends_table(backends: Sequence[lowbits.BackendInfo]) -> Table:
+    """Return a table of `lowbits.backends`."""
+    table = _table("backend", "version", "available", "why not", "install")
+    for info in backends:
+        table.add_row(
+            Text(info.name, style="bold"),
+            info.version or "-",
+            _mark(info.available),
+            Text(info.reason or ""),
+            Text(info.install or ""),
+        )
+    return table
+
+
+def schemes_table(schemes: Sequence[lowbits.SchemeInfo]) -> Table:
+    """Return a table of `lowbits.schemes`, a section for each backend."""
+    table = _table("scheme", "backend", "bits", "layers", "row", "available", "Forge", "summary")
+    table.columns[2].justify = table.columns[4].justify = "right"
+    table.columns[2].no_wrap = True
+    every = max((info.layer_kinds for info in schemes), key=len, default=())
+    previous = None
+    for info in schemes:
+        if previous not in (None, info.backend):
+            table.add_section()
+        previous = info.backend
+        summary = Text(info.summary)
+        if info.reason:
+            summary.append(f"\nneeds: {info.reason}", style="yellow")
+        table.add_row(
+            Text(info.name, style="bold" if info.available else "dim"),
+            info.backend,
+            f"{info.bits_per_weight:.2f}",
+            "all" if info.layer_kinds == every else ", ".join(info.layer_kinds),
+            f"x{info.row_multiple}" if info.row_multiple > 1 else "any",
+            _mark(info.available),
+            info.forge_name or "-",
+            summary,
+        )
+    return table
+
+
+def comparison_table(comparison: Comparison) -> Table:
+    """Return a table of what was measured, full precision first."""
+    table = _table("scheme")
+    for heading in (
+        "bits per\nweight",
+        "packed\nparts, MiB",
+        "all,\nMiB",
+        "packing,\ns",
+        "packing\npeak, MiB",
+        "drawing,\ns a picture",
+        "PSNR,\ndB",
+        "read as\nasked",
+        "restored",
+    ):
+        table.add_column(heading, justify="right")
+    table.add_row(*_comparison_row(comparison.reference), end_section=True)
+    for result in comparison.results:
+        table.add_row(*_comparison_row(result))
+    return table
+
+
+def skipped_lines(comparison: Comparison) -> list[Text]:
+    """Return a line for each scheme that was skipped."""
+    return [
+        Text.assemble((f"skipped {item.scheme}: ", "yellow"), item.reason)
+        for item in comparison.skipped
+    ]
+
+
+def format_psnr(value: float) -> str:
+    """Return decibels for a table: ``equal`` where pictures are the same bit by bit."""
+    return "equal" if math.isinf(value) else f"{value:.1f}"
+
+
+def format_share(value: float | None) -> str:
+    """Return a share in per cent, or a dash."""
+    return "-" if value is None else f"{value:.1%}"
+
+
+def _comparison_row(result: Result) -> list[str | Text]:
+    is_reference = result.convert_s is None
+    peak = result.convert_peak_bytes
+    return [
+        Text(result.scheme, style="bold"),
+        f"{result.stored.bits_per_weight:.2f}",
+        f"{result.stored.component_bytes / _MIB:.2f}",
+        f"{result.stored.total_bytes / _MIB:.2f}",
+        "-" if result.convert_s is None else f"{result.convert_s:.2f}",
+        "-" if peak is None else f"{peak / _MIB:.1f}",
+        f"{result.seconds_per_picture:.3f}",
+        "-" if is_reference else format_psnr(result.psnr_db),
+        format_share(result.accuracy),
+        Text("-") if result.restored is None else _mark(result.restored),
+    ]
+
+
+def _table(*headings: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, header_style="bold cyan", pad_edge=False)
+    for heading in headings:
+        table.add_column(heading, overflow="fold")
+    return table
+
+
+def _mark(is_good: bool) -> Text:
+    return Text("yes", style="green") if is_good else Text("no", style="bold red")

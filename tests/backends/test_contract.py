@@ -1,0 +1,35 @@
+"""Every built-in backend, and one of a third party, passes the contract suite."""
+
+from __future__ import annotations
+
+import pytest
+
+import lowbits
+from lowbits import testing
+
+BUILT_IN = ("bnb", "float8", "gguf", "quanto", "torchao")
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_built_in_backend_is_available(name: str) -> None:
+    info = next(info for info in lowbits.backends() if info.name == name)
+    assert info.available, f"{info.reason}; {info.install}"
+
+
+@pytest.mark.parametrize(
+    "check", [check for name in BUILT_IN for check in testing.checks(name)], ids=str
+)
+def test_contract(check: testing.Check) -> None:
+    check()
+
+
+def toy_checks() -> tuple[testing.Check, ...]:
+    """The package in tests/toy_backend; `nox -s tests` installs it."""
+    if "toy" not in {info.name for info in lowbits.backends()}:
+        return ()
+    return testing.checks("toy")
+
+
+@pytest.mark.parametrize("check", toy_checks(), ids=str)
+def test_third_party_contract(check: testing.Check) -> None:
+    check()

@@ -1,0 +1,161 @@
+"""The way back: from memory, from a proven file, or refused."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+import lowbits
+from lowbits import errors
+from lowbits.core import convert
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def model() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 96))
+
+
+def state(target: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in target.state_dict().items()}
+
+
+def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return list(a) == list(b) and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_memory_keeps_the_very_objects() -> None:
+    target = model()
+    parameters = list(target.parameters())
+    lowbits.quantize(target, "bnb-nf4", keep_source="memory").restore()
+    assert all(a is b for a, b in zip(target.parameters(), parameters, strict=True))
+
+
+def test_file_is_used_where_it_holds_these_bits(tmp_path: Path) -> None:
+    target = model()
+    save_file(target.state_dict(), tmp_path / "model.safetensors")
+    before = state(target)
+    handle = lowbits.quantize(target, "bnb-nf4", source=tmp_path)
+    assert {row.source for row in handle.report().packed} == {"file"}
+    assert handle.report().restorable
+    handle.restore()
+    assert equal(state(target), before)
+
+
+def test_a_16_bit_file_proves_a_model_that_was_loaded_in_float32(tmp_path: Path) -> None:
+    target = model().bfloat16()
+    save_file(target.state_dict(), tmp_path / "model.safetensors")
+    target.float()
+    before = state(target)
+    handle = lowbits.quantize(target, "bnb-nf4", keep_source="file", source=tmp_path)
+    handle.restore()
+    assert equal(state(target), before)
+
+
+def test_weights_that_are_not_the_files_stay_in_memory(tmp_path: Path) -> None:
+    target = model()
+    save_file(target.state_dict(), tmp_path / "model.safetensors")
+    with torch.no_grad():
+        next(target.parameters())[0, 0] += 1e-3  # a fused LoRA, say
+    before = state(target)
+    handle = lowbits.quantize(target, "bnb-nf4", source=tmp_path, keep_source="auto")
+    assert [row.source for row in handle.report().packed] == ["memory", "file"]
+    handle.restore()
+    assert equal(state(target), before)
+
+
+def test_insisting_on_a_file_that_does_not_hold_the_weights_is_refused(tmp_path: Path) -> None:
+    target = model()
+    save_file(model().state_dict(), tmp_path / "model.safetensors")
+    before = state(target)
+    with pytest.raises(errors.SourceUnavailableError, match="2 weights are not in .* e.g. 0 "):
+        lowbits.quantize(target, "bnb-nf4", keep_source="file", source=tmp_path)
+    assert equal(state(target), before)
+
+
+def test_a_file_that_changed_since_is_refused_and_the_model_stays_packed(tmp_path: Path) -> None:
+    target = model()
+    save_file(target.state_dict(), tmp_path / "model.safetensors")
+    handle = lowbits.quantize(target, "bnb-nf4", source=tmp_path)
+    packed = state(target)
+    save_file(model().state_dict(), tmp_path / "model.safetensors")
+    with pytest.raises(errors.SourceUnavailableError, match="is not what it was"):
+        handle.restore()
+    assert equal(state(target), packed)
+    assert handle.is_active
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(errors.SourceUnavailableError, match="cannot read '0.weight'"):
+        handle.restore()
+
+
+def test_none_cannot_be_restored_and_says_what_can_be_done() -> None:
+    target = model()
+    handle = lowbits.quantize(target, "bnb-nf4", keep_source="none")
+    assert not handle.report().restorable
+    assert "were not kept" in handle.report().warnings[0]
+    packed = state(target)
+    for call in (handle.restore, lambda: handle.switch("bnb-fp4")):
+        with pytest.raises(errors.SourceUnavailableError, match="load the model again"):
+            call()
+    assert equal(state(target), packed)
+    lowbits.dequantize(target)
+    assert type(target[0]) is nn.Linear
+    assert lowbits.handle(target) is None
+
+
+def test_auto_lets_originals_go_where_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(convert, "available_host_bytes", lambda: 0)
+    handle = lowbits.quantize(model(), "bnb-nf4")
+    assert {row.source for row in handle.report().packed} == {"none"}
+    monkeypatch.setattr(convert, "available_host_bytes", lambda: 1 << 40)
+    handle = lowbits.quantize(model(), "bnb-nf4")
+    assert {row.source for row in handle.report().packed} == {"memory"}
+
+
+def test_file_without_a_path_is_refused() -> None:
+    with pytest.raises(errors.SourceUnavailableError, match="needs source=path"):
+        lowbits.quantize(model(), "bnb-nf4", keep_source="file")
+
+
+def test_a_path_that_does_not_exist_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(errors.ConfigError, match="no such file or folder"):
+        lowbits.quantize(model(), "bnb-nf4", source=tmp_path / "nope")
+
+
+def test_a_cast_while_packed_is_kept_by_restore() -> None:
+    target = model()
+    expected = state(model().load_state_dict(target.state_dict()) and target)
+    handle = lowbits.quantize(target, "bnb-nf4", keep_source="memory")
+    target.bfloat16()
+    handle.restore()
+    for name, value in target.state_dict().items():
+        assert torch.equal(value, expected[name].bfloat16())
+
+
+def test_switch_packs_from_the_originals() -> None:
+    target = model()
+    before = state(target)
+    direct = model()
+    direct.load_state_dict(before)
+    lowbits.quantize(direct, "gguf-q8_0")
+    handle = lowbits.quantize(target, "quanto-int2", keep_source="memory").switch("gguf-q8_0")
+    assert equal(state(target), state(direct))
+    handle.restore()
+    assert equal(state(target), before)
+
+
+def test_a_switch_that_fails_leaves_the_old_scheme() -> None:
+    target = model()
+    handle = lowbits.quantize(target, "bnb-nf4", keep_source="memory")
+    packed = state(target)
+    with pytest.raises(errors.UnknownSchemeError):
+        handle.switch("bnb-nf44")
+    assert equal(state(target), packed)
+    found = lowbits.handle(target)
+    assert found is not None
+    found.restore()

@@ -1,0 +1,32 @@
+"""The same on an accelerator; `nox -s gpu` prints its name first."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import lowbits
+from lowbits.core.registry import DEFAULT
+from lowbits.testing.layers import Model, close, dense_twin, tokens
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.accelerator.is_available(), reason="needs an accelerator"),
+]
+
+
+@pytest.mark.parametrize("info", lowbits.schemes()[1:], ids=lambda info: info.name)
+def test_packs_moves_computes_and_comes_back(info: lowbits.SchemeInfo) -> None:
+    device = torch.accelerator.current_accelerator()
+    assert device is not None
+    model = Model().eval()
+    expected = model(tokens())
+    handle = lowbits.apply(model, info.name, rules={"*": info.name}, keep_source="memory")
+    assert {p.device.type for p in model.parameters()} == {device.type}
+    assert next(model.parameters()).device.type == device.type
+    _, scheme = DEFAULT.find(info.name)
+    with torch.no_grad():
+        got = model(tokens().to(device))
+        assert close(got, dense_twin(model)(tokens().to(device)), scheme)
+    handle.restore()
+    assert torch.equal(model(tokens()), expected)

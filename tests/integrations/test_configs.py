@@ -1,0 +1,133 @@
+"""Configs of diffusers and transformers, and Forge's strings, wherever a scheme is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+import transformers
+from pipelines import PIPELINES
+from torch import nn
+from torchao import quantization
+
+import lowbits
+from lowbits import errors
+from lowbits.integrations.configs import Request, request_of
+
+NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+
+
+@pytest.mark.parametrize("library", [diffusers, transformers])
+@pytest.mark.parametrize(
+    ("options", "scheme"),
+    [
+        (NF4, "bnb-nf4"),
+        (NF4 | {"bnb_4bit_use_double_quant": True}, "bnb-nf4-dq"),
+        ({"load_in_4bit": True}, "bnb-fp4"),
+        ({"load_in_8bit": True}, "bnb-int8"),
+    ],
+)
+def test_bitsandbytes(library: Any, options: dict[str, Any], scheme: str) -> None:
+    assert request_of(library.BitsAndBytesConfig(**options)).scheme == scheme
+
+
+def test_bitsandbytes_names_what_to_skip_and_the_dtype_to_compute_in() -> None:
+    config = transformers.BitsAndBytesConfig(
+        **NF4, llm_int8_skip_modules=["lm_head", "0"], bnb_4bit_compute_dtype=torch.bfloat16
+    )
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    report = lowbits.quantize(model, config).report()
+    assert [row.fqn for row in report.packed] == ["1"]
+    layouts: Any = model[1]
+    assert layouts.lowbits_layouts["weight"].compute_dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("config", "scheme"),
+    [
+        (quantization.Int8WeightOnlyConfig(), "torchao-int8"),
+        (quantization.Int4WeightOnlyConfig(), "torchao-int4"),
+        (quantization.Float8WeightOnlyConfig(), "torchao-float8"),
+        (quantization.Int8DynamicActivationInt8WeightConfig(), "torchao-int8-dynamic"),
+        (quantization.Float8DynamicActivationFloat8WeightConfig(), "torchao-float8-dynamic"),
+    ],
+)
+def test_torchao(config: Any, scheme: str) -> None:
+    assert request_of(diffusers.TorchAoConfig(config)) == Request(scheme)
+
+
+def test_what_no_scheme_does_is_refused() -> None:
+    with pytest.raises(errors.ConfigError, match=r"group_size=32.* is not offered, 128 is"):
+        request_of(diffusers.TorchAoConfig(quantization.Int4WeightOnlyConfig(group_size=32)))
+    with pytest.raises(errors.ConfigError, match="no scheme does IntxWeightOnlyConfig"):
+        request_of(diffusers.TorchAoConfig(quantization.IntxWeightOnlyConfig()))
+    with pytest.raises(errors.ConfigError, match="names no type, its file does"):
+        request_of(diffusers.GGUFQuantizationConfig(compute_dtype=torch.float32))
+    with pytest.raises(errors.ConfigError, match="expected a scheme's name"):
+        request_of(4)
+
+
+@pytest.mark.filterwarnings("ignore:.*Quanto.*deprecated:FutureWarning")
+@pytest.mark.parametrize("kind", ["int8", "int4", "int2", "float8"])
+def test_quanto(kind: str) -> None:
+    assert request_of(transformers.QuantoConfig(weights=kind)).scheme == f"quanto-{kind}"
+
+
+@pytest.mark.parametrize(
+    ("text", "scheme"),
+    [
+        ("Automatic", "native"),
+        ("Automatic (fp16 LoRA)", "native"),
+        ("bnb-nf4", "bnb-nf4"),
+        ("bnb-nf4 (fp16 LoRA)", "bnb-nf4"),
+        ("float8-e4m3fn", "float8-e4m3fn"),
+        ("float8-e4m3fn (fp16 LoRA)", "float8-e4m3fn"),
+        ("bnb-fp4", "bnb-fp4"),
+        ("bnb-fp4 (fp16 LoRA)", "bnb-fp4"),
+        ("float8-e5m2", "float8-e5m2"),
+        ("float8-e5m2 (fp16 LoRA)", "float8-e5m2"),
+    ],
+)
+def test_forges_menu(text: str, scheme: str) -> None:
+    assert request_of(text).scheme == scheme
+    assert scheme in {info.name for info in lowbits.schemes() if info.forge_name}
+
+
+def test_a_pipeline_config_names_components() -> None:
+    pipe = PIPELINES["flux"].build()
+    config = diffusers.PipelineQuantizationConfig(
+        quant_mapping={
+            "transformer": diffusers.BitsAndBytesConfig(**NF4),
+            "text_encoder_2": transformers.BitsAndBytesConfig(load_in_8bit=True),
+        }
+    )
+    schemes = {row.component: row.scheme for row in lowbits.apply(pipe, config).report().packed}
+    assert schemes == {"transformer": "bnb-nf4", "text_encoder_2": "bnb-int8"}
+    lowbits.restore(pipe)
+    config = diffusers.PipelineQuantizationConfig(
+        quant_backend="bitsandbytes_4bit",
+        quant_kwargs=NF4,
+        components_to_quantize=["transformer"],
+    )
+    schemes = {row.component: row.scheme for row in lowbits.apply(pipe, config).report().packed}
+    assert schemes == {"transformer": "bnb-nf4"}
+
+
+def test_options_are_checked() -> None:
+    with pytest.raises(errors.ConfigError, match="keep_source: got 'ram', expected one of auto"):
+        lowbits.LowbitsConfig(keep_source="ram")
+    with pytest.raises(errors.ConfigError, match="skip: got the string"):
+        lowbits.LowbitsConfig(skip="proj_out")
+    with pytest.raises(errors.ConfigError, match="compute_dtype: got torch.int8"):
+        lowbits.LowbitsConfig(compute_dtype=torch.int8)
+    with pytest.raises(errors.ConfigError, match="quantize never moves"):
+        lowbits.quantize(nn.Linear(64, 64), "bnb-nf4", device="cpu")
+
+
+def test_a_config_stands_for_all_options() -> None:
+    model = nn.Linear(64, 64)
+    config = lowbits.LowbitsConfig("gguf-q8_0", device="cpu", keep_source="none")
+    report = lowbits.apply(model, config).report()
+    assert [(row.scheme, row.source) for row in report.packed] == [("gguf-q8_0", "none")]
