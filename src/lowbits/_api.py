@@ -194,24 +194,27 @@ def _apply(target: Any, config: LowbitsConfig, device: torch.device | None) -> H
     )
     before = _placements(modules, device)
     conversion = convert(decisions, options)
+    owned = Handle(
+        {c.name: c.module for c in components if c.scheme} or modules,
+        conversion.journal,
+        conversion.report,
+        lambda new: _switch(target, config, device, new),
+        before,
+    )
     try:
         for module, _ in before:
             module.to(device)
+        owned.attach()
+        conversion.commit()
     except BaseException:
+        owned.detach()
         conversion.journal.undo()
         for module, old in before:
             module.to(old)
         raise
     for warning in conversion.report.warnings:
         logger.warning("%s", warning)
-    touched = {c.name: c.module for c in components if c.scheme}
-    return Handle(
-        touched or modules,
-        conversion.journal,
-        conversion.report,
-        lambda new: _switch(target, config, device, new),
-        before,
-    )
+    return owned
 
 
 def _switch(target: Any, config: LowbitsConfig, device: torch.device | None, scheme: Any) -> Handle:

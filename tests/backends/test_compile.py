@@ -42,6 +42,14 @@ def test_compiles_whole_and_only_once(scheme: str) -> None:
     assert len(graphs) == 1
 
 
+def test_compiles_where_16_bits_are_computed_in_32() -> None:
+    model, _ = packed_model("torchao-int8")
+    model.bfloat16()
+    compiled: Any = torch.compile(model, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        assert torch.equal(compiled(tokens()), model(tokens()))
+
+
 @pytest.mark.parametrize("scheme", ["bnb-nf4", "torchao-int8"])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_inductor_gives_the_same(scheme: str) -> None:

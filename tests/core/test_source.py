@@ -159,3 +159,16 @@ def test_a_switch_that_fails_leaves_the_old_scheme() -> None:
     found = lowbits.handle(target)
     assert found is not None
     found.restore()
+
+
+def test_auto_with_little_memory_lets_only_unproven_originals_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = model()
+    save_file({"0.weight": target.state_dict()["0.weight"]}, tmp_path / "part.safetensors")
+    monkeypatch.setattr(convert, "available_host_bytes", lambda: 0)
+    handle = lowbits.quantize(target, "bnb-nf4", source=tmp_path / "part.safetensors")
+    assert [row.source for row in handle.report().packed] == ["file", "none"]
+    with pytest.raises(errors.SourceUnavailableError):
+        handle.restore()
+    assert {source.kind for source in handle._journal.sources()} == {"file", "none"}

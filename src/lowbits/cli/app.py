@@ -17,7 +17,7 @@ from lowbits.cli.loading import Recipe, load_pipeline, pick_device, quiet, read_
 from lowbits.errors import ConfigError, LowbitsError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Sequence
 
 #: Packages that commands need, and the extra that brings them.
 _EXTRAS: Final = {
@@ -85,7 +85,10 @@ def backends(as_json: options.Json = False) -> None:
     """List the libraries that pack weights, and which of them work here."""
     with quiet():
         infos = lowbits.backends()
-    _show(infos, tables.backends_table, as_json=as_json)
+    if as_json:
+        _echo_json(infos)
+    else:
+        tables.make_console().print(tables.backends_table(infos))
 
 
 @app.command()
@@ -93,18 +96,22 @@ def schemes(as_json: options.Json = False) -> None:
     """List the ways to store a weight."""
     with quiet():
         infos = lowbits.schemes()
-    _show(infos, tables.schemes_table, as_json=as_json)
-
-
-def _show(infos: Any, table: Callable[[Any], Any], *, as_json: bool) -> None:
     if as_json:
-        typer.echo(json.dumps([asdict(info) for info in infos], indent=2))
-    else:
-        tables.make_console().print(table(infos))
+        _echo_json(infos)
+        return
+    console = tables.make_console()
+    console.print(tables.schemes_table(infos, console.width))
+    for line in tables.reason_lines(infos):
+        console.print(line, soft_wrap=True)
+
+
+def _echo_json(infos: Sequence[lowbits.BackendInfo | lowbits.SchemeInfo]) -> None:
+    typer.echo(json.dumps([asdict(info) for info in infos], indent=2))
 
 
 @app.command()
-def run(
+def run(  # noqa: PLR0913 - a parameter is an option
+    *,
     model: options.Model,
     prompt: options.Prompt,
     scheme: options.Scheme,
@@ -134,11 +141,14 @@ def run(
     with Bars(console) as bars:
         bars.track("loading", 0, 1)
         place = pick_device(device)
+        components = options.components(component, scheme)
+        rules = options.split_pairs(rule, "--rule")
+        _require(scheme, *(components or {}).values(), *rules.values())
         pipe = load_pipeline(model, place)
         config = lowbits.LowbitsConfig(
             scheme=scheme,
-            components=options.components(component, scheme),
-            rules=options.split_pairs(rule, "--rule") or None,
+            components=components,
+            rules=rules or None,
             skip=tuple(skip or ()),
             device=place,
             compute_dtype=getattr(torch, compute_dtype) if compute_dtype else None,
@@ -153,10 +163,12 @@ def run(
     to_image(pictures[0]).save(out)
     report = handle.report()
     typer.echo(report.table() if show_report else report.summary())
+    typer.echo(f"wrote {out}")
 
 
 @app.command()
-def compare(
+def compare(  # noqa: PLR0913 - a parameter is an option
+    *,
     model: options.Model,
     out: options.Folder,
     scheme_list: options.SchemeList = None,
@@ -194,6 +206,16 @@ def compare(
         shown.print(line, soft_wrap=True)
     for path in write_outputs(found, model.resolve().name, out, blind=blind):
         typer.echo(f"wrote {path}")
+
+
+def _require(*schemes: str) -> None:
+    """Raise what applying would raise about these names: before a pipeline is loaded for it."""
+    from lowbits.config import scheme_name
+    from lowbits.core.registry import DEFAULT
+
+    with quiet():
+        for scheme in schemes:
+            DEFAULT.require(scheme_name(scheme))
 
 
 def _recipe(model: Any, prompts: list[str] | None, call: dict[str, Any]) -> Recipe:

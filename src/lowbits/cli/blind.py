@@ -62,7 +62,7 @@ def choose_pairs(
         seed: of the choice; equal seeds choose equal pairs.
         count: of pairs.
     """
-    chance = random.Random(seed)
+    chance = random.Random(seed)  # noqa: S311 - a game, not a key
     names = _dealt(list(schemes), count, chance)
     numbers = _dealt(list(range(len(prompts))), count, chance)
     pairs = []

@@ -14,6 +14,7 @@ import lowbits
 from lowbits.cli.drawing import draw
 from lowbits.cli.memory import PeakSampler
 from lowbits.cli.reader import load_reader, read
+from lowbits.config import scheme_name
 from lowbits.core.registry import DEFAULT
 from lowbits.core.scheme import NATIVE
 from lowbits.errors import BackendUnavailableError, LowbitsError
@@ -147,7 +148,7 @@ def usable_schemes(names: Collection[str]) -> tuple[tuple[str, ...], tuple[Skipp
         UnknownSchemeError: no such scheme.
     """
     usable, skipped = [], []
-    for name in dict.fromkeys(names):
+    for name in dict.fromkeys(map(scheme_name, names)):
         try:
             _, scheme = DEFAULT.require(name)
         except BackendUnavailableError as error:
@@ -177,6 +178,8 @@ def compare(pipe: Any, plan: Plan, track: Track) -> Comparison:
             results.append(study.packed(scheme))
         except LowbitsError as error:
             skipped.append(Skipped(scheme, str(error)))
+        except RuntimeError as error:  # what torch raises where a device cannot run an operation
+            skipped.append(Skipped(scheme, f"{type(error).__name__}: {error}"))
     return Comparison(plan, reference, tuple(results), tuple(skipped))
 
 

@@ -146,7 +146,7 @@ def render(sheet: Sheet) -> Image.Image:
 
 
 def shorten(text: str, font: FreeTypeFont, width: int) -> str:
-    """Return a text that is no wider than so many pixels, cut with an ellipsis where it has to be."""
+    """Return a text cut, with an ellipsis, to so many pixels."""
     if font.getlength(text) <= width:
         return text
     while text and font.getlength(f"{text.rstrip()}…") > width:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import sys
+from itertools import groupby
 from typing import TYPE_CHECKING, Final
 
 from rich import box
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from lowbits.cli.compare import Comparison, Result
 
 _MIB: Final = 2**20
+
+#: Columns that a table of schemes needs to say what each of them is.
+_WIDE: Final = 110
 
 #: Columns of what is written to a file or a pipe: no table here needs more.
 _UNBOUNDED: Final = 200
@@ -45,31 +49,41 @@ def backends_table(backends: Sequence[lowbits.BackendInfo]) -> Table:
     return table
 
 
-def schemes_table(schemes: Sequence[lowbits.SchemeInfo]) -> Table:
-    """Return a table of `lowbits.schemes`, a section for each backend."""
-    table = _table("scheme", "backend", "bits", "layers", "row", "available", "Forge", "summary")
-    table.columns[2].justify = table.columns[4].justify = "right"
-    table.columns[2].no_wrap = True
-    every = max((info.layer_kinds for info in schemes), key=len, default=())
-    previous = None
-    for info in schemes:
-        if previous not in (None, info.backend):
-            table.add_section()
-        previous = info.backend
-        summary = Text(info.summary)
-        if info.reason:
-            summary.append(f"\nneeds: {info.reason}", style="yellow")
-        table.add_row(
-            Text(info.name, style="bold" if info.available else "dim"),
-            info.backend,
-            f"{info.bits_per_weight:.2f}",
-            "all" if info.layer_kinds == every else ", ".join(info.layer_kinds),
-            f"x{info.row_multiple}" if info.row_multiple > 1 else "any",
-            _mark(info.available),
-            info.forge_name or "-",
-            summary,
-        )
+def schemes_table(schemes: Sequence[lowbits.SchemeInfo], width: int) -> Table:
+    """Return a table of `lowbits.schemes`, a section for each backend.
+
+    Bits are those of a weight; rows say which lengths are accepted, ``32n``: multiples of 32.
+
+    Args:
+        schemes: the rows.
+        width: of the console; a narrow one has no room for what is said about each scheme.
+    """
+    is_wide = width >= _WIDE
+    summary = ["summary"] if is_wide else []
+    table = _table("scheme", "backend", "bits", "layers", "rows", "here", "Forge", *summary)
+    if not is_wide:
+        table.caption = "A wider terminal, and --json, say what each of them is."
+    every = set[str]().union(*(info.layer_kinds for info in schemes))
+    for backend, group in groupby(schemes, lambda info: info.backend):
+        for info in group:
+            table.add_row(
+                Text(info.name, style="bold" if info.available else "dim"),
+                backend,
+                f"{info.bits_per_weight:.2f}".rjust(5),
+                _kinds(info.layer_kinds, every),
+                f"{info.row_multiple}n" if info.row_multiple > 1 else "any",
+                _mark(info.available),
+                info.forge_name or "-",
+                *([info.summary] if is_wide else []),
+            )
+        table.add_section()
     return table
+
+
+def reason_lines(schemes: Sequence[lowbits.SchemeInfo]) -> list[Text]:
+    """Return a line for each backend whose schemes cannot be used here."""
+    reasons = {info.backend: info.reason for info in schemes if info.reason}
+    return [Text.assemble((f"{name}: ", "yellow"), reason) for name, reason in reasons.items()]
 
 
 def comparison_table(comparison: Comparison) -> Table:
@@ -111,6 +125,14 @@ def format_share(value: float | None) -> str:
     return "-" if value is None else f"{value:.1%}"
 
 
+def _kinds(kinds: Sequence[str], every: set[str]) -> str:
+    """Say shortly which layers a scheme holds: all, all but a few, or the few."""
+    missing = sorted(every.difference(kinds))
+    if not missing:
+        return "all"
+    return f"no {', '.join(missing)}" if len(missing) < len(kinds) else ", ".join(kinds)
+
+
 def _comparison_row(result: Result) -> list[str | Text]:
     is_reference = result.convert_s is None
     peak = result.convert_peak_bytes
@@ -129,7 +151,7 @@ def _comparison_row(result: Result) -> list[str | Text]:
 
 
 def _table(*headings: str) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, header_style="bold cyan", pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, header_style="bold cyan", padding=(0, 1, 0, 0))
     for heading in headings:
         table.add_column(heading, overflow="fold")
     return table

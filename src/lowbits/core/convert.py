@@ -46,10 +46,22 @@ class ConvertOptions:
 @final
 @dataclass(frozen=True)
 class Conversion:
-    """What was done, and the way back."""
+    """What was done, and the way back.
+
+    Attributes:
+        journal: undoes it.
+        report: of every parameter and buffer.
+        lets_originals_go: whether `commit` has anything to do.
+    """
 
     journal: Journal
     report: Report
+    lets_originals_go: bool
+
+    def commit(self) -> None:
+        """Let originals go that nobody asked to keep: until now they were there to go back to."""
+        if self.lets_originals_go:
+            self.journal.forget_originals()
 
 
 def convert(decisions: Sequence[Decision], options: ConvertOptions) -> Conversion:
@@ -69,9 +81,7 @@ def convert(decisions: Sequence[Decision], options: ConvertOptions) -> Conversio
     except BaseException:
         journal.undo()
         raise
-    if mode == "none":
-        journal.forget_originals()
-    return Conversion(journal, _report(decisions, before, sources, mode))
+    return Conversion(journal, _report(decisions, before, sources, mode), mode == "none")
 
 
 def _prove(chosen: Sequence[Decision], options: ConvertOptions) -> dict[int, FileSource]:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     import torch
     from torch import nn
+    from torch.utils.hooks import RemovableHandle
 
     from lowbits.core.report import Report
     from lowbits.core.surgery import Journal
@@ -42,6 +43,10 @@ class Handle:
         self._report = report
         self._reapply = reapply
         self._placement = list(placement)
+        self._hooks: list[RemovableHandle] = []
+
+    def attach(self) -> None:
+        """Make the target own this handle."""
         self._hooks = [
             module._register_state_dict_hook(_answer_weight_lookups)  # type: ignore[no-untyped-call]
             for module in _distinct(self._components)
@@ -75,7 +80,7 @@ class Handle:
         """
         self._require_active("restore")
         self._journal.undo()
-        self._release()
+        self.detach()
         for module, device in self._placement:
             module.to(device)
 
@@ -98,14 +103,16 @@ class Handle:
     def release(self) -> None:
         """Let the target go without restoring it: it stays packed, and has no handle."""
         self._require_active("release")
-        self._release()
+        self.detach()
 
-    def _release(self) -> None:
+    def detach(self) -> None:
+        """Make the target forget this handle; nothing else changes."""
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
         for module in _distinct(self._components):
-            module.__dict__.pop(_OWNED, None)
+            if find_handle(module) is self:
+                del module.__dict__[_OWNED]
 
     def _require_active(self, what: str) -> None:
         if not self.is_active:

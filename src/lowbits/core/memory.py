@@ -20,6 +20,9 @@ CHUNK_ROWS: Final = 256
 _CUDA_BF16: Final = 8
 _CUDA_FP16: Final = 7
 
+#: Whether this CPU multiplies bfloat16 itself; a constant, for compilers cannot look the flag up.
+_CPU_BF16: Final = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
 _scratch = threading.local()
 
 
@@ -32,10 +35,9 @@ def compute_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
     if dtype in (torch.float32, torch.float64):
         return dtype
     if device.type == "cpu":
-        fast = dtype == torch.bfloat16 and torch.cpu._is_avx512_bf16_supported()
-        return dtype if fast else torch.float32
+        return dtype if dtype == torch.bfloat16 and _CPU_BF16 else torch.float32
     if device.type == "cuda" and torch.version.hip is None:
-        major = torch.cuda.get_device_capability(device)[0]
+        major = torch.cuda.get_device_properties(device).major
         if major < _CUDA_FP16:
             return torch.float32
         return dtype if major >= _CUDA_BF16 else torch.float16

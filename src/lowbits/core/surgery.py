@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, cast, final
 
 import torch
 from torch import nn
 
 from lowbits.core.packed import Layout, PackedLayer, marker_name, packed_class
-from lowbits.core.source import NoSource, Source
+from lowbits.core.source import MemorySource, NoSource, Source
 from lowbits.errors import PatchError
 
 if TYPE_CHECKING:
@@ -114,11 +114,18 @@ class Journal:
 
     def forget_originals(self) -> None:
         """Let go of the originals that are only kept in case the operation fails."""
-        for change in self._changes:
-            change.packed = {
-                name: PackedParameters(weight.layout, weight.parameters, NoSource())
-                for name, weight in change.packed.items()
-            }
+        self._changes = [
+            replace(
+                change,
+                packed={
+                    name: replace(weight, source=NoSource())
+                    if isinstance(weight.source, MemorySource)
+                    else weight
+                    for name, weight in change.packed.items()
+                },
+            )
+            for change in self._changes
+        ]
 
     def undo(self) -> None:
         """Take every change back, the last one first.

@@ -1,0 +1,226 @@
+"""`lowbits compare`: the measurement, and what it writes."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner, Result
+
+from lowbits.cli import compare as comparing
+from lowbits.cli import outputs
+from lowbits.cli.app import app
+from lowbits.cli.loading import Recipe, load_pipeline, read_recipe
+from lowbits.cli.reader import load_reader, read
+from lowbits.cli.sheet import layout
+from lowbits.errors import BackendUnavailableError
+
+MODEL = Path(__file__).parents[2] / "benchmarks" / "miniflux"
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Result, Path]:
+    """Compare two schemes, one seed and two steps each."""
+    folder = tmp_path_factory.mktemp("compare") / "out"
+    options = ["--schemes", "bnb-nf4, gguf-q8_0", "--seeds", "1", "--steps", "2", "--blind"]
+    result = CliRunner().invoke(
+        app, ["compare", str(MODEL), "--out", str(folder), *options], env={"COLUMNS": "200"}
+    )
+    assert result.exit_code == 0, result.output
+    return result, folder
+
+
+@pytest.fixture(scope="module")
+def pipe() -> Any:
+    return load_pipeline(MODEL, CPU)
+
+
+def _plan(*schemes: str) -> comparing.Plan:
+    recipe = Recipe(("a photo of a bag",), call={**read_recipe(MODEL).call, "true_cfg_scale": 1.0})
+    return comparing.Plan(recipe, schemes, seeds=3, batch=2, device=CPU)
+
+
+def _no_track(phase: str, done: float, total: float) -> None: ...
+
+
+def test_the_table_starts_with_full_precision(written: tuple[Result, Path]) -> None:
+    result, folder = written
+    names = ("full precision", "bnb-nf4", "gguf-q8_0")
+    places = [result.stdout.index(name) for name in names]
+    assert places == sorted(places)
+    assert f"wrote {folder / 'report.json'}" in result.stdout
+    assert not result.stderr
+
+
+def test_the_report_has_everything(written: tuple[Result, Path]) -> None:
+    report = json.loads((written[1] / "report.json").read_text())
+    assert list(report) == [
+        "model",
+        "prompts",
+        "labels",
+        "call",
+        "seeds",
+        "batch",
+        "pictures",
+        "device",
+        "full_precision",
+        "schemes",
+        "skipped",
+        "machine",
+    ]
+    assert report["model"] == "miniflux"
+    assert report["call"]["num_inference_steps"] == 2
+    assert report["pictures"] == 10
+    assert report["machine"]["packages"].keys() >= {"lowbits", "torch", "diffusers"}
+    full, (nf4, q8) = report["full_precision"], report["schemes"]
+    assert full["bits_per_weight"] == 32
+    assert full["psnr_db"] is full["convert_s"] is full["restored"] is None
+    assert (nf4["bits_per_weight"], q8["bits_per_weight"]) == (4.5, 8.5)
+    assert nf4["packed_component_bytes"] < q8["packed_component_bytes"] < nf4["total_bytes"]
+    assert 20 < nf4["psnr_db"] < q8["psnr_db"]
+    assert nf4["restored"] is q8["restored"] is True
+    assert 0 <= nf4["accuracy"] <= 1
+    assert nf4["convert_s"] > 0
+    assert nf4["seconds_per_picture"] > 0
+
+
+def test_the_sheet_has_the_size_of_its_layout(written: tuple[Result, Path]) -> None:
+    _, folder = written
+    # 32 pixels, enlarged by 4; 10 columns, 3 rows, 4 figures.
+    assert Image.open(folder / "contact_sheet.png").size == (
+        72 + 250 + 4 * 104 + 28 + 10 * 142 - 14 + 72,
+        72 + 118 + 64 + 3 * 142 + 28 - 14 + 62 + 72 - 14,
+    )
+
+
+def test_the_blind_test_needs_no_network(written: tuple[Result, Path]) -> None:
+    page = (written[1] / "blind.html").read_text(encoding="utf-8")
+    assert page.count("data:image/png;base64,") == 20
+    assert "@@" not in page
+    for outside in ("http:", "https:", "//cdn", "<link", "@import", "url("):
+        assert outside not in page
+
+
+def test_batches_cover_each_seed_once() -> None:
+    assert list(_plan().batches()) == [
+        ("a photo of a bag", range(2)),
+        ("a photo of a bag", range(2, 3)),
+    ]
+
+
+def test_batches_make_no_difference_to_the_figures(pipe: Any) -> None:
+    phases = {}
+
+    def track(phase: str, done: float, total: float) -> None:
+        phases[phase] = (done, total)
+
+    found = comparing.compare(pipe, _plan("torchao-int8"), track)
+    (result,) = found.results
+    assert result.pictures.shape == (1, 3, 32, 32)
+    assert result.accuracy is None
+    assert result.restored
+    assert 30 < result.psnr_db < math.inf
+    assert phases["full precision: drawing"] == (3, 3)
+    assert phases["torchao-int8 (1 of 1): restoring"] == (2, 2)
+    packing = phases["torchao-int8 (1 of 1): packing"]
+    assert packing[0] == packing[1] > 0
+
+
+def test_a_scheme_that_fails_is_skipped(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = {name: p.clone() for name, p in pipe.transformer.named_parameters()}
+    real = comparing.draw
+
+    def failing(*arguments: Any) -> torch.Tensor:
+        if "weight_qdata" in dict(pipe.transformer.proj_out.named_parameters()) or any(
+            name.endswith("_qdata") for name, _ in pipe.transformer.named_parameters()
+        ):
+            raise NotImplementedError("no such kernel")
+        return real(*arguments)
+
+    monkeypatch.setattr(comparing, "draw", failing)
+    # Nothing of this pipeline has rows that a multiple of 16 does not divide.
+    found = comparing.compare(pipe, _plan("quanto-int8", "native"), _no_track)
+    assert found.skipped == (
+        comparing.Skipped("quanto-int8", "NotImplementedError: no such kernel"),
+    )
+    assert [result.scheme for result in found.results] == ["native"]
+    assert found.results[0].psnr_db == math.inf
+    for name, parameter in pipe.transformer.named_parameters():
+        assert torch.equal(parameter, before[name])
+
+
+def test_schemes_that_cannot_be_used_are_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = comparing.DEFAULT.require
+
+    def without_bnb(name: str) -> Any:
+        if name.startswith("bnb"):
+            raise BackendUnavailableError("bitsandbytes is missing")
+        return real(name)
+
+    monkeypatch.setattr(comparing.DEFAULT, "require", without_bnb)
+    usable, skipped = comparing.usable_schemes(["bnb-nf4 (fp16 LoRA)", "gguf-q8_0", "gguf-q8_0"])
+    assert usable == ("gguf-q8_0",)
+    assert skipped == (comparing.Skipped("bnb-nf4", "bitsandbytes is missing"),)
+
+
+def test_prompts_are_needed(tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["compare", str(tmp_path), "--out", str(tmp_path)])
+    assert result.exit_code == 1
+    assert "has no compare.json with prompts: pass --prompt" in result.stderr
+
+
+def test_own_prompts_are_drawn_and_not_read(tmp_path: Path) -> None:
+    options = ["--prompt", "a photo of a coat", "--seeds", "1", "--steps", "1", "--schemes", ""]
+    result = CliRunner().invoke(app, ["compare", str(MODEL), "--out", str(tmp_path), *options])
+    assert result.exit_code == 0, result.output
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["prompts"] == ["a photo of a coat"]
+    assert report["labels"] == report["schemes"] == []
+    assert report["full_precision"]["accuracy"] is None
+    assert not (tmp_path / "blind.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        (["--schemes", "bnb-nf4", "--all"], 2, "exclude each other"),
+        (["--schemes", "bnb-nf5"], 1, "did you mean 'bnb-nf4'"),
+    ],
+)
+def test_what_is_asked_for_must_make_sense(
+    tmp_path: Path, options: list[str], code: int, message: str
+) -> None:
+    result = CliRunner().invoke(app, ["compare", str(MODEL), "--out", str(tmp_path), *options])
+    assert result.exit_code == code
+    assert message in result.stderr
+
+
+def test_equal_pictures_have_infinite_psnr() -> None:
+    pictures = torch.rand(2, 3, 8, 8)
+    assert comparing.psnr_db(pictures, pictures.clone()) == math.inf
+    assert comparing.psnr_db(torch.zeros(1, 3, 4, 4), torch.full((1, 3, 4, 4), 0.1)) == (
+        pytest.approx(20)
+    )
+
+
+def test_the_reader_reads_clothes() -> None:
+    reader = load_reader(MODEL / "classifier.safetensors")
+    trousers = torch.zeros(1, 3, 32, 32)
+    trousers[..., 3:29, 10:15] = trousers[..., 3:29, 17:22] = trousers[..., 3:8, 10:22] = 0.7
+    assert read(reader, trousers).tolist() == [1]
+
+
+def test_a_sheet_shows_every_result(pipe: Any) -> None:
+    found = comparing.compare(pipe, _plan("float8-e5m2"), _no_track)
+    sheet = outputs.make_sheet(found, "mini", outputs.machine())
+    assert sheet.title == "mini in low bits"
+    assert [row.name for row in sheet.rows] == ["full precision", "float8-e5m2"]
+    assert sheet.columns == ("a photo of a bag",)
+    assert len(sheet.figures) == len(sheet.rows[0].figures) == 3
+    assert layout(sheet).columns == 1

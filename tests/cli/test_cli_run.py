@@ -1,0 +1,129 @@
+"""`lowbits run`, and how commands fail."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from lowbits.cli.app import app
+from lowbits.errors import UnknownSchemeError
+
+MODEL = str(Path(__file__).parents[2] / "benchmarks" / "miniflux")
+PROMPT = "a photo of a sneaker"
+
+
+def test_a_picture_is_drawn(tmp_path: Path) -> None:
+    out = tmp_path / "new" / "sneaker.png"
+    arguments = ["run", MODEL, PROMPT, "-s", "gguf-q8_0", "-o", str(out), "--steps", "2"]
+    result = CliRunner().invoke(app, [*arguments, "--set", "true_cfg_scale=1.0"])
+    assert result.exit_code == 0, result.output
+    assert Image.open(out).size == (32, 32)
+    summary, wrote = result.stdout.splitlines()
+    assert "weights packed as gguf-q8_0, originals: none" in summary
+    assert wrote == f"wrote {out}"
+    assert not result.stderr
+
+
+def test_seeds_and_packing_options_reach_the_picture(tmp_path: Path) -> None:
+    def draw(name: str, *options: str) -> bytes:
+        out = tmp_path / name
+        arguments = ["run", MODEL, PROMPT, "-s", "quanto-int8", "-o", str(out), "--steps", "1"]
+        result = CliRunner().invoke(app, [*arguments, *options])
+        assert result.exit_code == 0, result.output
+        if "--report" in options:
+            assert "vae.*" in result.stdout
+            assert "gguf-q4_0" in result.stdout
+        return Image.open(out).tobytes()
+
+    first = draw("1.png")
+    assert draw("2.png") == first
+    assert draw("3.png", "--seed", "1") != first
+    assert draw("4.png", "--skip", "*single*") != first
+    rule = ("--component", "transformer", "--component", "vae=quanto-int8")
+    rule += ("--rule", "*ff*=gguf-q4_0", "--compute-dtype", "float32", "--report")
+    assert draw("5.png", *rule) != first
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["-s", "bnb-nf5"], "unknown scheme 'bnb-nf5'; did you mean 'bnb-nf4'"),
+        (["-s", "bnb-nf4", "--rule", "*=bnb-nf5"], "unknown scheme 'bnb-nf5'"),
+        (["-s", "bnb-nf4", "--device", "gpux"], "device: got 'gpux', expected one such as cpu"),
+        (["-s", "bnb-nf4", "--component", "unet"], "components: the target has no 'unet'"),
+        (["-s", "bnb-nf4", "--set", "cfg=2"], "FluxPipeline takes no cfg"),
+    ],
+)
+def test_an_error_is_one_line(tmp_path: Path, arguments: list[str], message: str) -> None:
+    out = ["-o", str(tmp_path / "x.png")]
+    result = CliRunner().invoke(app, ["run", MODEL, PROMPT, *out, *arguments])
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error: ")
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert not result.stdout
+
+
+def test_debug_raises(tmp_path: Path) -> None:
+    arguments = ["run", MODEL, PROMPT, "-s", "bnb-nf5", "-o", str(tmp_path / "x.png")]
+    with pytest.raises(UnknownSchemeError):
+        CliRunner().invoke(app, ["--debug", *arguments], catch_exceptions=False)
+
+
+def test_a_folder_without_a_pipeline_is_named(tmp_path: Path) -> None:
+    arguments = ["-s", "bnb-nf4", "-o", str(tmp_path / "x.png")]
+    result = CliRunner().invoke(app, ["run", str(tmp_path), PROMPT, *arguments])
+    assert result.exit_code == 1
+    assert "has no model_index.json" in result.stderr
+
+
+def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    arguments = ["-s", "float8-e5m2", "-o", str(tmp_path / "x.png")]
+    result = CliRunner().invoke(app, ["run", MODEL, PROMPT, *arguments])
+    assert result.exit_code == 1
+    assert "this command needs diffusers: pip install 'lowbits[diffusers]'" in result.stderr
+
+
+def test_other_missing_modules_are_bugs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "lowbits.cli.drawing", None)
+    arguments = ["run", MODEL, PROMPT, "-s", "bnb-nf4", "-o", str(tmp_path / "x.png")]
+    with pytest.raises(ModuleNotFoundError):
+        CliRunner().invoke(app, arguments, catch_exceptions=False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["-o", "x.png", "--set", "a=b"], "is no JSON"),
+        (["-o", "x.png", "--set", "a"], "expected KEY=VALUE"),
+        (["-o", "x.txt"], "ends in none of"),
+    ],
+)
+def test_misuse_shows_the_usage(arguments: list[str], message: str) -> None:
+    result = CliRunner().invoke(
+        app, ["run", MODEL, PROMPT, "-s", "bnb-nf4", *arguments], env={"COLUMNS": "200"}
+    )
+    assert result.exit_code == 2
+    assert message in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        ("{", "is no JSON"),
+        ("[]", "prompts: got list, expected"),
+        (json.dumps({"call": 1}), "call: got int, expected dict"),
+        (json.dumps({"prompts": ["a"], "labels": ["a", "b"]}), "got 2 labels for 1 prompts"),
+    ],
+)
+def test_a_broken_recipe_is_named(tmp_path: Path, recipe: str, message: str) -> None:
+    (tmp_path / "compare.json").write_text(recipe)
+    result = CliRunner().invoke(app, ["compare", str(tmp_path), "--out", str(tmp_path)])
+    assert result.exit_code == 1
+    assert message in result.stderr
