@@ -10,11 +10,10 @@ def main() -> None:
     try:
         from lowbits.cli.app import app
     except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] not in ("typer", "rich"):
+        package = (error.name or "").partition(".")[0]
+        if package not in ("typer", "rich"):
             raise
-        sys.stderr.write(
-            f"error: the command line needs {error.name}: pip install 'lowbits[cli]'\n"
-        )
+        sys.stderr.write(f"error: the command line needs {package}: pip install 'lowbits[cli]'\n")
         sys.exit(1)
     app()
 

@@ -12,13 +12,16 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner, Result
 
+import lowbits
 from lowbits.cli import compare as comparing
 from lowbits.cli import outputs
-from lowbits.cli.app import app
+from lowbits.cli.app import _scheme_names, app
+from lowbits.cli.drawing import draw
 from lowbits.cli.loading import Recipe, load_pipeline, read_recipe
 from lowbits.cli.reader import load_reader, read
-from lowbits.cli.sheet import layout
-from lowbits.errors import BackendUnavailableError
+from lowbits.cli.sheet import Layout, layout
+from lowbits.core.registry import DEFAULT
+from lowbits.errors import BackendUnavailableError, ConfigError
 
 MODEL = Path(__file__).parents[2] / "benchmarks" / "miniflux"
 CPU = torch.device("cpu")
@@ -41,9 +44,30 @@ def pipe() -> Any:
     return load_pipeline(MODEL, CPU)
 
 
+@pytest.fixture(scope="module")
+def phases() -> dict[str, list[float]]:
+    return {}
+
+
+@pytest.fixture(scope="module")
+def found(pipe: Any, phases: dict[str, list[float]]) -> comparing.Comparison:
+    """Compare one scheme, and note how far each phase got."""
+
+    def track(phase: str, done: float, total: float) -> None:
+        phases[phase] = [done, total]
+
+    return comparing.compare(pipe, _plan("torchao-int8"), track)
+
+
 def _plan(*schemes: str) -> comparing.Plan:
     recipe = Recipe(("a photo of a bag",), call={**read_recipe(MODEL).call, "true_cfg_scale": 1.0})
     return comparing.Plan(recipe, schemes, seeds=3, batch=2, device=CPU)
+
+
+def _without_bnb(name: str) -> Any:
+    if name.startswith("bnb"):
+        raise BackendUnavailableError("bitsandbytes is missing")
+    return DEFAULT.find(name)
 
 
 def _no_track(phase: str, done: float, total: float) -> None: ...
@@ -92,11 +116,10 @@ def test_the_report_has_everything(written: tuple[Result, Path]) -> None:
 
 def test_the_sheet_has_the_size_of_its_layout(written: tuple[Result, Path]) -> None:
     _, folder = written
-    # 32 pixels, enlarged by 4; 10 columns, 3 rows, 4 figures.
-    assert Image.open(folder / "contact_sheet.png").size == (
-        72 + 250 + 4 * 104 + 28 + 10 * 142 - 14 + 72,
-        72 + 118 + 64 + 3 * 142 + 28 - 14 + 62 + 72 - 14,
-    )
+    # Pictures of 32 pixels are enlarged by 4.
+    expected = Layout(tile=(128, 128), rows=3, columns=10, figures=4)
+    with Image.open(folder / "contact_sheet.png") as sheet:
+        assert sheet.size == expected.size
 
 
 def test_the_blind_test_needs_no_network(written: tuple[Result, Path]) -> None:
@@ -114,37 +137,32 @@ def test_batches_cover_each_seed_once() -> None:
     ]
 
 
-def test_batches_make_no_difference_to_the_figures(pipe: Any) -> None:
-    phases = {}
-
-    def track(phase: str, done: float, total: float) -> None:
-        phases[phase] = (done, total)
-
-    found = comparing.compare(pipe, _plan("torchao-int8"), track)
+def test_batches_make_no_difference_to_the_figures(found: comparing.Comparison) -> None:
     (result,) = found.results
     assert result.pictures.shape == (1, 3, 32, 32)
     assert result.accuracy is None
     assert result.restored
     assert 30 < result.psnr_db < math.inf
-    assert phases["full precision: drawing"] == (3, 3)
-    assert phases["torchao-int8 (1 of 1): restoring"] == (2, 2)
-    packing = phases["torchao-int8 (1 of 1): packing"]
-    assert packing[0] == packing[1] > 0
+
+
+def test_each_phase_is_followed_to_its_end(
+    found: comparing.Comparison, phases: dict[str, list[float]]
+) -> None:
+    assert phases["full precision: drawing"] == [3, 3]
+    assert phases["torchao-int8 (1 of 1): restoring"] == [2, 2]
+    done, total = phases["torchao-int8 (1 of 1): packing"]
+    assert done == total > 0
 
 
 def test_a_scheme_that_fails_is_skipped(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     before = {name: p.clone() for name, p in pipe.transformer.named_parameters()}
-    real = comparing.draw
 
     def failing(*arguments: Any) -> torch.Tensor:
-        if "weight_qdata" in dict(pipe.transformer.proj_out.named_parameters()) or any(
-            name.endswith("_qdata") for name, _ in pipe.transformer.named_parameters()
-        ):
+        if any(name.endswith("_qdata") for name, _ in pipe.transformer.named_parameters()):
             raise NotImplementedError("no such kernel")
-        return real(*arguments)
+        return draw(*arguments)
 
-    monkeypatch.setattr(comparing, "draw", failing)
-    # Nothing of this pipeline has rows that a multiple of 16 does not divide.
+    monkeypatch.setattr("lowbits.cli.compare.draw", failing)
     found = comparing.compare(pipe, _plan("quanto-int8", "native"), _no_track)
     assert found.skipped == (
         comparing.Skipped("quanto-int8", "NotImplementedError: no such kernel"),
@@ -156,14 +174,7 @@ def test_a_scheme_that_fails_is_skipped(pipe: Any, monkeypatch: pytest.MonkeyPat
 
 
 def test_schemes_that_cannot_be_used_are_listed(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = comparing.DEFAULT.require
-
-    def without_bnb(name: str) -> Any:
-        if name.startswith("bnb"):
-            raise BackendUnavailableError("bitsandbytes is missing")
-        return real(name)
-
-    monkeypatch.setattr(comparing.DEFAULT, "require", without_bnb)
+    monkeypatch.setattr(DEFAULT, "require", _without_bnb)
     usable, skipped = comparing.usable_schemes(["bnb-nf4 (fp16 LoRA)", "gguf-q8_0", "gguf-q8_0"])
     assert usable == ("gguf-q8_0",)
     assert skipped == (comparing.Skipped("bnb-nf4", "bitsandbytes is missing"),)
@@ -175,10 +186,15 @@ def test_prompts_are_needed(tmp_path: Path) -> None:
     assert "has no compare.json with prompts: pass --prompt" in result.stderr
 
 
-def test_own_prompts_are_drawn_and_not_read(tmp_path: Path) -> None:
-    options = ["--prompt", "a photo of a coat", "--seeds", "1", "--steps", "1", "--schemes", ""]
-    result = CliRunner().invoke(app, ["compare", str(MODEL), "--out", str(tmp_path), *options])
+def test_own_prompts_are_drawn_and_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(DEFAULT, "require", _without_bnb)
+    options = ["--prompt", "a photo of a coat", "--seeds", "1", "--steps", "1", "--blind"]
+    arguments = ["compare", str(MODEL), "--out", str(tmp_path), "--schemes", "bnb-nf4", *options]
+    result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
+    assert "skipped bnb-nf4: bitsandbytes is missing\n" in result.stdout
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["prompts"] == ["a photo of a coat"]
     assert report["labels"] == report["schemes"] == []
@@ -201,6 +217,31 @@ def test_what_is_asked_for_must_make_sense(
     assert message in result.stderr
 
 
+def test_all_schemes_are_those_of_every_backend() -> None:
+    names = {scheme.name for scheme in lowbits.schemes()} - {"native"}
+    assert set(_scheme_names(None, all_schemes=True)) == names
+    assert set(_scheme_names(None, all_schemes=False)) == set(comparing.DEFAULT_SCHEMES) <= names
+
+
+def test_a_pipeline_must_take_what_it_is_told_and_draw() -> None:
+    with pytest.raises(ConfigError, match="_Mute takes no steps"):
+        draw(_Mute(), "a bag", [0], {"steps": 1}, lambda _: None)
+    with pytest.raises(ConfigError, match="_Mute draws no pictures"):
+        draw(_Mute(), "a bag", [0], {"negative_prompt": ""}, lambda _: None)
+
+
+class _Mute:
+    def __call__(
+        self,
+        prompt: list[str],
+        negative_prompt: list[str],
+        generator: list[torch.Generator],
+        output_type: str,
+    ) -> object:
+        assert negative_prompt == [""] * len(prompt)
+        return object()
+
+
 def test_equal_pictures_have_infinite_psnr() -> None:
     pictures = torch.rand(2, 3, 8, 8)
     assert comparing.psnr_db(pictures, pictures.clone()) == math.inf
@@ -216,11 +257,10 @@ def test_the_reader_reads_clothes() -> None:
     assert read(reader, trousers).tolist() == [1]
 
 
-def test_a_sheet_shows_every_result(pipe: Any) -> None:
-    found = comparing.compare(pipe, _plan("float8-e5m2"), _no_track)
+def test_a_sheet_shows_every_result(found: comparing.Comparison) -> None:
     sheet = outputs.make_sheet(found, "mini", outputs.machine())
     assert sheet.title == "mini in low bits"
-    assert [row.name for row in sheet.rows] == ["full precision", "float8-e5m2"]
+    assert [row.name for row in sheet.rows] == ["full precision", "torchao-int8"]
     assert sheet.columns == ("a photo of a bag",)
     assert len(sheet.figures) == len(sheet.rows[0].figures) == 3
     assert layout(sheet).columns == 1

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import json
 from dataclasses import fields, replace
+from typing import TYPE_CHECKING
 
-import pytest
 import typer
 from rich.console import Console
+from typer.core import TyperGroup
 from typer.testing import CliRunner
 
 import lowbits
 from lowbits.cli import tables
 from lowbits.cli.app import app
 
+if TYPE_CHECKING:
+    import pytest
+
 
 def _rendered(table: object, width: int = 200) -> str:
-    console = Console(width=width, record=True, quiet=False, file=None, force_terminal=False)
+    console = Console(width=width)
     with console.capture() as captured:
         console.print(table)
     return captured.get()
@@ -89,9 +93,9 @@ def test_the_version_is_shown() -> None:
 
 
 def test_run_offers_every_option_of_apply() -> None:
-    command = typer.main.get_command(app)
-    run = command.commands["run"]  # type: ignore[attr-defined] - it is a group
-    offered = {parameter.name for parameter in run.params}
+    group = typer.main.get_command(app)
+    assert isinstance(group, TyperGroup)
+    offered = {parameter.name for parameter in group.commands["run"].params}
     callbacks = {"progress", "cancel"}
     renamed = {"components": "component", "rules": "rule"}
     wanted = {field.name for field in fields(lowbits.LowbitsConfig)} - callbacks

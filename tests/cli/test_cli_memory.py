@@ -6,7 +6,7 @@ import io
 import logging
 import time
 import warnings
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from rich.console import Console
@@ -14,6 +14,9 @@ from rich.console import Console
 from lowbits.cli import memory
 from lowbits.cli.bars import Bars
 from lowbits.cli.loading import quiet
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 MIB = 2**20
 

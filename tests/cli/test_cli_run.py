@@ -22,7 +22,8 @@ def test_a_picture_is_drawn(tmp_path: Path) -> None:
     arguments = ["run", MODEL, PROMPT, "-s", "gguf-q8_0", "-o", str(out), "--steps", "2"]
     result = CliRunner().invoke(app, [*arguments, "--set", "true_cfg_scale=1.0"])
     assert result.exit_code == 0, result.output
-    assert Image.open(out).size == (32, 32)
+    with Image.open(out) as picture:
+        assert picture.size == (32, 32)
     summary, wrote = result.stdout.splitlines()
     assert "weights packed as gguf-q8_0, originals: none" in summary
     assert wrote == f"wrote {out}"
@@ -38,15 +39,16 @@ def test_seeds_and_packing_options_reach_the_picture(tmp_path: Path) -> None:
         if "--report" in options:
             assert "vae.*" in result.stdout
             assert "gguf-q4_0" in result.stdout
-        return Image.open(out).tobytes()
+        with Image.open(out) as picture:
+            return picture.tobytes()
 
     first = draw("1.png")
     assert draw("2.png") == first
     assert draw("3.png", "--seed", "1") != first
     assert draw("4.png", "--skip", "*single*") != first
-    rule = ("--component", "transformer", "--component", "vae=quanto-int8")
-    rule += ("--rule", "*ff*=gguf-q4_0", "--compute-dtype", "float32", "--report")
-    assert draw("5.png", *rule) != first
+    components = ("--component", "transformer", "--component", "vae=quanto-int8")
+    rule = ("--rule", "*ff*=gguf-q4_0", "--compute-dtype", "float32", "--report")
+    assert draw("5.png", *components, *rule) != first
 
 
 @pytest.mark.parametrize(
@@ -117,7 +119,8 @@ def test_misuse_shows_the_usage(arguments: list[str], message: str) -> None:
     ("recipe", "message"),
     [
         ("{", "is no JSON"),
-        ("[]", "prompts: got list, expected"),
+        ("[]", "holds list, expected an object"),
+        (json.dumps({"prompts": [1]}), "prompts: got 1, expected a text"),
         (json.dumps({"call": 1}), "call: got int, expected dict"),
         (json.dumps({"prompts": ["a"], "labels": ["a", "b"]}), "got 2 labels for 1 prompts"),
     ],

@@ -16,6 +16,7 @@ from lowbits.core.packed import PackedLayer
 from lowbits.core.registry import BackendRegistry
 
 SCHEME = "float8-e4m3fn"
+STANCE: Any = torch.compiler.set_stance
 
 
 def pack(target: Any, **options: Any) -> lowbits.Handle:
@@ -301,11 +302,11 @@ def test_functional_call_replaces_the_bias() -> None:
 def test_compiles_whole_and_once(dtype: torch.dtype) -> None:
     target: Any = nn.Sequential(nn.Linear(64, 96), nn.Linear(96, 64)).to(dtype)
     pack(target)
-    compiled = torch.compile(target, backend="eager", fullgraph=True)
+    compiled: Any = torch.compile(target, backend="eager", fullgraph=True)
     x = torch.randn(2, 64, dtype=dtype)
     with torch.no_grad():
         first = compiled(x)
-        with torch.compiler.set_stance("fail_on_recompile"):
+        with STANCE("fail_on_recompile"):
             second = compiled(x)
         assert torch.equal(first, second)
         assert torch.allclose(first, target(x), atol=1e-2)

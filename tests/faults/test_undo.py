@@ -253,7 +253,7 @@ def test_copies_of_a_state_dict_keep_the_versions_of_modules(copier: Any) -> Non
                 state[prefix + "bias"] = state[prefix + "bias"] * 10
             super()._load_from_state_dict(state, prefix, meta, *args)
 
-    target = nn.Sequential(Versioned(64, 96))
+    target: Any = nn.Sequential(Versioned(64, 96))
     bias = target[0].bias.detach().clone()
     pack(target)
     target.load_state_dict(copier(target.state_dict()))
@@ -344,8 +344,8 @@ def test_restore_leaves_the_order_of_the_state_dict() -> None:
 def test_a_context_manager_restores_and_can_be_used_once() -> None:
     target = model()
     with pack(target) as handle:
-        assert isinstance(target[0], PackedLayer)
-    assert type(target[0]) is nn.Linear
+        assert issubclass(type(target[0]), PackedLayer)
+    assert not issubclass(type(target[0]), PackedLayer)
     with pytest.raises(errors.NotPatchedError):
         handle.restore()
     with pytest.raises(errors.NotPatchedError):

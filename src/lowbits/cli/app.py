@@ -51,8 +51,9 @@ class _Commands(TyperGroup):
 def _message(error: LowbitsError | ModuleNotFoundError) -> str | None:
     if isinstance(error, LowbitsError):
         return str(error)
-    extra = _EXTRAS.get((error.name or "").partition(".")[0])
-    return f"this command needs {error.name}: pip install 'lowbits[{extra}]'" if extra else None
+    package = (error.name or "").partition(".")[0]
+    extra = _EXTRAS.get(package)
+    return f"this command needs {package}: pip install 'lowbits[{extra}]'" if extra else None
 
 
 app = typer.Typer(
@@ -139,7 +140,7 @@ def run(  # noqa: PLR0913 - a parameter is an option
     call = {**read_recipe(model).call, **call}
     console = tables.make_console(stderr=True)
     with Bars(console) as bars:
-        bars.track("loading", 0, 1)
+        bars.track("loading", 0, None)
         place = pick_device(device)
         components = options.components(component, scheme)
         rules = options.split_pairs(rule, "--rule")
@@ -183,13 +184,12 @@ def compare(  # noqa: PLR0913 - a parameter is an option
 ) -> None:
     """Draw the same pictures with several schemes, and measure what each costs and saves.
 
-    Writes report.json and contact_sheet.png. Prompts, labels and settings come from the model's
-    compare.json, if it has one.
+    Prompts, labels and settings come from the model's compare.json, if it has one.
     """
     recipe = _recipe(model, prompts, options.call_settings(settings, num_inference_steps=steps))
     console = tables.make_console(stderr=True)
     with Bars(console) as bars:
-        bars.track("loading", 0, 1)
+        bars.track("loading", 0, None)
         from lowbits.cli import compare as comparing
         from lowbits.cli.outputs import write_outputs
 

@@ -21,7 +21,7 @@ class Bars:
 
     def __init__(self, console: Console) -> None:
         self._progress = Progress(
-            TextColumn("{task.description}", table_column=None),
+            TextColumn("{task.description}"),
             BarColumn(),
             TaskProgressColumn(),
             TimeElapsedColumn(),
@@ -31,12 +31,12 @@ class Bars:
         )
         self._phase = ""
 
-    def track(self, phase: str, done: float, total: float) -> None:
-        """Say how far a phase is; a new name begins a new bar."""
+    def track(self, phase: str, done: float, total: float | None) -> None:
+        """Say how far a phase is, if that is known; a new name begins a new bar."""
         if phase != self._phase:
             for task in self._progress.task_ids:
                 self._progress.remove_task(task)
-            self._progress.add_task(phase)
+            self._progress.add_task(phase, total=None)
             self._phase = phase
         self._progress.update(self._progress.task_ids[0], completed=done, total=total)
 

@@ -127,15 +127,24 @@ def read_recipe(folder: Path) -> Recipe:
         data = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ConfigError(f"{path} is no JSON: {error}") from error
-    fields = {"prompts": list, "labels": list, "call": dict, "classifier": str}
-    for name, kind in fields.items():
-        value = data.get(name) if isinstance(data, dict) else data
-        if value is not None and not isinstance(value, kind):
-            raise ConfigError(
-                f"{path}: {name}: got {type(value).__name__}, expected {kind.__name__}"
-            )
+    _check_recipe(path, data)
     prompts, labels = tuple(data.get("prompts", ())), tuple(data.get("labels", ()))
-    if labels and len(labels) != len(prompts):
-        raise ConfigError(f"{path}: got {len(labels)} labels for {len(prompts)} prompts")
     classifier = data.get("classifier")
     return Recipe(prompts, labels, data.get("call", {}), classifier and folder / classifier)
+
+
+def _check_recipe(path: Path, data: Any) -> None:
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path} holds {type(data).__name__}, expected an object")
+    kinds: dict[str, type] = {"prompts": list, "labels": list, "call": dict, "classifier": str}
+    for name, kind in kinds.items():
+        value: Any = data.get(name, kind())
+        if not isinstance(value, kind):
+            got = type(value).__name__
+            raise ConfigError(f"{path}: {name}: got {got}, expected {kind.__name__}")
+        wrong = [item for item in value if not isinstance(item, str)]
+        if kind is list and wrong:
+            raise ConfigError(f"{path}: {name}: got {wrong[0]!r}, expected a text")
+    prompts, labels = data.get("prompts", []), data.get("labels", [])
+    if labels and len(labels) != len(prompts):
+        raise ConfigError(f"{path}: got {len(labels)} labels for {len(prompts)} prompts")

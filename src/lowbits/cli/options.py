@@ -112,10 +112,16 @@ Source = Annotated[
 ]
 
 Folder = Annotated[
-    Path, typer.Option("--out", "-o", file_okay=False, help="Folder for the report and the sheet.")
+    Path,
+    typer.Option(
+        "--out", "-o", file_okay=False, help="Folder for report.json and contact_sheet.png."
+    ),
 ]
 SchemeList = Annotated[
-    str | None, typer.Option("--schemes", metavar="A,B,C", help="Schemes to compare.")
+    str | None,
+    typer.Option(
+        "--schemes", metavar="A,B,C", help="Schemes to compare. Default: eight common ones."
+    ),
 ]
 AllSchemes = Annotated[bool, typer.Option("--all", help="Compare every scheme there is.")]
 Seeds = Annotated[int, typer.Option(min=1, help="Pictures of each prompt.")]

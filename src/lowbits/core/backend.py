@@ -84,9 +84,8 @@ class QuantBackend(ABC):
 
         Args:
             weight: ``(rows, row_length)``, float32, contiguous, finite, not empty; not kept, not
-            changed.
-                It may be a few rows of a larger weight: the parts are put together along dim 0
-                where the first part says that it is ``row_sliceable``.
+                changed. It may be a few rows of a larger weight: the parts are put together along
+                dim 0 where the first part says that it is ``row_sliceable``.
             scheme: one of `schemes`, which accepts this row length.
 
         Returns:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, cast, final
 
 from lowbits.core.memory import available_host_bytes
-from lowbits.core.packed import PackedLayer, storage_form
+from lowbits.core.packed import PackedLayer, storage_form, stored_bytes
 from lowbits.core.packing import pack_weight
 from lowbits.core.report import LayerReport, Report, format_bytes
 from lowbits.core.scheme import NATIVE, rows_of
@@ -218,7 +218,7 @@ def _report(
         bytes_before = before[decision.tie]
         bytes_after = bytes_before
         if isinstance(decision.module, PackedLayer) and decision.scheme:
-            bytes_after = decision.module.stored_bytes(decision.name)
+            bytes_after = stored_bytes(decision.module, decision.name)
         source = ("file" if decision.tie in sources else mode) if decision.scheme else "-"
         dropped += bytes_before if source == "none" and not is_again else 0
         numel = decision.shape.numel()

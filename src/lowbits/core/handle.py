@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Any, Final, final
 
-from lowbits.core.packed import PackedLayer
+from lowbits.core.packed import PackedLayer, read_weight
 from lowbits.errors import NotPatchedError
 
 if TYPE_CHECKING:
@@ -169,8 +169,8 @@ class _StateDict(OrderedDict[str, Any]):
         layer: Any = self.module
         for part in fqn.split(".") if fqn else []:
             layer = layer._modules.get(part) if layer is not None else None
-        if isinstance(layer, PackedLayer) and name in type(layer).packed_names:
-            return layer.read(name)
+        if isinstance(layer, PackedLayer) and name in type(layer).lowbits_names:
+            return read_weight(layer, name)
         raise KeyError(key)
 
     def __reduce__(self) -> tuple[type[OrderedDict[str, Any]], tuple[list[tuple[str, Any]]]]:

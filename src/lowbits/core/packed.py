@@ -101,62 +101,20 @@ def marker_name(name: str) -> str:
 
 
 class PackedLayer(nn.Module):
-    """What packed layers of all kinds share; a mix-in in front of the layer's own class."""
+    """What packed layers of all kinds share; a mix-in in front of the layer's own class.
 
-    packed_base: type[nn.Module]
-    packed_names: tuple[str, ...]
+    It adds no public method: it may stand in front of a class that has one of that name.
+    """
+
+    lowbits_base: type[nn.Module]
+    lowbits_names: tuple[str, ...]
     lowbits_layouts: dict[str, Layout]
 
-    def packed(self, name: str = "weight") -> Packed:
-        """Return a packed weight; its tensors are the layer's own.
-
-        Raises:
-            FormatError: something cast the stored integers, so that the weight is lost.
-        """
-        layout, parameters = self.lowbits_layouts[name], self._parameters
-        tensors = {}
-        for field in layout.fields:
-            tensor = cast("Tensor", parameters[field.parameter])
-            if tensor.dtype != field.storage_dtype:
-                raise FormatError(_cast_message(self, field, tensor))
-            tensors[field.name] = (
-                tensor if tensor.dtype == field.dtype else tensor.view(field.dtype)
-            )
-        return Packed(layout.scheme, layout.rows, tensors, layout.row_sliceable)
-
-    def dequantized(self, name: str = "weight", dtype: torch.dtype | None = None) -> Tensor:
-        """Return a weight's values; a copy in ``dtype``, or in the weight's own."""
-        layout = self.lowbits_layouts[name]
-        dtype = dtype or self._marker(name).dtype
-        return layout.backend.unpack(self.packed(name), dtype).view(layout.shape)
-
-    def read(self, name: str) -> Tensor:
-        """Return what an attribute read of a packed weight gives."""
-        if torch.compiler.is_compiling():
-            return self.dequantized(
-                name
-            )  # a compiler cannot look into the proxy, but drops dead code
-        layout = self.lowbits_layouts[name]
-        return WeightProxy(self.packed(name), layout.backend, layout.shape, self._marker(name))
-
-    def stored_bytes(self, name: str = "weight") -> int:
-        """Return the bytes of the storages that hold a packed weight."""
-        fields = self.lowbits_layouts[name].fields
-        return storage_bytes(cast("Tensor", self._parameters[f.parameter]) for f in fields)
-
-    def _marker(self, name: str) -> Tensor:
-        return cast("Tensor", self._parameters[marker_name(name)])
-
-    def _compute_dtype(self) -> torch.dtype:
-        marker = self._marker("weight")
-        explicit = self.lowbits_layouts["weight"].compute_dtype
-        return explicit or compute_dtype(marker.device, marker.dtype)
-
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in type(self).packed_names:
+        if name in type(self).lowbits_names:
             scheme = self.lowbits_layouts[name].scheme
             raise PatchError(
-                f"cannot set {name!r} of a {type(self).packed_base.__name__} stored as {scheme}; "
+                f"cannot set {name!r} of a {type(self).lowbits_base.__name__} stored as {scheme}; "
                 "call lowbits.restore(target) first, or lowbits.dequantize(layer)"
             )
         super().__setattr__(name, value)
@@ -194,7 +152,7 @@ class PackedLayer(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         cls = type(self)
-        return _new_packed, (cls.packed_base, cls.packed_names), self.__dict__.copy()
+        return _new_packed, (cls.lowbits_base, cls.lowbits_names), self.__dict__.copy()
 
     def extra_repr(self) -> str:
         """Add the schemes to the layer's own description."""
@@ -202,12 +160,62 @@ class PackedLayer(nn.Module):
         return ", ".join(part for part in (super().extra_repr(), f"scheme={schemes}") if part)
 
 
-def _cast_message(layer: PackedLayer, field: Field, tensor: Tensor) -> str:
-    scheme = next(iter(layer.lowbits_layouts.values())).scheme
+def packed_weight(layer: PackedLayer, name: str = "weight") -> Packed:
+    """Return a packed weight of a layer; its tensors are the layer's own.
+
+    Raises:
+        FormatError: something cast the stored integers, so that the weight is lost.
+    """
+    layout, parameters = layer.lowbits_layouts[name], layer._parameters
+    tensors = {}
+    for field in layout.fields:
+        tensor = cast("Tensor", parameters[field.parameter])
+        if tensor.dtype != field.storage_dtype:
+            raise FormatError(_cast_message(layout, field, tensor))
+        tensors[field.name] = tensor if tensor.dtype == field.dtype else tensor.view(field.dtype)
+    return Packed(layout.scheme, layout.rows, tensors, layout.row_sliceable)
+
+
+def dequantized(
+    layer: PackedLayer, name: str = "weight", dtype: torch.dtype | None = None
+) -> Tensor:
+    """Return a packed weight's values; a copy in ``dtype``, or in the weight's own."""
+    layout = layer.lowbits_layouts[name]
+    dtype = dtype or _marker(layer, name).dtype
+    return layout.backend.unpack(packed_weight(layer, name), dtype).view(layout.shape)
+
+
+def read_weight(layer: PackedLayer, name: str = "weight") -> Tensor:
+    """Return what an attribute read of a packed weight gives: a proxy."""
+    if torch.compiler.is_compiling():
+        # A compiler cannot look into the proxy; it drops what is not used.
+        return dequantized(layer, name)
+    layout = layer.lowbits_layouts[name]
+    packed = packed_weight(layer, name)
+    return WeightProxy(packed, layout.backend, layout.shape, _marker(layer, name))
+
+
+def stored_bytes(layer: PackedLayer, name: str = "weight") -> int:
+    """Return the bytes of the storages that hold a packed weight."""
+    fields = layer.lowbits_layouts[name].fields
+    return storage_bytes(cast("Tensor", layer._parameters[f.parameter]) for f in fields)
+
+
+def _marker(layer: PackedLayer, name: str) -> Tensor:
+    return cast("Tensor", layer._parameters[marker_name(name)])
+
+
+def _compute_dtype(layer: PackedLayer) -> torch.dtype:
+    marker = _marker(layer, "weight")
+    explicit = layer.lowbits_layouts["weight"].compute_dtype
+    return explicit or compute_dtype(marker.device, marker.dtype)
+
+
+def _cast_message(layout: Layout, field: Field, tensor: Tensor) -> str:
     return (
-        f"{field.parameter} of a layer stored as {scheme} was cast to {tensor.dtype}; expected "
-        f"{field.storage_dtype}: its bytes are lost. Use module.to(dtype), which keeps them, "
-        "instead of casting Parameters one by one"
+        f"{field.parameter} of a layer stored as {layout.scheme} was cast to {tensor.dtype}; "
+        f"expected {field.storage_dtype}: its bytes are lost. Use module.to(dtype), which keeps "
+        "them, instead of casting Parameters one by one"
     )
 
 
@@ -237,7 +245,7 @@ def _load_problems(layer: PackedLayer, state_dict: Mapping[str, Any], prefix: st
 
 def _proxy_property(name: str) -> property:
     def read(self: PackedLayer) -> Tensor:
-        return self.read(name)
+        return read_weight(self, name)
 
     return property(read, doc=f"The packed {name}, as a read-only `WeightProxy`.")
 
@@ -245,61 +253,65 @@ def _proxy_property(name: str) -> property:
 class PackedLinear(PackedLayer, nn.Linear):
     """A packed `torch.nn.Linear`."""
 
-    packed_base = nn.Linear
-    packed_names = ("weight",)
+    lowbits_base = nn.Linear
+    lowbits_names = ("weight",)
     weight = _proxy_property("weight")
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's name
         """Compute ``input @ weight.T + bias`` in the dtype that is fast here; in input's dtype."""
         backend = self.lowbits_layouts["weight"].backend
-        return functional.linear(input, self.packed(), self.bias, backend, self._compute_dtype())
+        return functional.linear(
+            input, packed_weight(self), self.bias, backend, _compute_dtype(self)
+        )
 
 
 class _PackedConv(PackedLayer):
     """A packed convolution: the weight is dequantized whole, its row is an output channel."""
 
-    packed_names = ("weight",)
+    lowbits_names = ("weight",)
     weight = _proxy_property("weight")
     bias: Tensor | None
     _conv_forward: Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's name
         """Convolve in the dtype that is fast here; in input's dtype."""
-        dtype = self._compute_dtype()
+        dtype = _compute_dtype(self)
         bias = self.bias if self.bias is None else self.bias.to(dtype)
-        y = self._conv_forward(input.to(dtype), self.dequantized(dtype=dtype), bias)
+        y = self._conv_forward(input.to(dtype), dequantized(self, dtype=dtype), bias)
         return y.to(input.dtype) if y.dtype == dtype else y  # autocast's dtype stays
 
 
 class PackedConv1d(_PackedConv, nn.Conv1d):
     """A packed `torch.nn.Conv1d`."""
 
-    packed_base = nn.Conv1d
+    lowbits_base = nn.Conv1d
 
 
 class PackedConv2d(_PackedConv, nn.Conv2d):
     """A packed `torch.nn.Conv2d`."""
 
-    packed_base = nn.Conv2d
+    lowbits_base = nn.Conv2d
 
 
 class PackedConv3d(_PackedConv, nn.Conv3d):
     """A packed `torch.nn.Conv3d`."""
 
-    packed_base = nn.Conv3d
+    lowbits_base = nn.Conv3d
 
 
 class PackedEmbedding(PackedLayer, nn.Embedding):
     """A packed `torch.nn.Embedding`: only the rows that are looked up are decoded."""
 
-    packed_base = nn.Embedding
-    packed_names = ("weight",)
+    lowbits_base = nn.Embedding
+    lowbits_names = ("weight",)
     weight = _proxy_property("weight")
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's name
         """Look rows up, in the weight's dtype."""
         backend = self.lowbits_layouts["weight"].backend
-        return functional.embedding(input, self.packed(), backend, self._marker("weight").dtype)
+        return functional.embedding(
+            input, packed_weight(self), backend, _marker(self, "weight").dtype
+        )
 
 
 _FAST: Final[tuple[type[PackedLayer], ...]] = (
@@ -323,13 +335,13 @@ def packed_class(base: type[nn.Module], names: tuple[str, ...]) -> type[PackedLa
 @cache
 def _packed_class(base: type[Any], names: tuple[str, ...]) -> type[PackedLayer]:
     for fast in _FAST:
-        if names == ("weight",) and issubclass(base, fast.packed_base):
-            if base is fast.packed_base:
+        if names == ("weight",) and issubclass(base, fast.lowbits_base):
+            if base is fast.lowbits_base:
                 return fast
-            if base.forward is fast.packed_base.forward:
-                return type(f"Packed{base.__name__}", (fast, base), {"packed_base": base})
+            if base.forward is fast.lowbits_base.forward:
+                return type(f"Packed{base.__name__}", (fast, base), {"lowbits_base": base})
     members = {name: _proxy_property(name) for name in names}
-    members |= {"packed_base": base, "packed_names": names}  # type: ignore[dict-item]
+    members |= {"lowbits_base": base, "lowbits_names": names}  # type: ignore[dict-item]
     return type(f"Packed{base.__name__}", (PackedLayer, base), members)
 
 

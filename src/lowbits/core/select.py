@@ -283,6 +283,8 @@ class _Decider:
             return "adapter factor"
         if isinstance(module, nn.utils.parametrize.ParametrizationList):
             return "parametrized weight"
+        if type(module).get_extra_state is not nn.Module.get_extra_state:
+            return "its module has extra state of its own"
         return _unsuitable(tensor)
 
     def _default_reason(self, decision: Decision, *, is_raw: bool) -> str:  # noqa: PLR0911 - a list of refusals

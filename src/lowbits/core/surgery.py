@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, cast, final
 import torch
 from torch import nn
 
-from lowbits.core.packed import Layout, PackedLayer, marker_name, packed_class
+from lowbits.core.packed import Layout, PackedLayer, dequantized, marker_name, packed_class
 from lowbits.core.source import MemorySource, NoSource, Source
 from lowbits.errors import PatchError
 
@@ -189,7 +189,7 @@ def dequantize_layers(layers: Iterable[PackedLayer]) -> None:
             parameters = _dense_parameters(layer, dense)
             module = cast("nn.Module", layer)
             done.append((module, type(module), module._parameters, layer.lowbits_layouts))
-            module.__class__ = type(layer).packed_base
+            module.__class__ = type(layer).lowbits_base
             module.__dict__["_parameters"] = parameters
             module.__dict__.pop(LAYOUTS)
     except BaseException:
@@ -212,7 +212,7 @@ def _dense_parameters(
         if key in markers:
             tie = id(parameter)
             if tie not in dense:
-                values = layer.dequantized(markers[key])
+                values = dequantized(layer, markers[key])
                 dense[tie] = nn.Parameter(values, requires_grad=False)
             parameters[markers[key]] = dense[tie]
         elif key not in stored:

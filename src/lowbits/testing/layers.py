@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import lowbits
-from lowbits.core.packed import PackedLayer
+from lowbits.core.packed import PackedLayer, stored_bytes
 from lowbits.core.scheme import EMBEDDING
 
 if TYPE_CHECKING:
@@ -161,13 +161,13 @@ def check_casts_keep_the_codes(backend: QuantBackend, scheme: Scheme) -> None:
     """`.half()` and `.to(dtype)` change the dtype that the layer answers and nothing stored."""
     model, _ = packed_model(scheme.name)
     layer: Any = model.blocks[0]
-    codes, bits = layer.weight_qdata.clone(), layer.stored_bytes()
+    codes, bits = layer.weight_qdata.clone(), stored_bytes(layer)
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
         model.to(dtype)
         assert next(layer.parameters()).dtype == dtype
         assert layer.weight.dtype == dtype
         assert torch.equal(layer.weight_qdata, codes)
-        assert layer.stored_bytes() == bits
+        assert stored_bytes(layer) == bits
         with torch.no_grad():
             y = model(tokens())
         assert y.dtype == dtype
