@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+import weakref
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +20,7 @@ from lowbits.core.registry import DEFAULT
 from lowbits.core.scheme import NATIVE, SchemeInfo
 from lowbits.core.select import Component, Decision, Selection, select
 from lowbits.core.source import SourceFiles
-from lowbits.core.surgery import dequantize_layers
+from lowbits.core.surgery import Journal, dequantize_layers, undo
 from lowbits.errors import (
     AlreadyPatchedError,
     ConfigError,
@@ -94,7 +96,7 @@ def apply(  # noqa: PLR0913 - one place for every option
             cancel,
         )  # fmt: skip
     place = torch.device(config.device) if config.device is not None else _default_device()
-    return _apply(target, config, place)
+    return _apply(_modules_of(target), config, place)
 
 
 def quantize(module: nn.Module, scheme: Any, **options: Any) -> Handle:
@@ -107,7 +109,7 @@ def quantize(module: nn.Module, scheme: Any, **options: Any) -> Handle:
     """
     if "device" in options:
         raise ConfigError("device: quantize never moves a module; use lowbits.apply for that")
-    return _apply(module, LowbitsConfig(scheme, **options), None)
+    return _apply(_modules_of(module), LowbitsConfig(scheme, **options), None)
 
 
 def dequantize(target: Any) -> None:
@@ -119,13 +121,17 @@ def dequantize(target: Any) -> None:
     Raises:
         NotPatchedError: nothing in the target is packed.
     """
-    modules = list(_modules_of(target).values())
-    layers = {id(m): m for root in modules for m in root.modules() if isinstance(m, PackedLayer)}
+    roots = _modules_of(target).values()
+    modules = {id(module): module for root in roots for module in root.modules()}
+    layers = [module for module in modules.values() if isinstance(module, PackedLayer)]
     if not layers:
         raise NotPatchedError(f"nothing in this {type(target).__name__} is packed")
-    dequantize_layers(layers.values())
-    for owned in {id(h): h for h in map(find_handle, modules) if h}.values():
-        owned.release()
+    dequantize_layers(layers)
+    for module in modules.values():
+        owned = find_handle(module)
+        # A handle of more than this target keeps the way back to the rest, and to this.
+        if owned and all(id(component) in modules for component in owned.components.values()):
+            owned.release()
 
 
 def handle(target: Any) -> Handle | None:
@@ -135,14 +141,15 @@ def handle(target: Any) -> Handle | None:
 
 
 def restore(target: Any) -> None:
-    """Undo `apply` or `quantize`: see `Handle.restore`."""
-    owned = handle(target)
-    if owned is None:
+    """Undo `apply` or `quantize`: see `Handle.restore`; all of a pipeline's handles."""
+    handles = {id(h): h for h in map(find_handle, _modules_of(target).values()) if h}
+    if not handles:
         raise NotPatchedError(
             f"this {type(target).__name__} has no handle: it was not applied, was restored "
             "already, or is a copy of an applied one (lowbits.dequantize works on those)"
         )
-    owned.restore()
+    for owned in handles.values():
+        owned.restore()
 
 
 def schemes() -> tuple[SchemeInfo, ...]:
@@ -178,8 +185,9 @@ def _default_device() -> torch.device:
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
-def _apply(target: Any, config: LowbitsConfig, device: torch.device | None) -> Handle:
-    modules = _modules_of(target)
+def _apply(
+    modules: Mapping[str, nn.Module], config: LowbitsConfig, device: torch.device | None
+) -> Handle:
     components = _components(modules, config)
     _refuse_patched(components)
     rules = {glob: request_of(value).scheme for glob, value in (config.rules or {}).items()}
@@ -193,22 +201,22 @@ def _apply(target: Any, config: LowbitsConfig, device: torch.device | None) -> H
         cancel=config.cancel,
     )
     before = _placements(modules, device)
-    conversion = convert(decisions, options)
-    owned = Handle(
-        {c.name: c.module for c in components if c.scheme} or modules,
-        conversion.journal,
-        conversion.report,
-        lambda new: _switch(target, config, device, new),
-        before,
-    )
+    packed = {decision.component for decision in decisions if decision.scheme}
+    touched = {c.name: c.module for c in components if c.scheme or c.name in packed}
+    journals: defaultdict[str, Journal] = defaultdict(Journal)
+    owned = None
     try:
+        conversion = convert(decisions, options, journals)
+        reapply = _reapplier(modules, config, device)
+        owned = Handle(touched or modules, conversion.report, reapply, before)
         for module, _ in before:
             module.to(device)
-        owned.attach()
+        owned.attach(journals)
         conversion.commit()
     except BaseException:
-        owned.detach()
-        conversion.journal.undo()
+        if owned is not None:
+            owned.detach()
+        undo(list(journals.values()))
         for module, old in before:
             module.to(old)
         raise
@@ -217,15 +225,41 @@ def _apply(target: Any, config: LowbitsConfig, device: torch.device | None) -> H
     return owned
 
 
-def _switch(target: Any, config: LowbitsConfig, device: torch.device | None, scheme: Any) -> Handle:
-    names = list(config.components) if config.components is not None else None
-    new = replace(config, scheme=scheme, components=names)
-    request_of(scheme)  # a mistyped name is not worth a restore
-    restore(target)
+def _reapplier(
+    modules: Mapping[str, nn.Module], config: LowbitsConfig, device: torch.device | None
+) -> Callable[[Handle, Any], Handle]:
+    """Return what `Handle.switch` calls; it keeps no module alive."""
+    references = {name: weakref.ref(module) for name, module in modules.items()}
+
+    def reapply(owned: Handle, scheme: Any) -> Handle:
+        live = {name: reference() for name, reference in references.items()}
+        present = {name: module for name, module in live.items() if module is not None}
+        return _switch(owned, present, config, device, scheme)
+
+    return reapply
+
+
+def _switch(
+    owned: Handle,
+    modules: Mapping[str, nn.Module],
+    config: LowbitsConfig,
+    device: torch.device | None,
+    scheme: Any,
+) -> Handle:
+    DEFAULT.require(request_of(scheme).scheme)  # what is mistyped or missing is not worth a restore
+    asked = {c.name: c.scheme for c in _components(modules, config) if c.scheme}
+    rules = {
+        glob: scheme if request_of(value).scheme in asked.values() else value
+        for glob, value in (config.rules or {}).items()
+    }
+    names = None if "" in modules else list(asked)
+    new = replace(config, scheme=scheme, components=names, rules=rules)
+    owned.restore()
     try:
-        return _apply(target, new, device)
+        return _apply(modules, new, device)
     except BaseException:
-        _apply(target, config, device)
+        # The caller's callbacks may be what failed, or cancelled: they are not asked again.
+        _apply(modules, replace(config, progress=None, cancel=None), device)
         raise
 
 

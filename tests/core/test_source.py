@@ -171,4 +171,4 @@ def test_auto_with_little_memory_lets_only_unproven_originals_go(
     assert [row.source for row in handle.report().packed] == ["file", "none"]
     with pytest.raises(errors.SourceUnavailableError):
         handle.restore()
-    assert {source.kind for source in handle._journal.sources()} == {"file", "none"}
+    assert {source.kind for source in handle._parts()[0].journal.sources()} == {"file", "none"}

@@ -65,7 +65,6 @@ CAPTURED = (
 )
 
 
-@pytest.mark.xfail(strict=True, reason=CAPTURED)
 def test_a_forward_wrapped_while_packed_works_after_restore() -> None:
     target = model()
     x = torch.ones(1, 64)
@@ -76,7 +75,6 @@ def test_a_forward_wrapped_while_packed_works_after_restore() -> None:
     assert torch.equal(target(x), expected)
 
 
-@pytest.mark.xfail(strict=True, reason=CAPTURED)
 def test_an_accelerate_hook_added_while_packed_works_after_restore() -> None:
     hooks = pytest.importorskip("accelerate.hooks")
     target = model()
@@ -88,7 +86,6 @@ def test_an_accelerate_hook_added_while_packed_works_after_restore() -> None:
     assert torch.equal(target(x), expected)
 
 
-@pytest.mark.xfail(strict=True, reason=CAPTURED)
 def test_group_offloading_enabled_while_packed_works_after_restore(flux: Any) -> None:
     transformer = copy.deepcopy(flux.transformer)
     inputs = flux_inputs()
@@ -181,10 +178,6 @@ def two_handles(pipe: Any) -> dict[str, lowbits.Handle]:
     return {name: pack(pipe, components=[name]) for name in names}
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="_switch restores the first handle that it finds in the pipeline, not its own",
-)
 def test_each_of_two_handles_switches_its_own_component(flux: Any) -> None:
     handles = two_handles(flux)
     for name, handle in handles.items():
@@ -196,10 +189,6 @@ def test_each_of_two_handles_switches_its_own_component(flux: Any) -> None:
         handles[name] = pack(flux, components=[name])
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="restore(pipe) restores only the first handle that it finds; the rest stays packed",
-)
 def test_restore_of_a_pipeline_restores_all_of_it(flux: Any) -> None:
     two_handles(flux)
     lowbits.restore(flux)
@@ -207,11 +196,6 @@ def test_restore_of_a_pipeline_restores_all_of_it(flux: Any) -> None:
     assert not is_packed(flux.text_encoder_2)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="a component that is packed because a rule names it, not components=, does not get "
-    "the handle: restore(pipe.vae) and handle(pipe.vae) do not find it",
-)
 def test_a_component_that_a_rule_reaches_has_the_handle(flux: Any) -> None:
     handle = pack(flux, components=["transformer"], rules={"vae.*": SCHEME})
     try:
@@ -221,11 +205,6 @@ def test_a_component_that_a_rule_reaches_has_the_handle(flux: Any) -> None:
         handle.restore()
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="switch() forgets which components a PipelineQuantizationConfig named, and packs the "
-    "default ones",
-)
 def test_switch_keeps_the_components_of_a_pipeline_config(flux: Any) -> None:
     diffusers = pytest.importorskip("diffusers")
     transformers = pytest.importorskip("transformers")
@@ -241,11 +220,6 @@ def test_switch_keeps_the_components_of_a_pipeline_config(flux: Any) -> None:
     assert list(new.components) == ["text_encoder_2"]
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="one handle owns all components and holds the pipeline: a text encoder that is dropped "
-    "to free its memory, packed and original, lives as long as the transformer does",
-)
 def test_a_component_that_is_dropped_from_the_pipeline_is_freed() -> None:
     pipelines: Any = importlib.import_module("pipelines")
     pipe = pipelines.PIPELINES["flux"].build()
@@ -305,13 +279,7 @@ def test_a_lora_acts_and_is_never_packed(order: str, options: dict[str, Any]) ->
 
 
 @pytest.mark.parametrize("order", ["before", "after"])
-def test_a_lora_on_a_convolution(order: str, request: pytest.FixtureRequest) -> None:
-    if order == "after":
-        reason = (
-            "peft makes the factors by type(layer)(...), here PackedConv1d(...): its constructor "
-            "sets the weight, and fails for want of lowbits_layouts"
-        )
-        request.applymarker(pytest.mark.xfail(strict=True, reason=reason))
+def test_a_lora_on_a_convolution(order: str) -> None:
     target: Any = Small()
     if order == "before":
         target = lora(target, ("conv",))

@@ -128,11 +128,6 @@ class Child(nn.Module):
         return y
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="Journal.install looks for clashes among Parameters, buffers and attributes, not among "
-    "submodules: a stored tensor hides the submodule of that name",
-)
 def test_a_submodules_name_is_not_taken() -> None:
     target = Child()
     try:
@@ -149,11 +144,6 @@ class Alias(nn.Module):
         self.head = self.inner.weight
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="tied weights share their packed Parameters by name: a tie between different names "
-    "('weight' and a raw parameter's) raises a bare KeyError",
-)
 def test_a_tie_between_different_names_is_packed_or_left_alone() -> None:
     target = Alias()
     lowbits.quantize(target, SCHEME, rules={"head": SCHEME, "inner": SCHEME})
@@ -216,11 +206,6 @@ def test_double_precision() -> None:
     check_equals_dequantized(layer, torch.randn(2, 64, dtype=torch.float64))
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="functional.linear converts integer inputs, and the result back to integers: an "
-    "ordinary layer raises, a packed one truncates without a word",
-)
 def test_integer_inputs_are_refused() -> None:
     layer = nn.Linear(64, 96)
     pack(layer)
@@ -230,12 +215,7 @@ def test_integer_inputs_are_refused() -> None:
 
 @pytest.mark.parametrize("kind", [nn.Linear, nn.Conv1d])
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
-def test_autocast_decides_the_result_dtype(
-    kind: Any, dtype: torch.dtype | None, request: pytest.FixtureRequest
-) -> None:
-    if kind is nn.Conv1d and dtype is not None:
-        reason = "_PackedConv.forward undoes autocast where its dtype is the layer's compute dtype"
-        request.applymarker(pytest.mark.xfail(strict=True, reason=reason))
+def test_autocast_decides_the_result_dtype(kind: Any, dtype: torch.dtype | None) -> None:
     layer, x = (
         (nn.Linear(64, 96), torch.ones(1, 64))
         if kind is nn.Linear
@@ -312,9 +292,6 @@ def test_compiles_whole_and_once(dtype: torch.dtype) -> None:
         assert torch.allclose(first, target(x), atol=1e-2)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="_linear_eager writes to out=, which functorch does not batch"
-)
 def test_vmap() -> None:
     layer = nn.Linear(64, 96)
     pack(layer)
@@ -323,11 +300,6 @@ def test_vmap() -> None:
         assert torch.allclose(torch.vmap(layer)(x), layer(x), atol=1e-5)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="select reads the shape of an uninitialized lazy weight: a bare RuntimeError of torch "
-    "instead of a layer that is reported",
-)
 def test_a_lazy_layer_is_reported() -> None:
     target = nn.ModuleList([nn.Linear(64, 96), nn.LazyLinear(8)])
     try:

@@ -79,11 +79,6 @@ def test_a_direct_write_raises(name: str) -> None:
     check(DIRECT[name])
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="WeightProxy refuses a write only where the proxy is the first positional argument: "
-    "nn.init passes it by keyword, foreach in a list, and views are ordinary tensors",
-)
 @pytest.mark.parametrize("name", LOST)
 def test_a_write_through_a_function_or_a_view_raises(name: str) -> None:
     check(LOST[name])

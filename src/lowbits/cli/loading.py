@@ -142,7 +142,7 @@ def _check_recipe(path: Path, data: Any) -> None:
         if not isinstance(value, kind):
             got = type(value).__name__
             raise ConfigError(f"{path}: {name}: got {got}, expected {kind.__name__}")
-        wrong = [item for item in value if not isinstance(item, str)]
+        wrong = [item for item in data.get(name, ()) if not isinstance(item, str)]
         if kind is list and wrong:
             raise ConfigError(f"{path}: {name}: got {wrong[0]!r}, expected a text")
     prompts, labels = data.get("prompts", []), data.get("labels", [])

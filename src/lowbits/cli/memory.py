@@ -45,7 +45,8 @@ class PeakSampler:
     """Samples the process's memory in a thread while its block runs.
 
     Peaks shorter than 5 ms may be missed, and nothing is sampled where `resident_bytes` is unknown.
-    Free memory is returned first.
+    Free memory is returned first; what the C library keeps while the block runs is counted, and
+    makes figures differ by some 10 MiB from run to run.
     """
 
     def __init__(self) -> None:

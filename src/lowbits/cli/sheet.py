@@ -25,7 +25,7 @@ TITLE: Final = 118
 LABELS: Final = 64
 FOOT: Final = 62
 #: Width of the names of rows, and of each figure beside them.
-NAME: Final = 250
+NAME: Final = 310
 FIGURE: Final = 104
 
 #: Pixels that pictures are enlarged to, at least, and shrunk to, at most.

@@ -24,6 +24,23 @@ _MIB: Final = 2**20
 #: Columns that a table of schemes needs to say what each of them is.
 _WIDE: Final = 110
 
+_FIGURES: Final = (
+    "\nbits",
+    "packed\nMiB",
+    "all\nMiB",
+    "pack\ns",
+    "peak\nMiB",
+    "draw\ns",
+    "PSNR\ndB",
+    "read\nright",
+    "re-\nstored",
+)
+_FIGURES_NOTE: Final = (
+    "bits: of a packed weight. packed, all: stored size of the packed components, of everything. "
+    "pack: seconds it took; peak: memory above what was there before. draw: seconds a picture. "
+    "PSNR: to the pictures of full precision. read right: recognised as what was asked for."
+)
+
 #: Columns of what is written to a file or a pipe: no table here needs more.
 _UNBOUNDED: Final = 200
 
@@ -87,20 +104,13 @@ def reason_lines(schemes: Sequence[lowbits.SchemeInfo]) -> list[Text]:
 
 
 def comparison_table(comparison: Comparison) -> Table:
-    """Return a table of what was measured, full precision first."""
+    """Return a table of what was measured, full precision first; it fits 80 columns."""
     table = _table("scheme")
-    for heading in (
-        "bits per\nweight",
-        "packed\nparts, MiB",
-        "all,\nMiB",
-        "packing,\ns",
-        "packing\npeak, MiB",
-        "drawing,\ns a picture",
-        "PSNR,\ndB",
-        "read as\nasked",
-        "restored",
-    ):
+    table.columns[0].no_wrap = True
+    for heading in _FIGURES:
         table.add_column(heading, justify="right")
+    table.caption = _FIGURES_NOTE
+    table.caption_justify = "left"
     table.add_row(*_comparison_row(comparison.reference), end_section=True)
     for result in comparison.results:
         table.add_row(*_comparison_row(result))

@@ -6,6 +6,8 @@ from collections import defaultdict
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, cast, final
 
+import torch
+
 from lowbits.core.memory import available_host_bytes
 from lowbits.core.packed import PackedLayer, storage_form, stored_bytes
 from lowbits.core.packing import pack_weight
@@ -19,7 +21,6 @@ from lowbits.progress import CancelToken, ProgressCallback, ProgressEvent
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    import torch
     from torch import nn
 
     from lowbits.core.select import Decision
@@ -49,39 +50,43 @@ class Conversion:
     """What was done, and the way back.
 
     Attributes:
-        journal: undoes it.
+        journals: undo it, by component.
         report: of every parameter and buffer.
         lets_originals_go: whether `commit` has anything to do.
     """
 
-    journal: Journal
+    journals: Mapping[str, Journal]
     report: Report
     lets_originals_go: bool
 
     def commit(self) -> None:
         """Let originals go that nobody asked to keep: until now they were there to go back to."""
-        if self.lets_originals_go:
-            self.journal.forget_originals()
+        for journal in self.journals.values() if self.lets_originals_go else ():
+            journal.forget_originals()
 
 
-def convert(decisions: Sequence[Decision], options: ConvertOptions) -> Conversion:
+@torch.no_grad()
+@torch.inference_mode(mode=False)
+def convert(
+    decisions: Sequence[Decision], options: ConvertOptions, journals: defaultdict[str, Journal]
+) -> Conversion:
     """Pack the weights that were chosen, in place.
 
-    Whatever is raised, at whatever layer, KeyboardInterrupt and MemoryError included: the target is
-    as it was. Peak memory above the target's: the packed weights and one part of one layer
-    (`PART_WEIGHTS`); with file sources, originals go as their layers are packed.
+    Peak memory above the target's: the packed weights and one part of one layer (`PART_WEIGHTS`);
+    with file sources, originals go as their layers are packed.
+
+    Args:
+        decisions: of every parameter and buffer of the target.
+        options: how.
+        journals: by component; every change is written there before it is made, and whatever is
+            raised here, `undo` of them gives the target back.
     """
     chosen = [d for d in decisions if d.scheme]
     sources = _prove(chosen, options)
     mode = _memory_or_none(chosen, sources, options.keep_source)
     before = _bytes_before(decisions)
-    journal = Journal()
-    try:
-        _pack_all(chosen, sources, journal, options)
-    except BaseException:
-        journal.undo()
-        raise
-    return Conversion(journal, _report(decisions, before, sources, mode), mode == "none")
+    _pack_all(chosen, sources, journals, options)
+    return Conversion(journals, _report(decisions, before, sources, mode), mode == "none")
 
 
 def _prove(chosen: Sequence[Decision], options: ConvertOptions) -> dict[int, FileSource]:
@@ -149,7 +154,7 @@ def _bytes_before(decisions: Sequence[Decision]) -> dict[int, int]:
 def _pack_all(
     chosen: Sequence[Decision],
     sources: Mapping[int, FileSource],
-    journal: Journal,
+    journals: defaultdict[str, Journal],
     options: ConvertOptions,
 ) -> None:
     modules: dict[int, list[Decision]] = defaultdict(list)
@@ -157,7 +162,7 @@ def _pack_all(
         modules[id(decision.module)].append(decision)
     total = sum({d.tie: d.tensor.nbytes for d in chosen}.values())
     holders = _count_holders(chosen)
-    tied: dict[int, PackedParameters] = {}
+    tied: dict[int, tuple[str, PackedParameters]] = {}
     done = 0
     for group in modules.values():
         packed = {}
@@ -165,13 +170,14 @@ def _pack_all(
             if options.cancel:
                 options.cancel.raise_if_cancelled("packing")
             if decision.tie in tied:
-                packed[decision.name] = tied[decision.tie]
+                name, shared = tied[decision.tie]
+                packed[decision.name] = shared.renamed(name, decision.name)
                 continue
             done += decision.tensor.nbytes
             packed[decision.name] = _pack_one(decision, sources.get(decision.tie), options)
             if holders[decision.tie] > 1:
-                tied[decision.tie] = packed[decision.name]
-        journal.install(group[0].module, packed)
+                tied[decision.tie] = decision.name, packed[decision.name]
+        journals[group[0].component].install(group[0].module, packed, group[0].path)
         if options.progress:
             options.progress(ProgressEvent("pack", group[-1].path, done, total))
 

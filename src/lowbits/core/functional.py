@@ -12,8 +12,11 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from lowbits.core.memory import CHUNK_ROWS, scratch
+from lowbits.errors import PatchError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
     from lowbits.core.backend import Packed, QuantBackend
@@ -34,19 +37,40 @@ def linear(
     Returns:
         ``(..., rows)`` in x's dtype, or autocast's where that is on.
     """
+
+    def multiply(x: Tensor, dtype: torch.dtype) -> Tensor:
+        inputs = x.to(dtype)
+        added = bias if bias is None else bias.to(dtype)
+        if _is_traced():
+            return backend.matmul(inputs, packed, added)
+        if _wants_grad(inputs, added):
+            y: Tensor = _FrozenLinear.apply(inputs, added, packed, backend)  # type: ignore[no-untyped-call]
+            return y
+        return _linear_eager(inputs, packed, added, backend)
+
+    return computed(x, multiply, dtype)
+
+
+def computed(
+    x: Tensor, function: Callable[[Tensor, torch.dtype], Tensor], dtype: torch.dtype
+) -> Tensor:
+    """Call a function that computes in a dtype; the result has x's dtype, or autocast's.
+
+    Raises:
+        PatchError: x is not floating; converted, the result would come back truncated.
+    """
+    if not x.is_floating_point():
+        raise PatchError(f"a packed layer takes floating inputs, as any other; got {x.dtype}")
     device_type = x.device.type
-    if torch.is_autocast_enabled(device_type):
-        with torch.autocast(device_type, enabled=False):
-            return linear(x.to(torch.get_autocast_dtype(device_type)), packed, bias, backend, dtype)
-    bias = bias if bias is None else bias.to(dtype)
-    inputs = x.to(dtype)
-    if torch.compiler.is_compiling():
-        y = backend.matmul(inputs, packed, bias)
-    elif _wants_grad(inputs, bias):
-        y = _FrozenLinear.apply(inputs, bias, packed, backend)  # type: ignore[no-untyped-call]
-    else:
-        y = _linear_eager(inputs, packed, bias, backend)
-    return y.to(x.dtype)
+    if not torch.is_autocast_enabled(device_type):
+        return function(x, dtype).to(x.dtype)
+    with torch.autocast(device_type, enabled=False):
+        return function(x, dtype).to(torch.get_autocast_dtype(device_type))
+
+
+def _is_traced() -> bool:
+    """Say whether only plain expressions will do: a compiler, or a transform of torch.func."""
+    return torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def _wants_grad(*tensors: Tensor | None) -> bool:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Any, Final, final
 
 from lowbits.core.packed import PackedLayer, read_weight
+from lowbits.core.surgery import Journal, undo
 from lowbits.errors import NotPatchedError
 
 if TYPE_CHECKING:
@@ -17,52 +19,56 @@ if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
 
     from lowbits.core.report import Report
-    from lowbits.core.surgery import Journal
 
 _OWNED: Final = "_lowbits_handle"
 
 
 @final
 class Handle:
-    """An applied target's report and undo journal.
+    """An applied target's report, and the way back.
 
-    The target owns it: dropping it changes nothing, and `lowbits.handle` finds it again. Copies and
-    pickles of the target are packed, but have no handle: originals are never copied along.
+    The target owns it: dropping it changes nothing, and `lowbits.handle` finds it again. Each
+    component owns its part of the journal, and the handle refers to components weakly: one that is
+    dropped from a pipeline is freed with its originals. Copies and pickles of the target are
+    packed, but have no handle: originals are never copied along.
     """
 
     def __init__(
         self,
         components: Mapping[str, nn.Module],
-        journal: Journal,
         report: Report,
-        reapply: Callable[[Any], Handle],
+        reapply: Callable[[Handle, Any], Handle],
         placement: Sequence[tuple[nn.Module, torch.device]] = (),
     ) -> None:
-        self._components = dict(components)
-        self._journal = journal
+        self._components = {name: weakref.ref(module) for name, module in components.items()}
         self._report = report
         self._reapply = reapply
-        self._placement = list(placement)
+        self._placement = [(weakref.ref(module), device) for module, device in placement]
         self._hooks: list[RemovableHandle] = []
 
-    def attach(self) -> None:
-        """Make the target own this handle."""
-        self._hooks = [
-            module._register_state_dict_hook(_answer_weight_lookups)  # type: ignore[no-untyped-call]
-            for module in _distinct(self._components)
-        ]
-        for module in _distinct(self._components):
-            module.__dict__[_OWNED] = _Owned(self)
+    def attach(self, journals: Mapping[str, Journal]) -> None:
+        """Make each component own this handle, and its journal."""
+        for name, module in self.components.items():
+            if find_handle(module) is not self:
+                module.__dict__[_OWNED] = _Owned(self, journals.get(name) or Journal())
+                register: Any = module._register_state_dict_hook
+                self._hooks.append(register(_answer_weight_lookups))
 
     @property
     def components(self) -> dict[str, nn.Module]:
-        """The modules that this handle is for, by their names in the target."""
-        return dict(self._components)
+        """The modules that this handle is for, by name; those that still exist."""
+        live = {name: reference() for name, reference in self._components.items()}
+        return {name: module for name, module in live.items() if module is not None}
 
     @property
     def is_active(self) -> bool:
         """Whether the target is still packed by this handle."""
-        return any(find_handle(module) is self for module in self._components.values())
+        return bool(self._parts())
+
+    def _parts(self) -> list[_Owned]:
+        parts = (module.__dict__.get(_OWNED) for module in self.components.values())
+        mine = (part for part in parts if isinstance(part, _Owned) and part.handle is self)
+        return list({id(part): part for part in mine}.values())
 
     def report(self) -> Report:
         """Return what was done to each layer, byte by byte."""
@@ -79,16 +85,18 @@ class Handle:
             SourceUnavailableError: originals were not kept, or their file changed; nothing changes.
         """
         self._require_active("restore")
-        self._journal.undo()
+        undo([part.journal for part in self._parts()])
         self.detach()
-        for module, device in self._placement:
-            module.to(device)
+        for reference, device in self._placement:
+            module = reference()
+            if module is not None:
+                module.to(device)
 
     def switch(self, scheme: Any) -> Handle:
-        """Pack the target in another scheme, from the originals, with the same options.
+        """Pack the same components in another scheme, from the originals, with the same options.
 
         Args:
-            scheme: as for `lowbits.apply`.
+            scheme: as for `lowbits.apply`. Rules that named the old scheme name this one.
 
         Returns:
             The new handle; this one is spent.
@@ -98,7 +106,7 @@ class Handle:
             LowbitsError: whatever applying raises; the target is then as it was, in its old scheme.
         """
         self._require_active("switch")
-        return self._reapply(scheme)
+        return self._reapply(self, scheme)
 
     def release(self) -> None:
         """Let the target go without restoring it: it stays packed, and has no handle."""
@@ -110,7 +118,7 @@ class Handle:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
-        for module in _distinct(self._components):
+        for module in self.components.values():
             if find_handle(module) is self:
                 del module.__dict__[_OWNED]
 
@@ -137,10 +145,11 @@ class Handle:
 
 @final
 class _Owned:
-    """A module's reference to its handle, which copies and pickles of the module do not share."""
+    """What a component owns: its handle and journal, which copies and pickles do not share."""
 
-    def __init__(self, handle: Handle | None = None) -> None:
+    def __init__(self, handle: Handle | None = None, journal: Journal | None = None) -> None:
         self.handle = handle
+        self.journal = journal or Journal()
 
     def __reduce__(self) -> tuple[type[_Owned], tuple[()]]:
         return _Owned, ()
@@ -150,10 +159,6 @@ def find_handle(module: nn.Module) -> Handle | None:
     """Return the handle of a component, if it has one."""
     owned = module.__dict__.get(_OWNED)
     return owned.handle if isinstance(owned, _Owned) else None
-
-
-def _distinct(components: Mapping[str, nn.Module]) -> list[nn.Module]:
-    return list({id(module): module for module in components.values()}.values())
 
 
 class _StateDict(OrderedDict[str, Any]):
@@ -173,8 +178,9 @@ class _StateDict(OrderedDict[str, Any]):
             return read_weight(layer, name)
         raise KeyError(key)
 
-    def __reduce__(self) -> tuple[type[OrderedDict[str, Any]], tuple[list[tuple[str, Any]]]]:
-        return OrderedDict, (list(self.items()),)
+    def __reduce__(self) -> tuple[Any, ...]:
+        attributes = {key: value for key, value in vars(self).items() if key != "module"}
+        return OrderedDict, (), attributes, None, iter(self.items())
 
 
 def _answer_weight_lookups(

@@ -110,6 +110,10 @@ class PackedLayer(nn.Module):
     lowbits_names: tuple[str, ...]
     lowbits_layouts: dict[str, Layout]
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """Make an ordinary layer: adapter libraries call ``type(layer)(in_features, ...)``."""
+        return cls.lowbits_base(*args, **kwargs)
+
     def __setattr__(self, name: str, value: Any) -> None:
         if name in type(self).lowbits_names:
             scheme = self.lowbits_layouts[name].scheme
@@ -146,6 +150,9 @@ class PackedLayer(nn.Module):
                 key = prefix + field.parameter
                 if key in state_dict and state_dict[key].dtype != field.storage_dtype:
                     state_dict[key] = state_dict[key].view(field.storage_dtype)
+        if not _holds_these_bytes(self, state_dict, prefix):
+            # Another object says that the journal's originals are no longer this layer's.
+            self.__dict__["lowbits_layouts"] = dict(self.lowbits_layouts)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
@@ -243,6 +250,23 @@ def _load_problems(layer: PackedLayer, state_dict: Mapping[str, Any], prefix: st
     return problems
 
 
+def _holds_these_bytes(layer: PackedLayer, state_dict: Mapping[str, Any], prefix: str) -> bool:
+    """Say whether loading a state dict would change nothing that is stored."""
+    for layout in layer.lowbits_layouts.values():
+        for field in layout.fields:
+            new, old = state_dict.get(prefix + field.parameter), layer._parameters[field.parameter]
+            if new is None or old is None:
+                continue
+            if new.is_meta or old.is_meta or not torch.equal(new.to(old.device), old):
+                return False
+    return True
+
+
+def _is_packed(layer: nn.Module) -> bool:
+    """Say whether a layer is packed still: others may have kept a packed one's bound forward."""
+    return "lowbits_layouts" in layer.__dict__
+
+
 def _proxy_property(name: str) -> property:
     def read(self: PackedLayer) -> Tensor:
         return read_weight(self, name)
@@ -259,6 +283,8 @@ class PackedLinear(PackedLayer, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's name
         """Compute ``input @ weight.T + bias`` in the dtype that is fast here; in input's dtype."""
+        if not _is_packed(self):
+            return nn.Linear.forward(self, input)
         backend = self.lowbits_layouts["weight"].backend
         return functional.linear(
             input, packed_weight(self), self.bias, backend, _compute_dtype(self)
@@ -275,10 +301,14 @@ class _PackedConv(PackedLayer):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's name
         """Convolve in the dtype that is fast here; in input's dtype."""
-        dtype = _compute_dtype(self)
-        bias = self.bias if self.bias is None else self.bias.to(dtype)
-        y = self._conv_forward(input.to(dtype), dequantized(self, dtype=dtype), bias)
-        return y.to(input.dtype) if y.dtype == dtype else y  # autocast's dtype stays
+        if not _is_packed(self):
+            return self._conv_forward(input, self.weight, self.bias)
+
+        def convolve(x: Tensor, dtype: torch.dtype) -> Tensor:
+            bias = self.bias if self.bias is None else self.bias.to(dtype)
+            return self._conv_forward(x.to(dtype), dequantized(self, dtype=dtype), bias)
+
+        return functional.computed(input, convolve, _compute_dtype(self))
 
 
 class PackedConv1d(_PackedConv, nn.Conv1d):
@@ -308,6 +338,8 @@ class PackedEmbedding(PackedLayer, nn.Embedding):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's name
         """Look rows up, in the weight's dtype."""
+        if not _is_packed(self):
+            return nn.Embedding.forward(self, input)
         backend = self.lowbits_layouts["weight"].backend
         return functional.embedding(
             input, packed_weight(self), backend, _marker(self, "weight").dtype
@@ -347,5 +379,4 @@ def _packed_class(base: type[Any], names: tuple[str, ...]) -> type[PackedLayer]:
 
 def _new_packed(base: type[nn.Module], names: tuple[str, ...]) -> PackedLayer:
     """Make an empty packed layer for pickle and deepcopy, which fill it."""
-    cls = packed_class(base, names)
-    return cls.__new__(cls)
+    return object.__new__(packed_class(base, names))

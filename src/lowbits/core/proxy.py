@@ -7,15 +7,16 @@ in maths, and refuses to be written: a write into a dequantized copy would be lo
 
 from __future__ import annotations
 
+import weakref
 from typing import TYPE_CHECKING, Any, Final, final
 
 import torch
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from lowbits.errors import PatchError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from lowbits.core.backend import Packed, QuantBackend
 
@@ -43,7 +44,7 @@ class WeightProxy(torch.Tensor):
 
     _packed: Packed
     _backend: QuantBackend
-    _fqn: str
+    _guard: weakref.ref[WeightProxy]
 
     @staticmethod
     def __new__(
@@ -58,6 +59,8 @@ class WeightProxy(torch.Tensor):
             cls, shape, dtype=marker.dtype, device=marker.device, requires_grad=False
         )
         proxy._packed, proxy._backend = packed, backend
+        # torch.utils.swap_tensors asks no override, but refuses what is weakly referenced.
+        proxy._guard = weakref.ref(proxy)
         return proxy
 
     def __init__(self, *_: object) -> None:
@@ -86,20 +89,24 @@ class WeightProxy(torch.Tensor):
     ) -> Any:
         """Answer metadata, refuse writes, dequantize for the rest."""
         name, is_write = _describe(func)
-        first_is_proxy = bool(args) and isinstance(args[0], WeightProxy)
-        if first_is_proxy and not is_write:
+        kwargs = dict(kwargs or {})
+        written = _written(args, kwargs) if is_write else kwargs.get("out")
+        proxy = _find(written)
+        if proxy is not None:
+            raise PatchError(_refusal(name, proxy))
+        if args and isinstance(args[0], WeightProxy) and not is_write:
+            if name in _STORAGE:
+                raise PatchError(_refusal(name, args[0]))
             if name in _SELF:
                 return args[0]
             if name == "__repr__":
                 return repr(args[0])
             if name in _METADATA and not (name == "type" and len(args) > 1):
                 with torch._C.DisableTorchFunctionSubclass():
-                    return func(*args, **(kwargs or {}))
-        out = (kwargs or {}).get("out")
-        if name in _STORAGE or isinstance(out, WeightProxy) or (is_write and first_is_proxy):
-            raise PatchError(_refusal(name, args[0] if first_is_proxy else out))
-        args, kwargs = tree_map(_dense, (tuple(args), dict(kwargs or {})))
-        return func(*args, **kwargs)
+                    return func(*args, **kwargs)
+        dense = {id(p): p.dequantized() for p in tree_leaves((args, kwargs)) if type(p) is cls}
+        args, kwargs = tree_map(lambda leaf: dense.get(id(leaf), leaf), (tuple(args), kwargs))
+        return _read_only(func(*args, **kwargs), dense.values())
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override] # torch declares a C function here
@@ -109,8 +116,50 @@ class WeightProxy(torch.Tensor):
         raise PatchError(f"{func} was called on a packed weight's proxy, which has no storage")
 
 
-def _dense(value: Any) -> Any:
-    return value.dequantized() if isinstance(value, WeightProxy) else value
+class _ReadOnlyView(torch.Tensor):
+    """A view of a dequantized copy: a write into it would not reach the weight."""
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        name, is_write = _describe(func)
+        kwargs = dict(kwargs or {})
+        written = _written(args, kwargs) if is_write else kwargs.get("out")
+        if name != "requires_grad_" and any(isinstance(t, cls) for t in tree_leaves(written)):
+            raise PatchError(_refusal(name, None))
+        views = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, cls)]
+        with torch._C.DisableTorchFunctionSubclass():
+            return _read_only(func(*args, **kwargs), views)
+
+
+def _read_only(result: Any, copies: Iterable[torch.Tensor]) -> Any:
+    """Guard those results that share memory with a dequantized copy."""
+    with torch._C.DisableTorchFunctionSubclass():
+        pointers = {copy.untyped_storage().data_ptr() for copy in copies} - {0}
+
+        def guard(leaf: Any) -> Any:
+            is_view = (
+                isinstance(leaf, torch.Tensor)
+                and type(leaf) in (torch.Tensor, _ReadOnlyView)
+                and leaf.untyped_storage().data_ptr() in pointers
+            )
+            return leaf.as_subclass(_ReadOnlyView) if is_view else leaf
+
+        return tree_map(guard, result)
+
+
+def _written(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """Return what a writing function writes into: its first argument, by position or by name."""
+    return args[0] if args else next(iter(kwargs.values()), None)
+
+
+def _find(written: Any) -> WeightProxy | None:
+    return next((leaf for leaf in tree_leaves(written) if isinstance(leaf, WeightProxy)), None)
 
 
 def _describe(func: Callable[..., Any]) -> tuple[str, bool]:
@@ -123,9 +172,11 @@ def _describe(func: Callable[..., Any]) -> tuple[str, bool]:
     return name, in_place or augmented or name == "__setitem__"
 
 
-def _refusal(name: str, proxy: Any) -> str:
-    scheme = proxy._packed.scheme if isinstance(proxy, WeightProxy) else "packed"
+def _refusal(name: str, proxy: WeightProxy | None) -> str:
+    stored = (
+        f"a weight stored as {proxy._packed.scheme}" if proxy is not None else "a packed weight"
+    )
     return (
-        f"cannot apply {name!r} to a weight stored as {scheme}: it is read only. To change the "
-        "weight, call lowbits.restore(target) first; for a copy of its values, weight.clone()"
+        f"cannot apply {name!r} to {stored}: it is read only. To change the weight, call "
+        "lowbits.restore(target) first; for a copy of its values, weight.clone()"
     )

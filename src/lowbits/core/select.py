@@ -206,6 +206,9 @@ def _tensors(component: Component) -> Iterator[Decision]:
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is None:
                 continue
+            if nn.parameter.is_lazy(tensor):
+                path = ".".join(part for part in (component.name, module_fqn, name) if part)
+                raise PatchError(f"{path} has no shape yet (lazy): run the model once before")
             kind = _kind(module, name, tensor)
             own_name = "" if name == "weight" else name
             fqn = ".".join(part for part in (module_fqn, own_name) if part)
@@ -272,29 +275,24 @@ class _Decider:
 
     def _impossible(self, decision: Decision) -> str:
         """Say why a tensor cannot be packed whatever the caller asks for."""
-        module, tensor = decision.module, decision.tensor
-        if isinstance(module, PackedLayer):
+        if isinstance(decision.module, PackedLayer):
             return "already packed"
         if not _is_layer(decision):
             return _not_a_layer(decision)
-        if decision.kind == EMBEDDING and getattr(module, "max_norm", None) is not None:
-            return "its max_norm rewrites the weight at each call"
-        if any(decision.fqn.startswith(prefix) for prefix in self._adapters):
+        if any(decision.fqn.startswith(prefix + ".") for prefix in self._adapters):
             return "adapter factor"
-        if isinstance(module, nn.utils.parametrize.ParametrizationList):
-            return "parametrized weight"
-        if type(module).get_extra_state is not nn.Module.get_extra_state:
-            return "its module has extra state of its own"
-        return _unsuitable(tensor)
+        return _unsuitable_module(decision.module) or _unsuitable_tensor(decision.tensor)
 
-    def _default_reason(self, decision: Decision, *, is_raw: bool) -> str:  # noqa: PLR0911 - a list of refusals
+    def _default_reason(self, decision: Decision, *, is_raw: bool) -> str:
         """Say why a tensor is left alone where no rule names it."""
         if self._component.scheme is None:
             return self._component.reason
         if is_raw:
             return "raw parameter: name it in rules to pack it"
-        if not decision.fqn:
-            return ""  # the target is this one layer
+        # A target that is one layer is meant, whatever its size.
+        return self._small_or_outer(decision) if decision.fqn else ""
+
+    def _small_or_outer(self, decision: Decision) -> str:
         numel = decision.shape.numel()
         if numel < TINY_WEIGHTS:
             return f"tiny: {numel} weights"
@@ -336,7 +334,17 @@ def _not_a_layer(decision: Decision) -> str:
     return f"no scheme holds {decision.kind} layers"
 
 
-def _unsuitable(tensor: torch.Tensor) -> str:
+def _unsuitable_module(module: nn.Module) -> str:
+    if isinstance(module, nn.Embedding) and module.max_norm is not None:
+        return "its max_norm rewrites the weight at each call"
+    if isinstance(module, nn.utils.parametrize.ParametrizationList):
+        return "parametrized weight"
+    if type(module).get_extra_state is not nn.Module.get_extra_state:
+        return "its module has extra state of its own"
+    return ""
+
+
+def _unsuitable_tensor(tensor: torch.Tensor) -> str:
     if type(tensor) not in (nn.Parameter, torch.Tensor) or type(tensor.data) is not torch.Tensor:
         return f"already stored by another library as {type(tensor.data).__name__}"
     if tensor.dtype not in _FLOATS:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import weakref
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Final, cast, final
@@ -102,15 +103,21 @@ class FileSource(Source):
         self._path, self._key, self._digest = path, key, digest
         self._dtype, self._device = parameter.dtype, parameter.device
         self._requires_grad = parameter.requires_grad
+        # While somebody else holds the Parameter (a tied layer), it is the one to give back.
+        self._alive = weakref.ref(parameter)
 
     def verify(self) -> None:
         """Read the tensor, and compare its digest."""
         self._read()
 
     def parameter(self) -> nn.Parameter:
-        """Read the tensor into a new Parameter."""
-        tensor = self._read().to(self._device, self._dtype, copy=True)
-        return nn.Parameter(tensor, requires_grad=self._requires_grad)
+        """Return the Parameter where it still exists, else read the tensor into a new one."""
+        alive = self._alive()
+        if alive is None:
+            tensor = self._read().to(self._device, self._dtype, copy=True)
+            alive = nn.Parameter(tensor, requires_grad=self._requires_grad)
+            self._alive = weakref.ref(alive)
+        return alive
 
     def _read(self) -> Tensor:
         try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, cast, final
 
 import torch
@@ -10,10 +10,10 @@ from torch import nn
 
 from lowbits.core.packed import Layout, PackedLayer, dequantized, marker_name, packed_class
 from lowbits.core.source import MemorySource, NoSource, Source
-from lowbits.errors import PatchError
+from lowbits.errors import PatchError, SourceUnavailableError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 LAYOUTS = "lowbits_layouts"
 
@@ -33,6 +33,16 @@ class PackedParameters:
     parameters: Mapping[str, nn.Parameter]
     source: Source
 
+    def renamed(self, old: str, new: str) -> PackedParameters:
+        """Return the same Parameters for a layer that calls the tied weight by another name."""
+
+        def name_of(key: str) -> str:
+            return new + key.removeprefix(old)
+
+        fields = tuple(replace(f, parameter=name_of(f.parameter)) for f in self.layout.fields)
+        parameters = {name_of(key): value for key, value in self.parameters.items()}
+        return PackedParameters(replace(self.layout, fields=fields), parameters, self.source)
+
 
 def packed_parameters(
     name: str,
@@ -51,56 +61,60 @@ def packed_parameters(
         source: the way back.
     """
     device = next(iter(tensors.values())).device
-    with torch.inference_mode(mode=False):
-        marker = torch.empty(0, dtype=like.dtype, device=device)
-        frozen = {
-            key: nn.Parameter(tensor, requires_grad=False)
-            for key, tensor in {marker_name(name): marker, **tensors}.items()
-        }
+    marker = torch.empty(0, dtype=like.dtype, device=device)
+    frozen = {
+        key: nn.Parameter(tensor, requires_grad=False)
+        for key, tensor in {marker_name(name): marker, **tensors}.items()
+    }
     return PackedParameters(layout, frozen, source)
 
 
 @dataclass
 class _Change:
+    """What was done to one module; ``is_begun`` from just before the first statement on."""
+
     module: nn.Module
+    fqn: str
     base: type[nn.Module]
     order: tuple[str, ...]
     packed: dict[str, PackedParameters]
-    markers: dict[str, tuple[torch.dtype, torch.device]] = field(default_factory=dict)
+    layouts: dict[str, Layout]
+    markers: dict[str, tuple[torch.dtype, torch.device]]
+    is_begun: bool = False
 
 
 @final
 class Journal:
-    """What was done to which module object, in order.
+    """What was done to the modules of one component, in order.
 
-    Entries name modules by object, not by dotted name: an adapter library may rename them. Owned by
-    the handle; holding it keeps `MemorySource` originals alive.
+    Entries hold modules themselves, not dotted names: an adapter library may rename those. Owned by
+    the component's root; holding it keeps `MemorySource` originals alive.
     """
 
     def __init__(self) -> None:
         self._changes: list[_Change] = []
 
-    def install(self, module: nn.Module, packed: Mapping[str, PackedParameters]) -> None:
+    def install(self, module: nn.Module, packed: Mapping[str, PackedParameters], fqn: str) -> None:
         """Pack some weights of one module: sets its class, replaces the weights by packed ones.
 
         The entry is written before anything is changed, so that an interrupt between any two
         statements can be undone.
         """
         taken = {key for weight in packed.values() for key in weight.parameters}
-        clash = taken & (
-            module._parameters.keys() | module._buffers.keys() | module.__dict__.keys()
-        )
+        names = (module._parameters, module._buffers, module._modules, module.__dict__)
+        clash = taken & {name for group in names for name in group}
         if clash:
-            raise PatchError(f"{type(module).__name__} has a {min(clash)!r} of its own")
+            raise PatchError(f"{fqn} has a {min(clash)!r} of its own; leave it alone with skip=")
         parameters: dict[str, nn.Parameter | None] = {}
         for name, parameter in module._parameters.items():
             parameters.update(packed[name].parameters if name in packed else {name: parameter})
-        change = _Change(module, type(module), tuple(module._parameters), dict(packed))
-        for name, weight in packed.items():
-            marker = weight.parameters[marker_name(name)]
-            change.markers[name] = (marker.dtype, marker.device)
-        self._changes.append(change)
         layouts = {name: weight.layout for name, weight in packed.items()}
+        order = tuple(module._parameters)
+        markers = {name: weight.parameters[marker_name(name)] for name, weight in packed.items()}
+        places = {name: (marker.dtype, marker.device) for name, marker in markers.items()}
+        change = _Change(module, fqn, type(module), order, dict(packed), layouts, places)
+        self._changes.append(change)
+        change.is_begun = True
         module.__dict__.update({"_parameters": parameters, LAYOUTS: layouts})
         module.__class__ = packed_class(change.base, tuple(packed))
         for weight in packed.values():
@@ -127,28 +141,70 @@ class Journal:
             for change in self._changes
         ]
 
-    def undo(self) -> None:
-        """Take every change back, the last one first.
-
-        Every source is verified before the first layer is touched. A file that fails after that
-        leaves the layers that were not yet restored packed and working, and in the journal.
-
-        Raises:
-            SourceUnavailableError: naming the way out.
-        """
+    def verify(self) -> None:
+        """Raise where undoing would not give the model that there was."""
+        for change in self._changes:
+            _require_untouched(change)
         for source in {id(source): source for source in self.sources()}.values():
             source.verify()
-        originals: dict[int, nn.Parameter] = {}
+
+    def undo(self, originals: dict[int, nn.Parameter]) -> None:
+        """Take every change back, the last one first.
+
+        Args:
+            originals: those of tied weights by their source, shared by all journals of a target.
+        """
         while self._changes:
-            _uninstall(self._changes[-1], originals)
+            if self._changes[-1].is_begun:
+                _uninstall(self._changes[-1], originals)
             self._changes.pop()
+
+
+@torch.inference_mode(mode=False)
+def undo(journals: Sequence[Journal]) -> None:
+    """Take back what some journals of one target hold.
+
+    Everything is verified before the first layer is touched. A file that fails after that leaves
+    the layers that were not yet restored packed and working, and in their journals.
+
+    Raises:
+        SourceUnavailableError: naming the way out.
+        PatchError: somebody changed a packed layer in a way that cannot be kept.
+    """
+    for journal in journals:
+        journal.verify()
+    originals: dict[int, nn.Parameter] = {}
+    for journal in reversed(journals):
+        journal.undo(originals)
+
+
+def _require_untouched(change: _Change) -> None:
+    """Raise where others changed a layer so that its original would be wrong in it."""
+    module = change.module
+    if not change.is_begun or type(module) is change.base:
+        return  # not packed yet, or dequantized since: the original is right
+    if type(module) is not packed_class(change.base, tuple(change.packed)):
+        raise PatchError(
+            f"cannot restore {change.fqn}: it became a {type(module).__name__} while it was packed "
+            "(torch.nn.utils.parametrize?); undo that first"
+        )
+    if module.__dict__.get(LAYOUTS) is not change.layouts:
+        raise SourceUnavailableError(
+            f"cannot restore {change.fqn}: other weights were loaded into it while it was packed, "
+            "and the originals are not theirs; lowbits.dequantize(target) gives ordinary layers"
+        )
+    for name, (_, device) in change.markers.items():
+        marker = module._parameters[marker_name(name)]
+        if marker is not None and marker.is_meta and device.type != "meta":
+            raise PatchError(
+                f"cannot restore {change.fqn}: it is on the meta device (an offload hook keeps its "
+                "weights elsewhere); remove the hook first"
+            )
 
 
 def _uninstall(change: _Change, originals: dict[int, nn.Parameter]) -> None:
     module = change.module
     live = dict(module._parameters)
-    if not isinstance(module, PackedLayer) and LAYOUTS not in module.__dict__:
-        return  # interrupted before anything was changed
     restored: dict[str, nn.Parameter | None] = {}
     for name in change.order:
         if name not in change.packed:
@@ -157,7 +213,8 @@ def _uninstall(change: _Change, originals: dict[int, nn.Parameter]) -> None:
         source = change.packed[name].source
         if id(source) not in originals:
             originals[id(source)] = source.parameter()
-        marker = live.get(marker_name(name))
+        # Dequantized since, the layer has no marker: its weight says what the caller did.
+        marker = live.get(marker_name(name), live.get(name))
         restored[name] = _follow(originals[id(source)], marker, change.markers[name])
     stored = {key for weight in change.packed.values() for key in weight.parameters}
     added = {k: v for k, v in live.items() if k not in restored and k not in stored}
@@ -177,6 +234,8 @@ def _follow(
     return parameter
 
 
+@torch.no_grad()
+@torch.inference_mode(mode=False)
 def dequantize_layers(layers: Iterable[PackedLayer]) -> None:
     """Turn packed layers into ordinary ones with the weights as quantized, in place.
 
