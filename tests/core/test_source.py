@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from pipelines import PIPELINES, draw
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import lowbits
@@ -172,3 +173,24 @@ def test_auto_with_little_memory_lets_only_unproven_originals_go(
     with pytest.raises(errors.SourceUnavailableError):
         handle.restore()
     assert {source.kind for source in handle._parts()[0].journal.sources()} == {"file", "none"}
+
+
+def test_variants_side_by_side_are_all_tried(tmp_path: Path) -> None:
+    target = model()
+    save_file(target.state_dict(), tmp_path / "model.safetensors")
+    save_file(target.bfloat16().state_dict(), tmp_path / "model.zz.safetensors")
+    target.load_state_dict(load_file(tmp_path / "model.safetensors"))
+    target.float().load_state_dict(load_file(tmp_path / "model.safetensors"))
+    handle = lowbits.quantize(target, "bnb-nf4", source=tmp_path, keep_source="file")
+    assert {row.source for row in handle.report().packed} == {"file"}
+
+
+def test_a_pipelines_folder_has_a_folder_for_each_component(tmp_path: Path) -> None:
+    pipe = PIPELINES["flux"].build()
+    expected = draw("flux", pipe)
+    pipe.save_pretrained(tmp_path)
+    handle = lowbits.apply(pipe, "bnb-nf4", source=tmp_path, device="cpu")
+    sources = {(row.component, row.source) for row in handle.report().packed}
+    assert ("transformer", "file") in sources
+    handle.restore()
+    assert torch.equal(draw("flux", pipe), expected)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import weakref
 from abc import ABC, abstractmethod
+from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Final, cast, final
 
@@ -15,7 +16,7 @@ from torch import nn
 from lowbits.errors import ConfigError, SourceUnavailableError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from torch import Tensor
 
@@ -141,6 +142,7 @@ class SourceFiles:
         self.path = Path(path)
         if not self.path.exists():
             raise ConfigError(f"source: no such file or folder: {self.path}")
+        self._index: dict[str, Mapping[str, Sequence[Path]]] = {}
 
     def prove(self, component: str, fqn: str, parameter: nn.Parameter) -> FileSource | None:
         """Return the tensor that has this weight's bits, or None where there is none.
@@ -148,30 +150,30 @@ class SourceFiles:
         A file may hold the weight in another dtype, if converting gives these bits exactly as
         loading did. A path, a size or a date prove nothing: a LoRA may have been fused since.
         """
-        for file, key in self._candidates(component, fqn):
-            tensor = read_tensor(file, key)
+        for file in self._files(component).get(fqn, ()):
+            tensor = read_tensor(file, fqn)
             if tensor.shape == parameter.shape and _same_bits(tensor, parameter.detach()):
-                return FileSource(file, key, parameter, digest(tensor))
+                return FileSource(file, fqn, parameter, digest(tensor))
         return None
 
-    def _candidates(self, component: str, fqn: str) -> list[tuple[Path, str]]:
-        index = self._index(component)
-        return [(index[fqn], fqn)] if fqn in index else []
+    def _files(self, component: str) -> Mapping[str, Sequence[Path]]:
+        """Return which files hold each tensor of a component: variants may lie side by side."""
+        if component not in self._index:
+            index: dict[str, list[Path]] = defaultdict(list)
+            for file in self._safetensors_of(component):
+                with safe_open(file, framework="pt") as opened:
+                    for key in opened.keys():  # noqa: SIM118 - not a dict
+                        index[key].append(file)
+            self._index[component] = index
+        return self._index[component]
 
-    def _index(self, component: str) -> Mapping[str, Path]:
-        """Return where each tensor of a component is: a file, its folder, or the pipeline's."""
+    def _safetensors_of(self, component: str) -> list[Path]:
         if self.path.is_file():
-            files = [self.path]
-        else:
-            folder = self.path / component
-            files = sorted(
-                (folder if component and folder.is_dir() else self.path).glob("*.safetensors")
-            )
-        index = {}
-        for file in files:
-            with safe_open(file, framework="pt") as opened:
-                index.update(dict.fromkeys(opened.keys(), file))
-        return index
+            return [self.path]
+        folder = self.path / component
+        return sorted(
+            (folder if component and folder.is_dir() else self.path).glob("*.safetensors")
+        )
 
 
 def read_tensor(path: Path, key: str) -> Tensor:
