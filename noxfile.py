@@ -1,4 +1,4 @@
-"""Sessions for checking, testing and measuring. `nox` runs lint, types and tests."""
+"""Sessions for checking, testing, measuring; docs, bench, gpu and minimums are off by default."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import nox
 nox.needs_version = ">=2025.2.9"
 # uv does not look where pip finds torch's CPU build: pip it is.
 nox.options.default_venv_backend = "virtualenv"
-nox.options.sessions = ["lint", "types", "tests"]
 
 PROJECT = nox.project.load_toml("pyproject.toml")
 CONSTRAINTS = ("-c", "constraints.txt")
@@ -38,7 +37,7 @@ def lint(session: nox.Session) -> None:
 
 @nox.session
 def types(session: nox.Session) -> None:
-    install(session, "all", "test", "lint")
+    install(session, "cli", "test", "lint")
     session.install(*CONSTRAINTS, "nox")
     session.run("mypy")
 
@@ -50,7 +49,7 @@ def tests(session: nox.Session) -> None:
     session.run("pytest", "-m", "not slow and not gpu", *arguments, env=ENVIRONMENT)
 
 
-@nox.session(default=False)
+@nox.session
 def backends(session: nox.Session) -> None:
     """Run the full product of schemes and checks, and fail where a backend was skipped."""
     install_for_tests(session)
@@ -61,7 +60,7 @@ def backends(session: nox.Session) -> None:
     session.run("python", "-c", check)
 
 
-@nox.session(default=False)
+@nox.session
 def property(session: nox.Session) -> None:  # noqa: A001 - the session's name
     install_for_tests(session)
     session.run(

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Final, final
-
-import torch
+from typing import TYPE_CHECKING, Any, Final, final
 
 from lowbits.errors import ConfigError, suggestion
 from lowbits.progress import CancelToken, ProgressCallback
+
+if TYPE_CHECKING:
+    import torch  # not at run time: a command line's help needs the texts and not torch
 
 _FP16_LORA: Final = " (fp16 LoRA)"
 

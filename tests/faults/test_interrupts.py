@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -191,9 +192,8 @@ class InterruptAt:
         before = sys.gettrace()
         sys.settrace(self.trace)
         try:
-            function()
-        except KeyboardInterrupt:
-            pass
+            with contextlib.suppress(KeyboardInterrupt):
+                function()
         finally:
             sys.settrace(before)
 

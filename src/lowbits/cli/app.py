@@ -29,7 +29,7 @@ _EXTRAS: Final = {
 }
 
 #: Pictures of each prompt: with mini-FLUX, two to three minutes on two cores.
-_SEEDS: Final = 12
+_SEEDS: Final = 10
 
 
 @final

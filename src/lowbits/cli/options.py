@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+
+from lowbits.config import LowbitsConfig
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -14,6 +17,12 @@ if TYPE_CHECKING:
 _PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 _PACKING = "Packing"
+
+
+def _help(option: str, more: str = "") -> str:
+    """Return what `LowbitsConfig` says of an option, as a sentence."""
+    texts = {item.name: item.metadata["help"] for item in fields(LowbitsConfig)}
+    return f"{texts[option][0].upper()}{texts[option][1:]}. {more}".strip()
 
 
 def _picture_path(path: Path) -> Path:
@@ -54,7 +63,7 @@ Scheme = Annotated[
         "--scheme",
         "-s",
         rich_help_panel=_PACKING,
-        help="Scheme that weights are packed in; `lowbits schemes` lists them.",
+        help=_help("scheme"),
     ),
 ]
 Components = Annotated[
@@ -63,7 +72,7 @@ Components = Annotated[
         "--component",
         metavar="NAME[=SCHEME]",
         rich_help_panel=_PACKING,
-        help="Component to pack; repeatable. Default: denoiser and large text encoders.",
+        help=_help("components"),
     ),
 ]
 Rules = Annotated[
@@ -72,7 +81,7 @@ Rules = Annotated[
         "--rule",
         metavar="GLOB=SCHEME",
         rich_help_panel=_PACKING,
-        help="Scheme by glob over layer names; repeatable, the last match counts.",
+        help=_help("rules"),
     ),
 ]
 Skip = Annotated[
@@ -81,33 +90,33 @@ Skip = Annotated[
         "--skip",
         metavar="GLOB",
         rich_help_panel=_PACKING,
-        help="Layers that are left alone; repeatable.",
+        help=_help("skip"),
     ),
 ]
 Device = Annotated[
     str | None,
     typer.Option(
         rich_help_panel=_PACKING,
-        help="Device to run on. Default: the accelerator if there is one, else the CPU.",
+        help=_help("device"),
     ),
 ]
 ComputeDtype = Annotated[
     Literal["float32", "float16", "bfloat16"] | None,
     typer.Option(
         rich_help_panel=_PACKING,
-        help="What packed layers multiply in. Default: what is fast on the device.",
+        help=_help("compute_dtype"),
     ),
 ]
 KeepSource = Annotated[
     Literal["auto", "memory", "file", "none"],
-    typer.Option(rich_help_panel=_PACKING, help="Where originals are kept."),
+    typer.Option(rich_help_panel=_PACKING, help=_help("keep_source")),
 ]
 Source = Annotated[
     Path | None,
     typer.Option(
         exists=True,
         rich_help_panel=_PACKING,
-        help="Safetensors file or folder that the weights were loaded from. Default: MODEL.",
+        help=_help("source", "Default: MODEL."),
     ),
 ]
 
