@@ -36,6 +36,9 @@ _FP4: Final = (0.0, 0.0052083334885537624, 0.6666666865348816, 1.0, 0.3333333432
                0.1666666716337204, 0.25)  # fmt: skip
 FP4: Final = (*_FP4, 0.0, *(-value for value in _FP4[1:]))
 
+#: Weights quantized at a time, whole blocks of them: bitsandbytes makes several copies.
+_PART: Final = 1 << 20
+
 _NF4_SCHEMES: Final = ("bnb-nf4", "bnb-nf4-dq")
 _NESTED: Final = "bnb-nf4-dq"
 
@@ -106,20 +109,27 @@ class BitsAndBytesBackend(QuantBackend):
             return Packed(
                 scheme.name, shape, {"qdata": codes, "scale": (absmax / 127).unsqueeze(1)}
             )
-        codes, state = bnb.quantize_4bit(
-            weight,
-            blocksize=BLOCK,
-            compress_statistics=scheme.name == _NESTED,
-            quant_type="nf4" if scheme.name in _NF4_SCHEMES else "fp4",
-        )
+        kind = "nf4" if scheme.name in _NF4_SCHEMES else "fp4"
         sliceable = shape[1] % BLOCK == 0
         grid = (shape[0], -1) if sliceable else (1, -1)
-        tensors = {"qdata": codes.view(grid), "scale": state.absmax.view(grid)}
-        if scheme.name == _NESTED:
-            tensors["nested_scale"] = state.state2.absmax
-            tensors["offset"] = state.offset.view(1)
-            return Packed(scheme.name, shape, tensors, row_sliceable=False)
-        return Packed(scheme.name, shape, tensors, row_sliceable=sliceable)
+        parts = [
+            bnb.quantize_4bit(part, blocksize=BLOCK, compress_statistics=False, quant_type=kind)
+            for part in torch.split(weight.view(-1), _PART)
+        ]
+        absmax = torch.cat([state.absmax for _, state in parts])
+        tensors = {"qdata": torch.cat([codes.view(-1) for codes, _ in parts]).view(grid)}
+        if scheme.name != _NESTED:
+            return Packed(
+                scheme.name, shape, tensors | {"scale": absmax.view(grid)}, row_sliceable=sliceable
+            )
+        offset = absmax.mean()
+        scale, nested = bnb.quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCK)
+        tensors |= {
+            "scale": scale.view(grid),
+            "nested_scale": nested.absmax,
+            "offset": offset.view(1),
+        }
+        return Packed(scheme.name, shape, tensors, row_sliceable=False)
 
     def unpack(
         self,

@@ -124,25 +124,31 @@ class TorchaoBackend(QuantBackend):
         return y if bias is None else y + bias
 
 
+def _padded(weight: Tensor) -> Tensor:
+    """Return rows that torchao quantizes one by one.
+
+    It takes rows of one column for a single group; a zero beside it changes no scale.
+    """
+    return functional.pad(weight, (0, 1)) if weight.shape[1] == 1 else weight
+
+
 def _pack_int8(weight: Tensor) -> dict[str, Tensor]:
     from torchao.quantization import Int8Tensor, PerRow
 
-    columns = weight.shape[1]
-    if columns == 1:
-        # torchao takes rows of one column for a single group; a zero beside it changes no scale.
-        weight = functional.pad(weight, (0, 1))
-    quantized = Int8Tensor.from_hp(weight, PerRow())
-    return {"qdata": quantized.qdata[:, :columns].contiguous(), "scale": quantized.scale}
+    quantized = Int8Tensor.from_hp(_padded(weight), PerRow())
+    qdata = quantized.qdata[:, : weight.shape[1]].contiguous()
+    return {"qdata": qdata, "scale": quantized.scale}
 
 
 def _pack_float8(weight: Tensor) -> dict[str, Tensor]:
     from torchao.quantization import Float8Tensor, PerRow
 
-    quantized = Float8Tensor.from_hp(weight, torch.float8_e4m3fn, PerRow())
+    quantized = Float8Tensor.from_hp(_padded(weight), torch.float8_e4m3fn, PerRow())
+    qdata = quantized.qdata.view(torch.uint8)[:, : weight.shape[1]]
     # torchao divides an all-zero row (padding of an embedding) by its zero scale.
     is_zero = quantized.scale == 0
     return {
-        "qdata": quantized.qdata.view(torch.uint8).masked_fill(is_zero, 0),
+        "qdata": qdata.masked_fill(is_zero, 0).contiguous(),
         "scale": quantized.scale.masked_fill(is_zero, 1),
     }
 

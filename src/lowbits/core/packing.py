@@ -57,17 +57,34 @@ def pack_weight(
 @torch.no_grad()
 def _pack_part(part: Tensor, scheme: Scheme, backend: QuantBackend, device: torch.device) -> Packed:
     values = part.to(device).float().contiguous()
-    bad = int((~values.isfinite()).sum())
+    # Part by part: torch.isfinite makes a copy of what it looks at.
+    bad: int = sum(_count_bad(piece) for piece in torch.split(values.view(-1), PART_WEIGHTS))
     if bad:
         raise NonFiniteWeightError(f"{bad} of its values are NaN or infinite")
     packed = backend.pack(values, scheme)
-    # What is stored may still decode to NaN: a float16 scale that overflowed, a library that
-    # divided a row of zeros by its scale.
-    bad = int((~backend.unpack(packed, torch.float32).isfinite()).sum())
-    if bad:
-        largest = float(values.abs().max())
-        raise NonFiniteWeightError(
-            f"{bad} of its values would decode to NaN or infinity in {scheme.name} "
-            f"(the largest is {largest:g})"
-        )
+    _require_finite(packed, values, backend)
     return packed
+
+
+def _count_bad(values: Tensor) -> int:
+    return values.numel() - int(values.isfinite().sum())
+
+
+def _require_finite(packed: Packed, values: Tensor, backend: QuantBackend) -> None:
+    """Decode what was packed, part by part, and look at it.
+
+    It may be NaN although the weight is not: a float16 scale that overflowed, a library that
+    divided a row of zeros by its scale.
+    """
+    rows, row_length = packed.shape
+    # Where codes run across rows, the backend decodes the whole weight at each call: call it once.
+    step = max(1, PART_WEIGHTS // row_length) if packed["qdata"].shape[0] == rows else rows
+    bad = 0
+    for start in range(0, rows, step):
+        part = backend.unpack(packed, torch.float32, rows=(start, min(start + step, rows)))
+        bad += _count_bad(part)
+    if bad:
+        raise NonFiniteWeightError(
+            f"{bad} of its values would decode to NaN or infinity in {packed.scheme} "
+            f"(the largest is {float(values.abs().max()):g})"
+        )
