@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import weakref
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Final, cast, final
+from typing import TYPE_CHECKING, ClassVar, Final, final
 
 import torch
 from safetensors import safe_open
@@ -184,9 +185,12 @@ def read_tensor(path: Path, key: str) -> Tensor:
 
 
 def digest(tensor: Tensor) -> bytes:
-    """Return the BLAKE2b digest of a tensor's bytes."""
-    data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
-    return hashlib.blake2b(cast("Any", data), digest_size=16).digest()
+    """Return the BLAKE2b digest of a CPU tensor's bytes; without numpy, which torch can lack."""
+    tensor = tensor.contiguous()
+    data = (
+        (ctypes.c_ubyte * tensor.nbytes).from_address(tensor.data_ptr()) if tensor.nbytes else b""
+    )
+    return hashlib.blake2b(data, digest_size=16).digest()
 
 
 def _same_bits(stored: Tensor, weight: Tensor) -> bool:
