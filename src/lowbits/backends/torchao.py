@@ -114,12 +114,14 @@ class TorchaoBackend(QuantBackend):
         return deliver(values, dtype, out)
 
     def linear(self, x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor | None:
-        """Multiply in low precision where the scheme is a dynamic one."""
+        """Multiply in low precision where the scheme is a dynamic one, and the device can."""
         if not packed.scheme.endswith("-dynamic"):
             return None
         flat = x.reshape(-1, x.shape[-1])
-        product = _int8_product if packed.scheme in _INT8 else _float8_product
-        y = product(flat, packed) if flat.shape[0] else flat.new_zeros(0, packed.shape[0])
+        is_int8 = packed.scheme in _INT8
+        if flat.shape[0] == 0 or not _has_product(flat, packed.shape, is_int8=is_int8):
+            return None
+        y = (_int8_product if is_int8 else _float8_product)(flat, packed)
         y = y.to(x.dtype).view(*x.shape[:-1], packed.shape[0])
         return y if bias is None else y + bias
 
@@ -181,6 +183,21 @@ def _pack_int4(weight: Tensor, group_size: int) -> dict[str, Tensor]:
         "scale": scale.view(grid),
         "zero_point": zero_point.view(grid),
     }
+
+
+def _has_product(x: Tensor, shape: tuple[int, int], *, is_int8: bool) -> bool:
+    """Say whether ``torch._int_mm``, or ``torch._scaled_mm`` by rows, takes these operands.
+
+    CUDA's limits: int8 wants more than 16 rows and sides that are multiples of 8, float8 compute
+    capability 8.9 and multiples of 16. A CPU takes anything.
+    """
+    if x.device.type != "cuda":
+        return x.device.type == "cpu"
+    if is_int8:
+        return x.shape[0] > 16 and not (shape[0] % 8 or shape[1] % 8)
+    properties = torch.cuda.get_device_properties(x.device)
+    is_able = torch.version.hip is None and (properties.major, properties.minor) >= (8, 9)
+    return is_able and not (shape[0] % 16 or shape[1] % 16)
 
 
 def _int8_product(x: Tensor, packed: Packed) -> Tensor:
