@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import pytest
 
 import lowbits
 from lowbits import testing
+
+if TYPE_CHECKING:
+    from _pytest.mark import ParameterSet
 
 BUILT_IN = ("bnb", "float8", "gguf", "quanto", "torchao")
 
@@ -23,11 +28,12 @@ def test_contract(check: testing.Check) -> None:
     check()
 
 
-def toy_checks() -> tuple[testing.Check, ...]:
+def toy_checks() -> list[ParameterSet]:
     """The package in tests/toy_backend; `nox -s tests` installs it."""
     if "toy" not in {info.name for info in lowbits.backends()}:
-        return ()
-    return testing.checks("toy")
+        reason = "needs lowbits-toy: pip install --no-deps ./tests/toy_backend"
+        return [pytest.param(None, marks=pytest.mark.skip(reason=reason))]
+    return [pytest.param(check) for check in testing.checks("toy")]
 
 
 @pytest.mark.parametrize("check", toy_checks(), ids=str)

@@ -83,10 +83,10 @@ class BitsAndBytesBackend(QuantBackend):
         return _SCHEMES
 
     def probe(self) -> str | None:
-        """Quantize one block to 4 bits and one row to 8 on the CPU."""
-        ones = torch.ones(1, BLOCK)
-        for scheme in _SCHEMES:
-            self.pack(ones, scheme)
+        """Quantize blocks, whole and broken ones, with each scheme on the CPU, and read them."""
+        for row_length in (BLOCK, 33):  # 0.49 drops the last code of an odd number
+            for scheme in _SCHEMES:
+                self.unpack(self.pack(torch.ones(5, row_length), scheme), torch.float32)
         return metadata.version("bitsandbytes")
 
     def packed_bytes(self, scheme: Scheme, rows: int, row_length: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import threading
+import warnings
 from importlib import metadata
 from typing import TYPE_CHECKING, Final
 
@@ -160,7 +161,10 @@ class BackendRegistry:
 def _probe(backend: QuantBackend) -> BackendInfo:
     install = f"pip install {backend.requires!r}" if backend.requires else None
     try:
-        version = backend.probe()
+        with warnings.catch_warnings():
+            # A deprecation is no breakage, also for a caller who turns warnings into errors.
+            warnings.simplefilter("ignore")
+            version = backend.probe()
     except Exception as error:  # noqa: BLE001 - it becomes the reason that is reported
         reason = f"{type(error).__name__}: {error}"
         return BackendInfo(backend.name, None, available=False, reason=reason, install=install)
