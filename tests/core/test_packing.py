@@ -1,0 +1,104 @@
+"""A weight packed in parts is the weight packed whole, and layers compute in fast dtypes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import lowbits
+from lowbits import errors
+from lowbits.core import memory, packing
+from lowbits.core.registry import DEFAULT
+
+CPU = torch.device("cpu")
+SCHEMES = [info.name for info in lowbits.schemes() if info.backend not in ("-", "toy")]
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_parts_make_the_same_bytes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend, scheme = DEFAULT.require(name)
+    assert backend is not None
+    weight = torch.randn(37, 192)
+    whole = packing.pack_weight(weight, "Linear", scheme, backend, CPU)
+    monkeypatch.setattr(packing, "PART_WEIGHTS", 1000)
+    parts = packing.pack_weight(weight, "Linear", scheme, backend, CPU)
+    assert parts.shape == whole.shape
+    for key, tensor in whole.tensors.items():
+        assert torch.equal(parts[key], tensor), key
+
+
+def test_a_bad_value_in_the_last_part_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packing, "PART_WEIGHTS", 1000)
+    layer = nn.Linear(192, 37)
+    with torch.no_grad():
+        layer.weight[36, 191] = torch.inf
+    with pytest.raises(errors.NonFiniteWeightError, match="1 of its values are NaN or infinite"):
+        lowbits.quantize(layer, "gguf-q8_0")
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"])
+def test_gguf_bytes_decode_to_any_shape(kind: str) -> None:
+    backend: Any = lowbits.backend("gguf")
+    _, scheme = DEFAULT.find(f"gguf-{kind.lower()}")
+    packed = backend.pack(torch.randn(6, 64), scheme)
+    values = backend.unpack(packed, torch.float32)
+    decoded = backend.decode(packed["qdata"], kind, (2, 3, 64), torch.float16)
+    assert torch.equal(decoded, values.view(2, 3, 64).half())
+    with pytest.raises(errors.FormatError, match=r"takes .* bytes in rows of whole blocks of 32"):
+        backend.decode(packed["qdata"], kind, (6, 32))
+
+
+def test_gguf_names_the_types_it_knows() -> None:
+    backend: Any = lowbits.backend("gguf")
+    with pytest.raises(errors.FormatError, match="cannot decode GGUF type 'Q4_X'; did you mean"):
+        backend.decode(torch.zeros(18, dtype=torch.uint8), "Q4_X", (1, 32))
+
+
+@pytest.mark.parametrize(
+    ("place", "major", "dtype", "expected"),
+    [
+        ("cpu", 0, torch.float16, torch.float32),
+        ("cpu", 0, torch.float64, torch.float64),
+        ("cuda", 6, torch.float16, torch.float32),
+        ("cuda", 7, torch.bfloat16, torch.float16),
+        ("cuda", 8, torch.bfloat16, torch.bfloat16),
+        ("cuda", 9, torch.float16, torch.float16),
+        ("cuda", 9, torch.float32, torch.float32),
+        ("mps", 0, torch.bfloat16, torch.float16),
+        ("xpu", 0, torch.bfloat16, torch.bfloat16),
+    ],
+)
+def test_each_device_computes_in_what_it_is_fast_in(
+    place: str,
+    major: int,
+    dtype: torch.dtype,
+    expected: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Properties:
+        pass
+
+    properties: Any = Properties()
+    properties.major = major
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    assert memory.compute_dtype(torch.device(place), dtype) == expected
+
+
+@pytest.mark.parametrize(("flag", "expected"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_a_cpu_with_fast_bfloat16_uses_it(
+    flag: bool,  # noqa: FBT001 - a parameter of the test
+    expected: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(memory, "_CPU_BF16", flag)
+    assert memory.compute_dtype(CPU, torch.bfloat16) == expected
+
+
+def test_a_module_on_several_devices_is_refused_before_anything_changes() -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64, device="meta"))
+    with pytest.raises(errors.ConfigError, match=r"lies on several devices \(cpu, meta\)"):
+        lowbits.apply(model, "bnb-nf4", device="cpu")
+    assert type(model[0]) is nn.Linear
