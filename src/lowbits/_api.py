@@ -220,7 +220,8 @@ def _apply(
         for module, old in before:
             module.to(old)
         raise
-    for warning in conversion.report.warnings:
+    # Who asked for it knows; what "auto" let go comes as a surprise.
+    for warning in conversion.report.warnings if config.keep_source == "auto" else ():
         logger.warning("%s", warning)
     return owned
 

@@ -109,9 +109,14 @@ def test_none_cannot_be_restored_and_says_what_can_be_done() -> None:
     assert lowbits.handle(target) is None
 
 
-def test_auto_lets_originals_go_where_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_lets_originals_go_where_memory_is_short(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setattr(convert, "available_host_bytes", lambda: 0)
+    lowbits.quantize(model(), "bnb-nf4", keep_source="none")
+    assert not caplog.records
     handle = lowbits.quantize(model(), "bnb-nf4")
+    assert "originals were not kept" in caplog.text
     assert {row.source for row in handle.report().packed} == {"none"}
     monkeypatch.setattr(convert, "available_host_bytes", lambda: 1 << 40)
     handle = lowbits.quantize(model(), "bnb-nf4")
