@@ -95,7 +95,7 @@ def apply(  # noqa: PLR0913 - one place for every option
             scheme, components, rules, skip, device, compute_dtype, keep_source, source, progress,
             cancel,
         )  # fmt: skip
-    place = torch.device(config.device) if config.device is not None else _default_device()
+    place = torch.device(config.device) if config.device is not None else default_device()
     return _apply(_modules_of(target), config, place)
 
 
@@ -181,7 +181,8 @@ def _modules_of(target: Any) -> dict[str, nn.Module]:
     )
 
 
-def _default_device() -> torch.device:
+def default_device() -> torch.device:
+    """Return the accelerator if there is one, else the CPU."""
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, final
@@ -82,6 +82,3 @@ def scheme_name(value: str) -> str:
     """
     name = value.removesuffix(_FP16_LORA)
     return _FORGE.get(name, name)
-
-
-SchemeResolver = Callable[[Any], str]

@@ -48,9 +48,10 @@ def pick_device(device: str | None) -> torch.device:
     """
     import torch
 
+    from lowbits._api import default_device
+
     if device is None:
-        found = torch.accelerator.current_accelerator(check_available=True)
-        return found or torch.device("cpu")
+        return default_device()
     try:
         return torch.device(device)
     except RuntimeError as error:

@@ -40,6 +40,13 @@ class Packed:
     def __getitem__(self, name: str) -> Tensor:
         return self.tensors[name]
 
+    def rows_at_once(self, limit: int) -> int:
+        """Return how many rows to ask `QuantBackend.unpack` for at a time, at most ``limit``.
+
+        Where codes run across rows, a backend decodes the whole weight at each call: ask for all.
+        """
+        return limit if self["qdata"].shape[0] == self.shape[0] else self.shape[0]
+
     def rows(self, rows: Rows | None) -> Packed:
         """Return some rows: views for ``(start, stop)``, gathered ones for an index tensor."""
         if rows is None:

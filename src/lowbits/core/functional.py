@@ -86,8 +86,7 @@ def _linear_eager(x: Tensor, packed: Packed, bias: Tensor | None, backend: Quant
     rows, row_length = packed.shape
     flat = x.reshape(-1, row_length)
     result = flat.new_empty(flat.shape[0], rows)
-    # Where codes run across rows, the backend decodes the whole weight at each call: call it once.
-    step = CHUNK_ROWS if packed["qdata"].shape[0] == rows else rows
+    step = packed.rows_at_once(CHUNK_ROWS)
     for start in range(0, rows, step):
         stop = min(start + step, rows)
         weight = scratch(stop - start, row_length, x.dtype)

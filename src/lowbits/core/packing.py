@@ -77,8 +77,7 @@ def _require_finite(packed: Packed, values: Tensor, backend: QuantBackend) -> No
     divided a row of zeros by its scale.
     """
     rows, row_length = packed.shape
-    # Where codes run across rows, the backend decodes the whole weight at each call: call it once.
-    step = max(1, PART_WEIGHTS // row_length) if packed["qdata"].shape[0] == rows else rows
+    step = packed.rows_at_once(max(1, PART_WEIGHTS // row_length))
     bad = 0
     for start in range(0, rows, step):
         part = backend.unpack(packed, torch.float32, rows=(start, min(start + step, rows)))

@@ -130,7 +130,7 @@ class _ReadOnlyView(torch.Tensor):
         name, is_write = _describe(func)
         kwargs = dict(kwargs or {})
         written = _written(args, kwargs) if is_write else kwargs.get("out")
-        if name != "requires_grad_" and any(isinstance(t, cls) for t in tree_leaves(written)):
+        if any(isinstance(leaf, cls) for leaf in tree_leaves(written)):
             raise PatchError(_refusal(name, None))
         views = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, cls)]
         with torch._C.DisableTorchFunctionSubclass():
