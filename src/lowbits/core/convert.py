@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, cast, final
 import torch
 
 from lowbits.core.memory import available_host_bytes
+from lowbits.core.names import dotted
 from lowbits.core.packed import PackedLayer, storage_form, stored_bytes
 from lowbits.core.packing import pack_weight
 from lowbits.core.report import LayerReport, Report, format_bytes
@@ -102,7 +103,7 @@ def _prove(chosen: Sequence[Decision], options: ConvertOptions) -> dict[int, Fil
     proven = {}
     for decision in chosen:
         if decision.tie not in proven:
-            fqn = ".".join(part for part in (_module_fqn(decision), decision.name) if part)
+            fqn = dotted(_module_fqn(decision), decision.name)
             source = options.source.prove(
                 decision.component, fqn, cast("nn.Parameter", decision.tensor)
             )

@@ -7,6 +7,8 @@ from collections import defaultdict
 from dataclasses import asdict, dataclass
 from typing import Any, Final, final
 
+from lowbits.core.names import dotted
+
 _HEADER: Final = (
     *("layer", "n", "kind", "shape", "scheme"),
     *("before", "after", "bits", "source", "why"),
@@ -164,10 +166,10 @@ def _numel(shape: tuple[int, ...]) -> int:
 def _group(layer: LayerReport) -> tuple[str, ...]:
     """Return the table row that a layer belongs to: name, kind, shape, scheme, reason."""
     if layer.source == "-" and layer.reason in (layer.kind, "norm"):
-        name = ".".join(part for part in (layer.component, "*") if part)
+        name = dotted(layer.component, "*")
         return name, layer.reason, "", layer.scheme, ""
     fqn = re.sub(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.|$)", "*", layer.fqn)
-    name = ".".join(part for part in (layer.component, fqn) if part) or "(the module itself)"
+    name = dotted(layer.component, fqn) or "(the module itself)"
     shape = "x".join(map(str, layer.shape)) or "scalar"
     return name, layer.kind, shape, layer.scheme, layer.reason
 

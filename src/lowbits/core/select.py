@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Final, final
 import torch
 from torch import nn
 
+from lowbits.core.names import dotted
 from lowbits.core.packed import PackedLayer
 from lowbits.core.scheme import EMBEDDING, LINEAR, NATIVE, PARAMETER, Scheme, rows_of
 from lowbits.errors import ConfigError, PatchError
@@ -101,7 +102,7 @@ class Decision:
     @property
     def path(self) -> str:
         """The dotted name with the component in front."""
-        return ".".join(part for part in (self.component, self.fqn) if part)
+        return dotted(self.component, self.fqn)
 
     @property
     def tensor(self) -> torch.Tensor:
@@ -207,11 +208,11 @@ def _tensors(component: Component) -> Iterator[Decision]:
             if tensor is None:
                 continue
             if nn.parameter.is_lazy(tensor):
-                path = ".".join(part for part in (component.name, module_fqn, name) if part)
+                path = dotted(component.name, module_fqn, name)
                 raise PatchError(f"{path} has no shape yet (lazy): run the model once before")
             kind = _kind(module, name, tensor)
             own_name = "" if name == "weight" else name
-            fqn = ".".join(part for part in (module_fqn, own_name) if part)
+            fqn = dotted(module_fqn, own_name)
             yield Decision(component.name, fqn, module, name, kind, tensor.shape, id(tensor))
 
 
@@ -358,7 +359,7 @@ def _adapter_fqns(module: nn.Module) -> Iterator[str]:
         names = getattr(child, "adapter_layer_names", None)
         if isinstance(names, tuple):
             for name in names:
-                yield ".".join(part for part in (fqn, name) if part)
+                yield dotted(fqn, name)
 
 
 def _settle_ties(decisions: list[Decision]) -> list[Decision]:

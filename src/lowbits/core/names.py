@@ -1,0 +1,13 @@
+"""Dotted names of modules and tensors."""
+
+from __future__ import annotations
+
+
+def dotted(*parts: str) -> str:
+    """Join the parts of a name; empty ones (the target itself, a layer's own weight) leave no dot.
+
+    Example:
+        >>> dotted("", "blocks.0", "weight")
+        'blocks.0.weight'
+    """
+    return ".".join(part for part in parts if part)
