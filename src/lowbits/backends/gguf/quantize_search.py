@@ -1,0 +1,119 @@
+"""What the searches for scales share.
+
+Blocks are quantized as columns: ``(groups, size, n)`` holds weight ``j`` of group ``g`` of block
+``i`` at ``[g, j, i]``. So everything that belongs to a group is a row of ``n`` numbers, which the
+processor's vector units take as they lie.
+
+[Note: parts and whole] The bytes of a block depend on nothing but its weights: not on the chunk,
+the number of threads or the place in the vector registers. Therefore sums are taken by halves, in
+one fixed order, with operations that IEEE 754 rounds once: ``torch.sum`` adds in another order at
+the end of a row, and a product may or may not be fused with the sum that follows within one kernel.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+#: A divisor in place of 0: what is divided by it is 0 in float16 or is not used.
+TINY: Final = 1e-30
+
+
+def columns(blocks: Tensor, size: int) -> Tensor:
+    """Return ``(n, block)`` as columns, ``(block / size, size, n)``, contiguous."""
+    return blocks.t().contiguous().view(-1, size, blocks.shape[0])
+
+
+def halves(terms: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Return the views which, each second one added to the first, sum over the last dimension but one.
+
+    That dimension is a power of two; its first element holds the sum. See [Note: parts and whole].
+    """
+    views = []
+    while terms.shape[-2] > 1:
+        first, second = terms.chunk(2, -2)
+        views.append((first, second))
+        terms = first
+    return views
+
+
+def fold(terms: Tensor) -> Tensor:
+    """Sum over the last dimension but one, which is kept as 1; the terms are overwritten."""
+    for first, second in halves(terms):
+        first.add_(second)
+    return terms[..., :1, :].clone()
+
+
+def divide(values: Tensor, divisor: float) -> Tensor:
+    """Divide exactly: CUDA kernels multiply by the inverse of a plain number."""
+    return values / values.new_full((), divisor)
+
+
+def inverse(scale: Tensor) -> Tensor:
+    """Return 1 / scale, and 0 for 0 and what is too small to have an inverse."""
+    return torch.where(scale.abs() < 1e-37, 0.0, 1 / scale)
+
+
+def below(low: Tensor, high: Tensor) -> Tensor:
+    """Return a mask for :func:`choose`: where ``low < high``. NaN may count as either.
+
+    Together they are several times as fast as comparison and ``torch.where`` on a processor, which
+    branches for every element.
+    """
+    return (low - high).view(torch.int32) >> 31
+
+
+def choose(mask: Tensor, new: Tensor, old: Tensor) -> Tensor:
+    """Return ``new`` where the mask is set, else ``old``: all float32 of one shape."""
+    bits = old.view(torch.int32)
+    return (new.view(torch.int32) ^ bits).bitwise_and_(mask).bitwise_xor_(bits).view(torch.float32)
+
+
+def furthest(x: Tensor, dim: int) -> Tensor:
+    """Return the value with the largest magnitude, with its sign; the dimension is kept."""
+    high, low = x.amax(dim, keepdim=True), x.amin(dim, keepdim=True)
+    return torch.where(high >= -low, high, low)
+
+
+def round_half_away(values: Tensor) -> Tensor:
+    """Round as C's ``roundf``, in place: torch.round rounds halves to even."""
+    part = values.frac()
+    return values.sub_(part).add_(part.mul_(2).trunc_())
+
+
+def split(codes: Tensor, base: int) -> tuple[Tensor, Tensor]:
+    """Return remainder and quotient of whole numbers by a power of two."""
+    high = codes.mul(1 / base).floor_()
+    return codes.sub(high, alpha=base), high
+
+
+def digits(codes: Tensor, base: int) -> Tensor:
+    """Make ``(parts, ...)`` whole numbers the digits of one number, the first the lowest digit."""
+    packed = codes[-1].clone()
+    for part in codes[:-1].flip(0):
+        packed.mul_(base).add_(part)
+    return packed
+
+
+def half_bytes(values: Tensor) -> Tensor:
+    """Return ``n`` numbers as ``(n, 2)`` bytes of float16."""
+    return values.view(-1, 1).half().view(torch.uint8)
+
+
+def as_bytes(rows: Tensor) -> Tensor:
+    """Return ``(..., n)`` whole numbers from 0 to 255 as the bytes of blocks, ``(n, rows)``."""
+    return rows.to(torch.uint8).view(-1, rows.shape[-1]).t()
+
+
+def nibbles(codes: Tensor) -> Tensor:
+    """Pack ``(2, ..., n)`` codes of 4 bits, the first ones low, to ``(n, rows)`` bytes."""
+    return as_bytes(torch.add(codes[0], codes[1], alpha=16))
+
+
+def quarters(codes: Tensor) -> Tensor:
+    """Pack ``(256, n)`` codes of 2 bits to ``(n, 64)`` bytes: 32 apart share one."""
+    return as_bytes(digits(codes.view(2, 4, 32, -1).transpose(0, 1), 4))
