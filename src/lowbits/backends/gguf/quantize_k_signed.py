@@ -148,7 +148,8 @@ def _signed(x: Tensor, scale: Tensor, limit: int, bound: int) -> tuple[Tensor, T
     Returns:
         Step ``(n,)``, scales in steps ``(groups, 1, n)``, codes from 0 as ``x``; all float32.
     """
-    per_step = inverse(furthest(scale, 0)) * -limit
+    # Groups that reach as far up as down have a negative scale: those are to be exact.
+    per_step = inverse(furthest(-scale, 0)) * limit
     steps = (scale * per_step).round_().clamp_(-limit, limit - 1)
     d = inverse(per_step).view(-1)
     step = steps * d.half()

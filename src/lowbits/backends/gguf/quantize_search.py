@@ -73,8 +73,13 @@ def choose(mask: Tensor, new: Tensor, old: Tensor) -> Tensor:
     return (new.view(torch.int32) ^ bits).bitwise_and_(mask).bitwise_xor_(bits).view(torch.float32)
 
 
+def magnitude(x: Tensor, dim: int) -> Tensor:
+    """Return the largest magnitude; the dimension is kept."""
+    return torch.maximum(x.amax(dim, keepdim=True), -x.amin(dim, keepdim=True)).abs_()
+
+
 def furthest(x: Tensor, dim: int) -> Tensor:
-    """Return the value with the largest magnitude, with its sign; the dimension is kept."""
+    """Return the value furthest from zero, the positive one of two; the dimension is kept."""
     high, low = x.amax(dim, keepdim=True), x.amin(dim, keepdim=True)
     return torch.where(high >= -low, high, low)
 

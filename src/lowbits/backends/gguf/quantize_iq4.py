@@ -1,0 +1,102 @@
+"""Types of 4 bits with uneven levels: IQ4_NL and IQ4_XS.
+
+Source: ``quantize_row_iq4_nl_impl`` in ggml-quants.c without weights; the levels are
+``kvalues_iq4nl`` and the layouts ``block_iq4_nl`` and ``block_iq4_xs`` in ggml-common.h.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+import torch
+
+from lowbits.backends.gguf.quantize_search import (
+    TINY,
+    as_bytes,
+    below,
+    choose,
+    columns,
+    digits,
+    furthest,
+    half_bytes,
+    halves,
+    inverse,
+    nibbles,
+    split,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+LEVELS: Final = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+
+#: What the largest weight of a group is stretched to, in order.
+_STRETCHES: Final = (127.0, *(float(step - 127) for step in range(-7, 8)))
+
+
+def quantize_iq4_nl(blocks: Tensor) -> Tensor:
+    """Quantize ``(n, 32)`` float32 to ``(n, 18)`` uint8."""
+    x = columns(blocks, 32)
+    scale = _search(x)
+    codes = _nearest(x * (2 * inverse(scale)), _codes(x.device))
+    return torch.cat([half_bytes(scale), nibbles(codes.view(2, 16, -1))], 1)
+
+
+def quantize_iq4_xs(blocks: Tensor) -> Tensor:
+    """Quantize ``(n, 256)`` float32 to ``(n, 136)`` uint8."""
+    x = columns(blocks, 32)
+    scale = _search(x)
+    d = furthest(-scale, 0) / 32
+    steps = (scale * inverse(d)).round_().clamp_(-32, 31)
+    codes = _nearest(x * (2 * inverse(steps * d)), _codes(x.device))
+    low, high = split(steps.squeeze(1) + 32, 16)
+    parts = [
+        half_bytes(d),
+        as_bytes(digits(high.view(2, 4, -1).transpose(0, 1), 4)),
+        nibbles(low.view(4, 2, -1).transpose(0, 1)),
+        nibbles(codes.view(8, 2, 16, -1).transpose(0, 1)),
+    ]
+    return torch.cat(parts, 1)
+
+
+def _search(x: Tensor) -> Tensor:
+    """Find the scale of every group with the least squared error, weighed by the square."""
+    table = torch.tensor(LEVELS, dtype=torch.float32, device=x.device)[_codes(x.device).int()]
+    far = furthest(x, 1)
+    per_far = 2 * inverse(far)
+    weight = x.square()
+    factors = torch.stack([weight * x, weight])
+    terms = x.new_empty(2, *x.shape)
+    squares, additions = terms[1], halves(terms)
+    product, square = terms[..., :1, :].unbind()
+    # What overflows in the sums must not come out as zero.
+    scale, best = far / LEVELS[0], torch.zeros_like(far)
+    for stretch in _STRETCHES:
+        values = _nearest(x * (per_far * stretch), table)
+        torch.mul(factors, values, out=terms)
+        squares.mul_(values)
+        for first, second in additions:
+            first.add_(second)
+        fitted = product / square.clamp(min=TINY)
+        gain = fitted * product
+        better = below(best, gain)
+        best = choose(better, gain, best)
+        scale = choose(better, fitted, scale)
+    return scale
+
+
+def _codes(device: torch.device) -> Tensor:
+    """Return the code, float32, nearest to ``(index - 256) / 2``, for 512 indices.
+
+    The middle between two levels is a whole number of halves, and has the higher one's code.
+    """
+    levels = torch.tensor(LEVELS, device=device)
+    middles = levels[1:] + levels[:-1]
+    doubled = torch.arange(-256, 256, device=device)
+    return (doubled.unsqueeze(1) >= middles).sum(1).float()
+
+
+def _nearest(doubled: Tensor, table: Tensor) -> Tensor:
+    """Return the entry for each of ``doubled``, twice the values; they are overwritten."""
+    index = doubled.floor_().clamp_(-256, 255).add_(256).int()
+    return table.index_select(0, index.view(-1)).view_as(doubled)
