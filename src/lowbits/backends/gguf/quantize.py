@@ -11,6 +11,7 @@ from lowbits.backends.gguf import (
     quantize_float,
     quantize_iq4,
     quantize_k,
+    quantize_k_best,
     quantize_k_signed,
     quantize_legacy,
     quantize_ternary,
@@ -45,3 +46,55 @@ QUANTIZERS: Final[Mapping[str, Callable[[Tensor], Tensor]]] = MappingProxyType({
     "Q2_0": quantize_ternary.quantize_q2_0,
     "Q1_0": quantize_ternary.quantize_q1_0,
 })  # fmt: skip
+
+_BEST: Final[Mapping[str, Callable[[Tensor], Tensor]]] = MappingProxyType({
+    "Q4_0": quantize_legacy.quantize_q4_0_best,
+    "Q4_K": quantize_k_best.quantize_q4_k_best,
+    "Q5_K": quantize_k_best.quantize_q5_k_best,
+    "Q6_K": quantize_k_best.quantize_q6_k_best,
+})  # fmt: skip
+
+#: The types of which ``effort="best"`` makes other bytes than ``effort="ref"``.
+BEST: Final = tuple(_BEST)
+
+EFFORTS: Final = ("ref", "best")
+
+#: Weights quantized at once: on a processor what its caches hold, elsewhere what keeps it busy.
+_CPU_CHUNK: Final = 2**18
+_DEVICE_CHUNK: Final = 2**22
+
+
+def quantize(blocks: Tensor, type_name: str, *, effort: str = "ref") -> Tensor:
+    """Quantize blocks of weights.
+
+    Args:
+        blocks: ``(n, block)`` float32, contiguous; left as they are.
+        type_name: as in ggml, e.g. ``"Q4_K"``.
+        effort: ``"ref"`` for what ggml makes without an importance matrix, ``"best"`` for a smaller
+            squared error in more time, where :data:`BEST` lists the type.
+
+    Returns:
+        ``(n, block_bytes)`` uint8, on the device of the blocks. Scales that float16 cannot hold are
+        infinite or NaN in it.
+
+    Raises:
+        ConfigError: unknown type or effort.
+    """
+    if type_name not in QUANTIZERS:
+        known = ", ".join(QUANTIZERS)
+        raise ConfigError(f"cannot quantize to GGUF type {type_name!r}; can: {known}")
+    if effort not in EFFORTS:
+        raise ConfigError(f"effort: expected one of {', '.join(EFFORTS)}, got {effort!r}")
+    quantizer = QUANTIZERS[type_name]
+    if effort == "best":
+        quantizer = _BEST.get(type_name, quantizer)
+    weights = _CPU_CHUNK if blocks.device.type == "cpu" else _DEVICE_CHUNK
+    step = weights // blocks.shape[1]
+    first = quantizer(blocks[:step])
+    if blocks.shape[0] <= step:
+        return first
+    packed = first.new_empty(blocks.shape[0], first.shape[1])
+    packed[:step] = first
+    for start in range(step, blocks.shape[0], step):
+        packed[start : start + step] = quantizer(blocks[start : start + step])
+    return packed

@@ -10,16 +10,13 @@ from typing import TYPE_CHECKING, Final
 
 import torch
 
+from lowbits.backends.gguf.quantize_fit import search_levels
 from lowbits.backends.gguf.quantize_search import (
-    TINY,
     as_bytes,
-    below,
-    choose,
     columns,
     digits,
     furthest,
     half_bytes,
-    halves,
     inverse,
     nibbles,
     split,
@@ -61,28 +58,9 @@ def quantize_iq4_xs(blocks: Tensor) -> Tensor:
 
 def _search(x: Tensor) -> Tensor:
     """Find the scale of every group with the least squared error, weighed by the square."""
-    table = torch.tensor(LEVELS, dtype=torch.float32, device=x.device)[_codes(x.device).int()]
-    far = furthest(x, 1)
-    per_far = 2 * inverse(far)
-    weight = x.square()
-    factors = torch.stack([weight * x, weight])
-    terms = x.new_empty(2, *x.shape)
-    squares, additions = terms[1], halves(terms)
-    product, square = terms[..., :1, :].unbind()
-    # What overflows in the sums must not come out as zero.
-    scale, best = far / LEVELS[0], torch.zeros_like(far)
-    for stretch in _STRETCHES:
-        values = _nearest(x * (per_far * stretch), table)
-        torch.mul(factors, values, out=terms)
-        squares.mul_(values)
-        for first, second in additions:
-            first.add_(second)
-        fitted = product / square.clamp(min=TINY)
-        gain = fitted * product
-        better = below(best, gain)
-        best = choose(better, gain, best)
-        scale = choose(better, fitted, scale)
-    return scale
+    levels = torch.tensor(LEVELS, dtype=torch.float32, device=x.device)
+    table = levels[_codes(x.device).int()]
+    return search_levels(x, x.square(), lambda scaled: _nearest(scaled.mul_(2), table), _STRETCHES)
 
 
 def _codes(device: torch.device) -> Tensor:

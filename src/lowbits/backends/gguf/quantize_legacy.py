@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 
 import torch
 
-from lowbits.backends.gguf.quantize_k_signed import search_scale
+from lowbits.backends.gguf.quantize_fit import search_scale
 from lowbits.backends.gguf.quantize_search import (
     as_bytes,
     columns,
