@@ -29,7 +29,7 @@ from lowbits.errors import (
     suggestion,
 )
 from lowbits.integrations.configs import component_requests, is_pipeline_config, request_of
-from lowbits.integrations.diffusers import components_of, default_reasons, is_pipeline
+from lowbits.integrations.diffusers import components_of, default_reasons, is_pipeline, kept_in_fp32
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -299,7 +299,7 @@ def _component(
         return Component(name, module, None, reason, compute_dtype=config.compute_dtype)
     request = request_of(scheme)
     dtype = config.compute_dtype or request.compute_dtype
-    return Component(name, module, request.scheme, "", request.skip, dtype)
+    return Component(name, module, request.scheme, "", request.skip, dtype, kept_in_fp32(module))
 
 
 def _refuse_patched(components: Sequence[Component]) -> None:

@@ -10,18 +10,20 @@ from torch import nn
 
 import lowbits
 from lowbits import errors
-from lowbits.core import memory, packing
+from lowbits.core import packing
 from lowbits.core.registry import DEFAULT
 
 CPU = torch.device("cpu")
-SCHEMES = [info.name for info in lowbits.schemes() if info.backend not in ("-", "toy")]
+SCHEMES = [
+    info.name for info in lowbits.schemes() if info.can_quantize and info.backend not in ("-", "toy")
+]
 
 
 @pytest.mark.parametrize("name", SCHEMES)
 def test_parts_make_the_same_bytes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     backend, scheme = DEFAULT.require(name)
     assert backend is not None
-    weight = torch.randn(37, 192)
+    weight = torch.randn(37, 512 if scheme.row_multiple > 64 else 192)
     whole = packing.pack_weight(weight, "Linear", scheme, backend, CPU)
     monkeypatch.setattr(packing, "PART_WEIGHTS", 1000)
     parts = packing.pack_weight(weight, "Linear", scheme, backend, CPU)
@@ -53,48 +55,8 @@ def test_gguf_bytes_decode_to_any_shape(kind: str) -> None:
 
 def test_gguf_names_the_types_it_knows() -> None:
     backend: Any = lowbits.backend("gguf")
-    with pytest.raises(errors.FormatError, match="cannot decode GGUF type 'Q4_X'; did you mean"):
+    with pytest.raises(errors.FormatError, match="unknown GGUF type 'Q4_X'; did you mean"):
         backend.decode(torch.zeros(18, dtype=torch.uint8), "Q4_X", (1, 32))
-
-
-@pytest.mark.parametrize(
-    ("place", "major", "dtype", "expected"),
-    [
-        ("cpu", 0, torch.float16, torch.float32),
-        ("cpu", 0, torch.float64, torch.float64),
-        ("cuda", 6, torch.float16, torch.float32),
-        ("cuda", 7, torch.bfloat16, torch.float16),
-        ("cuda", 8, torch.bfloat16, torch.bfloat16),
-        ("cuda", 9, torch.float16, torch.float16),
-        ("cuda", 9, torch.float32, torch.float32),
-        ("mps", 0, torch.bfloat16, torch.float16),
-        ("xpu", 0, torch.bfloat16, torch.bfloat16),
-    ],
-)
-def test_each_device_computes_in_what_it_is_fast_in(
-    place: str,
-    major: int,
-    dtype: torch.dtype,
-    expected: torch.dtype,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    class Properties:
-        pass
-
-    properties: Any = Properties()
-    properties.major = major
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
-    assert memory.compute_dtype(torch.device(place), dtype) == expected
-
-
-@pytest.mark.parametrize(("flag", "expected"), [(True, torch.bfloat16), (False, torch.float32)])
-def test_a_cpu_with_fast_bfloat16_uses_it(
-    flag: bool,  # noqa: FBT001 - a parameter of the test
-    expected: torch.dtype,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(memory, "_CPU_BF16", flag)
-    assert memory.compute_dtype(CPU, torch.bfloat16) == expected
 
 
 def test_a_module_on_several_devices_is_refused_before_anything_changes() -> None:

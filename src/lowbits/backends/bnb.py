@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, ClassVar, Final, final
 import torch
 
 from lowbits.core.backend import Packed, QuantBackend, Rows
-from lowbits.core.decode import ByteTable, decode_int8_rows, deliver, scale_groups, work_buffer
+from lowbits.core.decode import ByteTable, decode_rows, scale_groups, write_int8
 from lowbits.core.scheme import CONVOLUTIONS, LINEAR, PARAMETER, Scheme
+from lowbits.core.tracing import constant
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -139,44 +140,93 @@ class BitsAndBytesBackend(QuantBackend):
         rows: Rows | None = None,
     ) -> Tensor:
         """Look the codes up, and scale."""
-        if packed.scheme == "bnb-int8":
-            packed = packed.rows(rows)
-            return decode_int8_rows(packed["qdata"], packed["scale"], dtype, out)
         if packed.scheme == _NESTED:
-            packed = self._without_nesting(packed)
-        table = self._nf4 if packed.scheme in _NF4_SCHEMES else self._fp4
-        if not packed.row_sliceable:
-            return _deliver_rows(_decode_flat(table, packed), dtype, out, rows)
-        packed = packed.rows(rows)
-        values = table.decode(packed["qdata"], work_buffer(out))
-        return deliver(scale_groups(values, packed["scale"]), dtype, out)
+            packed, rows = self._without_nesting(packed, rows)
+        if packed.row_sliceable:
+            return decode_rows(packed, rows, dtype, out, self._write)
+        values = self._decode_across_rows(packed)
+        if rows is not None:
+            values = values[rows[0] : rows[1]] if isinstance(rows, tuple) else values[rows]
+        return values.to(dtype) if out is None else out.copy_(values)
 
-    def _without_nesting(self, packed: Packed) -> Packed:
-        """Decode the nested scales: a 64th of the weight's size."""
-        codes = packed["scale"]
-        blocks = torch.arange(codes.numel(), device=codes.device) // NESTED_BLOCK
-        scale = self._dynamic.decode(codes).view(-1) * packed["nested_scale"][blocks]
-        tensors = {
-            "qdata": packed["qdata"],
-            "scale": (scale + packed["offset"]).view(codes.shape),
-        }
-        return replace(packed, tensors=tensors, row_sliceable=packed.shape[1] % BLOCK == 0)
+    def linear(self, x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor | None:
+        """Multiply by bitsandbytes' fused 4-bit kernels, where there are any."""
+        is_able = x.device.type == "cuda" and packed.scheme != "bnb-int8" and x.numel() > 0
+        return self._fused(x, packed, bias) if is_able and _has_kernels() else None
+
+    def _fused(self, x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
+        kind = "nf4" if packed.scheme in _NF4_SCHEMES else "fp4"
+        codes, scale = packed["qdata"].view(-1, 1), packed["scale"].view(-1)
+        nested = {}
+        if packed.scheme == _NESTED:
+            nested = {
+                "absmax_8bit": scale,
+                "absmax_code": self._dynamic.on(x.device).view(-1),
+                "absmax_offset": packed["offset"].view(()),
+            }
+            scale = packed["nested_scale"]
+        y: Tensor = torch.ops.bitsandbytes.gemm_4bit(
+            x, codes, packed.shape, scale, BLOCK, kind, bias=bias, **nested
+        )
+        return y
+
+    def _write(self, packed: Packed, out: Tensor) -> None:
+        if packed.scheme == "bnb-int8":
+            write_int8(packed["qdata"], packed["scale"], out)
+            return
+        self._table(packed).write(packed["qdata"], out)
+        scale_groups(out, packed["scale"])
+
+    def _table(self, packed: Packed) -> ByteTable:
+        return self._nf4 if packed.scheme in _NF4_SCHEMES else self._fp4
+
+    def _decode_across_rows(self, packed: Packed) -> Tensor:
+        """Decode a weight whose blocks run across its rows; float32."""
+        rows, row_length = packed.shape
+        codes = packed["qdata"]
+        values = torch.empty(1, codes.numel() * 2, device=codes.device)
+        self._table(packed).write(codes, values)
+        scale = packed["scale"].view(-1).repeat_interleave(BLOCK)
+        return values.view(-1)[: rows * row_length].mul_(scale[: rows * row_length]).view(rows, -1)
+
+    def _without_nesting(self, packed: Packed, rows: Rows | None) -> tuple[Packed, Rows | None]:
+        """Decode the nested scales, of those rows only where blocks do not run across rows.
+
+        Returns:
+            What holds them as they are without nesting, and which rows of that are meant.
+        """
+        is_sliceable = packed.shape[1] % BLOCK == 0
+        tensors = {name: packed[name] for name in ("qdata", "scale")}
+        part = replace(packed, tensors=tensors, row_sliceable=is_sliceable)
+        if is_sliceable:
+            part = part.rows(rows)
+        nested = packed["nested_scale"][_nested_blocks(packed, rows if is_sliceable else None)]
+        scale = torch.empty_like(nested)
+        self._dynamic.write(part["scale"], scale)
+        tensors = {"qdata": part["qdata"], "scale": scale * nested + packed["offset"]}
+        return replace(part, tensors=tensors), None if is_sliceable else rows
 
 
-def _decode_flat(table: ByteTable, packed: Packed) -> Tensor:
-    """Decode a weight whose blocks run across its rows."""
-    rows, row_length = packed.shape
-    values = table.decode(packed["qdata"]).view(-1)[: rows * row_length]
-    scale = packed["scale"].view(-1).repeat_interleave(BLOCK)[: rows * row_length]
-    return (values * scale).view(rows, row_length)
+@constant
+def _has_kernels() -> bool:
+    """Say whether bitsandbytes is here: a packed model also runs without it."""
+    try:
+        import bitsandbytes  # noqa: F401 - registers its operators
+    except ImportError:
+        return False
+    return True
 
 
-def _deliver_rows(
-    values: Tensor, dtype: torch.dtype, out: Tensor | None, rows: Rows | None
-) -> Tensor:
-    if rows is not None:
-        values = values[rows[0] : rows[1]] if isinstance(rows, tuple) else values[rows]
-    return deliver(values, dtype, out)
+def _nested_blocks(packed: Packed, rows: Rows | None) -> Tensor:
+    """Return the nested block that each scale of some rows is in."""
+    count, per_row = packed["scale"].shape
+    device = packed["scale"].device
+    which = (
+        rows
+        if isinstance(rows, torch.Tensor)
+        else torch.arange(*(rows or (0, count)), device=device)
+    )
+    return (which.unsqueeze(1) * per_row + torch.arange(per_row, device=device)) // NESTED_BLOCK
 
 
 def _dynamic_values() -> list[float]:

@@ -15,11 +15,11 @@ import torch
 from lowbits.core.backend import Packed, QuantBackend, Rows
 from lowbits.core.decode import (
     ByteTable,
-    decode_int8_rows,
-    deliver,
+    decode_rows,
     pack_codes,
     scale_groups,
-    work_buffer,
+    write_float8,
+    write_int8,
 )
 from lowbits.core.scheme import Scheme
 
@@ -64,7 +64,6 @@ class QuantoBackend(QuantBackend):
         self._tables = {
             "quanto-int4": ByteTable.of_codes(range(16)),
             "quanto-int2": ByteTable.of_codes(range(4)),
-            "quanto-float8": ByteTable.of_float8(torch.float8_e4m3fn),
         }
 
     def schemes(self) -> tuple[Scheme, ...]:
@@ -96,12 +95,17 @@ class QuantoBackend(QuantBackend):
         rows: Rows | None = None,
     ) -> Tensor:
         """Compute ``codes * scale``, minus the shift where there is one."""
-        packed = packed.rows(rows)
+        return decode_rows(packed, rows, dtype, out, self._write)
+
+    def _write(self, packed: Packed, out: Tensor) -> None:
         if packed.scheme == "quanto-int8":
-            return decode_int8_rows(packed["qdata"], packed["scale"], dtype, out)
-        values = self._tables[packed.scheme].decode(packed["qdata"], work_buffer(out))
-        values = scale_groups(values, packed["scale"], packed.tensors.get("offset"))
-        return deliver(values, dtype, out)
+            write_int8(packed["qdata"], packed["scale"], out)
+            return
+        if packed.scheme == "quanto-float8":
+            write_float8(packed["qdata"], out, torch.float8_e4m3fn)
+        else:
+            self._tables[packed.scheme].write(packed["qdata"], out)
+        scale_groups(out, packed["scale"], packed.tensors.get("offset"))
 
 
 def _pack_rows(weight: Tensor, qtype_name: str) -> dict[str, Tensor]:

@@ -14,14 +14,16 @@ import torch
 from torch.nn import functional
 
 from lowbits.core.backend import Packed, QuantBackend, Rows
+from lowbits.core.capability import has_float8_product, int8_rows
 from lowbits.core.decode import (
     ByteTable,
-    decode_int8_rows,
-    deliver,
+    decode_rows,
     pack_codes,
     scale_groups,
-    work_buffer,
+    write_float8,
+    write_int8,
 )
+from lowbits.core.products import dynamic_linear
 from lowbits.core.scheme import LINEAR, Scheme
 
 if TYPE_CHECKING:
@@ -32,7 +34,6 @@ _FLOAT8: Final = ("torchao-float8", "torchao-float8-dynamic")
 _INT4: Final = "torchao-int4"
 #: The code that stands for the zero point in tinygemm's format.
 _MIDDLE: Final = 8
-_FLOAT8_MAX: Final = torch.finfo(torch.float8_e4m3fn).max
 
 _SCHEMES: Final = (
     Scheme("torchao-int8", "int8 weights, float32 scale per row", 8, 32),
@@ -75,7 +76,6 @@ class TorchaoBackend(QuantBackend):
 
     def __init__(self) -> None:
         self._int4 = ByteTable.of_codes([code - _MIDDLE for code in range(16)])
-        self._float8 = ByteTable.of_float8(torch.float8_e4m3fn)
 
     def schemes(self) -> tuple[Scheme, ...]:
         """Return the schemes of this backend."""
@@ -105,25 +105,28 @@ class TorchaoBackend(QuantBackend):
         rows: Rows | None = None,
     ) -> Tensor:
         """Compute ``codes * scale``, for int4 ``(codes - 8) * scale + zero_point``."""
-        packed = packed.rows(rows)
+        return decode_rows(packed, rows, dtype, out, self._write)
+
+    def _write(self, packed: Packed, out: Tensor) -> None:
         if packed.scheme in _INT8:
-            return decode_int8_rows(packed["qdata"], packed["scale"], dtype, out)
-        table = self._int4 if packed.scheme == _INT4 else self._float8
-        values = table.decode(packed["qdata"], work_buffer(out))
-        values = scale_groups(values, packed["scale"], packed.tensors.get("zero_point"))
-        return deliver(values, dtype, out)
+            write_int8(packed["qdata"], packed["scale"], out)
+            return
+        if packed.scheme in _FLOAT8:
+            write_float8(packed["qdata"], out, torch.float8_e4m3fn)
+        else:
+            self._int4.write(packed["qdata"], out)
+        scale_groups(out, packed["scale"], packed.tensors.get("zero_point"))
 
     def linear(self, x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor | None:
         """Multiply in low precision where the scheme is a dynamic one, and the device can."""
-        if not packed.scheme.endswith("-dynamic"):
+        if not packed.scheme.endswith("-dynamic") or x.numel() == 0:
             return None
-        flat = x.reshape(-1, x.shape[-1])
-        is_int8 = packed.scheme in _INT8
-        if flat.shape[0] == 0 or not _has_product(flat, packed.shape, is_int8=is_int8):
-            return None
-        y = (_int8_product if is_int8 else _float8_product)(flat, packed)
-        y = y.to(x.dtype).view(*x.shape[:-1], packed.shape[0])
-        return y if bias is None else y + bias
+        if packed.scheme in _INT8:
+            fewest = int8_rows(x.device, packed.shape)
+            is_able = fewest is not None and x.numel() // x.shape[-1] >= fewest
+        else:
+            is_able = has_float8_product(x.device, packed.shape)
+        return dynamic_linear(x, packed["qdata"], packed["scale"], bias) if is_able else None
 
 
 def _padded(weight: Tensor) -> Tensor:
@@ -183,39 +186,3 @@ def _pack_int4(weight: Tensor, group_size: int) -> dict[str, Tensor]:
         "scale": scale.view(grid),
         "zero_point": zero_point.view(grid),
     }
-
-
-def _has_product(x: Tensor, shape: tuple[int, int], *, is_int8: bool) -> bool:
-    """Say whether ``torch._int_mm``, or ``torch._scaled_mm`` by rows, takes these operands.
-
-    CUDA's limits: int8 wants more than 16 rows and sides that are multiples of 8, float8 compute
-    capability 8.9 and multiples of 16. A CPU takes anything.
-    """
-    if x.device.type != "cuda":
-        return x.device.type == "cpu"
-    if is_int8:
-        return x.shape[0] > 16 and not (shape[0] % 8 or shape[1] % 8)
-    properties = torch.cuda.get_device_properties(x.device)
-    is_able = torch.version.hip is None and (properties.major, properties.minor) >= (8, 9)
-    return is_able and not (shape[0] % 16 or shape[1] % 16)
-
-
-def _int8_product(x: Tensor, packed: Packed) -> Tensor:
-    """Quantize each row of x to int8, multiply in int8, scale back; ``(m, row_length)``."""
-    scale = (x.float().abs().amax(1, keepdim=True) / 127).clamp_min(torch.finfo(torch.float32).tiny)
-    codes = (x.float() / scale).round().clamp(-128, 127).to(torch.int8)
-    return torch._int_mm(codes, packed["qdata"].t()).float() * scale * packed["scale"].view(1, -1)
-
-
-def _float8_product(x: Tensor, packed: Packed) -> Tensor:
-    """Quantize each row of x to float8, multiply in float8, scale back; ``(m, row_length)``."""
-    scale = (x.float().abs().amax(1, keepdim=True) / _FLOAT8_MAX).clamp_min(1e-12)
-    codes = (x.float() / scale).clamp(-_FLOAT8_MAX, _FLOAT8_MAX).to(torch.float8_e4m3fn)
-    return torch._scaled_mm(
-        codes,
-        packed["qdata"].view(torch.float8_e4m3fn).t(),
-        scale_a=scale,
-        scale_b=packed["scale"].view(1, -1),
-        # Row-wise scales exist for bfloat16 results only on CUDA.
-        out_dtype=torch.float32 if x.device.type == "cpu" else torch.bfloat16,
-    )

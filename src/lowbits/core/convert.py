@@ -207,7 +207,7 @@ def _pack_one(
             f"skip=({decision.path!r},), or repair the weight"
         ) from error
     layout, tensors = storage_form(decision.name, packed, backend, original.shape)
-    layout = replace(layout, compute_dtype=decision.compute_dtype)
+    layout = replace(layout, compute_dtype=decision.compute_dtype, keeps_fp32=decision.keeps_fp32)
     kept = source or MemorySource(original)
     return packed_parameters(decision.name, layout, tensors, original, kept)
 

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from lowbits.core.memory import CHUNK_ROWS, scratch
+from lowbits.core.memory import PART_WEIGHTS, scratch
+from lowbits.core.tracing import is_traced
 from lowbits.errors import PatchError
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def linear(
     def multiply(x: Tensor, dtype: torch.dtype) -> Tensor:
         inputs = x.to(dtype)
         added = bias if bias is None else bias.to(dtype)
-        if _is_traced():
+        if is_traced():
             return backend.matmul(inputs, packed, added)
         if _wants_grad(inputs, added):
             y: Tensor = _FrozenLinear.apply(inputs, added, packed, backend)  # type: ignore[no-untyped-call]
@@ -49,6 +50,36 @@ def linear(
         return _linear_eager(inputs, packed, added, backend)
 
     return computed(x, multiply, dtype)
+
+
+def convolution(
+    x: Tensor,
+    packed: Packed,
+    bias: Tensor | None,
+    backend: QuantBackend,
+    dtype: torch.dtype,
+    convolve: Callable[[Tensor, Tensor, Tensor | None], Tensor],
+) -> Tensor:
+    """Compute a convolution on the dequantized weight.
+
+    Args:
+        x: floating, as the convolution takes it.
+        packed: the weight, an output channel a row.
+        bias: or None.
+        backend: the codec of `packed`.
+        dtype: that the convolution runs in.
+        convolve: called with x, the weight as ``(rows, row_length)``, and the bias, in that dtype.
+    """
+
+    def compute(x: Tensor, dtype: torch.dtype) -> Tensor:
+        inputs = x.to(dtype)
+        added = bias if bias is None else bias.to(dtype)
+        # Autograd would keep the scratch, which the next layer overwrites.
+        is_kept = is_traced() or _wants_grad(inputs, added) or x.device.type != "cpu"
+        out = None if is_kept else scratch(*packed.shape, dtype)
+        return convolve(inputs, backend.unpack(packed, dtype, out=out), added)
+
+    return computed(x, compute, dtype)
 
 
 def computed(
@@ -68,11 +99,6 @@ def computed(
         return function(x, dtype).to(torch.get_autocast_dtype(device_type))
 
 
-def _is_traced() -> bool:
-    """Say whether only plain expressions will do: a compiler, or a transform of torch.func."""
-    return torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
-
-
 def _wants_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
@@ -86,7 +112,7 @@ def _linear_eager(x: Tensor, packed: Packed, bias: Tensor | None, backend: Quant
     rows, row_length = packed.shape
     flat = x.reshape(-1, row_length)
     result = flat.new_empty(flat.shape[0], rows)
-    step = packed.rows_at_once(CHUNK_ROWS)
+    step = packed.rows_at_once(max(1, PART_WEIGHTS // row_length))
     for start in range(0, rows, step):
         stop = min(start + step, rows)
         weight = scratch(stop - start, row_length, x.dtype)

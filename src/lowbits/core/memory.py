@@ -1,4 +1,4 @@
-"""Which dtype a device multiplies fast in, how much host memory is free, and the CPU's scratch."""
+"""How much is decoded at a time, the CPU's scratch, and how much host memory is free."""
 
 from __future__ import annotations
 
@@ -13,37 +13,11 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-#: Rows that a CPU dequantizes at a time: 3 MB of scratch at 3072 columns stay in the cache.
-CHUNK_ROWS: Final = 256
-
-#: Lowest CUDA capability (major) whose 16-bit matrix products are fast in the dtype.
-_CUDA_BF16: Final = 8
-_CUDA_FP16: Final = 7
-
-#: Whether this CPU multiplies bfloat16 itself; a constant, for compilers cannot look the flag up.
-_CPU_BF16: Final = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+#: Weights that are packed, or decoded, at once on a CPU: 4 MB of float32. Fewer pay for calls of
+#: torch, more for memory: libraries make three to five copies of what they quantize.
+PART_WEIGHTS: Final = 1 << 20
 
 _scratch = threading.local()
-
-
-def compute_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype that a layer of ``dtype`` should compute in on a device.
-
-    16-bit products are 10 to 130 times slower than float32 on a CPU without AMX or AVX512-bf16, and
-    GTX 10xx and 16xx cards have no fast ones either.
-    """
-    if dtype in (torch.float32, torch.float64):
-        return dtype
-    if device.type == "cpu":
-        return dtype if dtype == torch.bfloat16 and _CPU_BF16 else torch.float32
-    if device.type == "cuda" and torch.version.hip is None:
-        major = torch.cuda.get_device_properties(device).major
-        if major < _CUDA_FP16:
-            return torch.float32
-        return dtype if major >= _CUDA_BF16 else torch.float16
-    if device.type == "mps":
-        return torch.float16
-    return dtype
 
 
 def scratch(rows: int, row_length: int, dtype: torch.dtype) -> Tensor:

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 
 from lowbits.core import functional
 from lowbits.core.backend import Packed, QuantBackend
-from lowbits.core.memory import compute_dtype, storage_bytes
+from lowbits.core.capability import compute_dtype
+from lowbits.core.memory import storage_bytes
 from lowbits.core.proxy import WeightProxy
 from lowbits.errors import FormatError, PatchError
 
@@ -60,6 +61,7 @@ class Layout:
         fields: the stored tensors.
         row_sliceable: whether dim 0 of each is dim 0 of the weight.
         compute_dtype: that the layer multiplies in; None: what is fast on its device.
+        keeps_fp32: where that is float16 in place of bfloat16, this layer stays in float32.
     """
 
     scheme: str
@@ -69,6 +71,7 @@ class Layout:
     fields: tuple[Field, ...]
     row_sliceable: bool
     compute_dtype: torch.dtype | None = None
+    keeps_fp32: bool = False
     version: int = LAYOUT_VERSION
 
     def stamp(self) -> Tensor:
@@ -214,8 +217,11 @@ def _marker(layer: PackedLayer, name: str) -> Tensor:
 
 def _compute_dtype(layer: PackedLayer) -> torch.dtype:
     marker = _marker(layer, "weight")
-    explicit = layer.lowbits_layouts["weight"].compute_dtype
-    return explicit or compute_dtype(marker.device, marker.dtype)
+    layout = layer.lowbits_layouts["weight"]
+    explicit = layout.compute_dtype
+    if explicit is not None:
+        return explicit
+    return compute_dtype(marker.device, marker.dtype, keeps_fp32=layout.keeps_fp32)
 
 
 def _cast_message(layout: Layout, field: Field, tensor: Tensor) -> str:
@@ -304,11 +310,13 @@ class _PackedConv(PackedLayer):
         if not _is_packed(self):
             return self._conv_forward(input, self.weight, self.bias)
 
-        def convolve(x: Tensor, dtype: torch.dtype) -> Tensor:
-            bias = self.bias if self.bias is None else self.bias.to(dtype)
-            return self._conv_forward(x.to(dtype), dequantized(self, dtype=dtype), bias)
+        def convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            return self._conv_forward(x, weight.view(layout.shape), bias)
 
-        return functional.computed(input, convolve, _compute_dtype(self))
+        layout = self.lowbits_layouts["weight"]
+        return functional.convolution(
+            input, packed_weight(self), self.bias, layout.backend, _compute_dtype(self), convolve
+        )
 
 
 class PackedConv1d(_PackedConv, nn.Conv1d):

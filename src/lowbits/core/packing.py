@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 import torch
 
 from lowbits.core.backend import Packed
+from lowbits.core.memory import PART_WEIGHTS
 from lowbits.core.scheme import rows_of
 from lowbits.errors import NonFiniteWeightError
 
@@ -15,9 +16,6 @@ if TYPE_CHECKING:
 
     from lowbits.core.backend import QuantBackend
     from lowbits.core.scheme import Scheme
-
-#: Weights handed to a backend at once: libraries make three to five float32 copies of them.
-PART_WEIGHTS: Final = 1 << 20
 
 
 def pack_weight(

@@ -22,6 +22,22 @@ REFERENCE_SHAPE: Final = (3072, 3072)
 
 @final
 @dataclass(frozen=True)
+class Override:
+    """Another scheme for some layers of a mix.
+
+    Attributes:
+        pattern: regular expression searched for in the layer's dotted name.
+        scheme: its name.
+        first: only so many layers of a component, in its order; None: all.
+    """
+
+    pattern: str
+    scheme: str
+    first: int | None = None
+
+
+@final
+@dataclass(frozen=True)
 class Scheme:
     """A way to store a weight of ``(rows, row_length)`` values.
 
@@ -36,6 +52,8 @@ class Scheme:
         row_multiple: rows whose length this does not divide are refused.
         fallbacks: schemes tried, in order, for a row length that this one refuses.
         can_quantize: False where weights of this scheme can be decoded only.
+        mix: where a scheme is a choice among others by the layer's name: tried in order, the last
+            one matches every name. Layers are reported as stored in the scheme chosen.
         forge_name: the entry of Forge's "Diffusion in Low Bits" menu that means this scheme.
     """
 
@@ -48,6 +66,7 @@ class Scheme:
     row_multiple: int = 1
     fallbacks: tuple[str, ...] = ()
     can_quantize: bool = True
+    mix: tuple[Override, ...] = ()
     forge_name: str | None = None
 
     def group_size(self, row_length: int) -> int:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final, final
 
@@ -20,7 +20,7 @@ from torch import nn
 
 from lowbits.core.names import dotted
 from lowbits.core.packed import PackedLayer
-from lowbits.core.scheme import EMBEDDING, LINEAR, NATIVE, PARAMETER, Scheme, rows_of
+from lowbits.core.scheme import EMBEDDING, LINEAR, NATIVE, PARAMETER, Override, Scheme, rows_of
 from lowbits.errors import ConfigError, PatchError
 
 if TYPE_CHECKING:
@@ -58,6 +58,7 @@ class Component:
         reason: why it is left alone.
         skip: globs from a foreign config, which may match nothing.
         compute_dtype: that its packed layers multiply in; None: what is fast on their device.
+        kept_in_fp32: names in the dotted names of layers that float16 is too narrow for.
     """
 
     name: str
@@ -66,6 +67,7 @@ class Component:
     reason: str = ""
     skip: tuple[str, ...] = ()
     compute_dtype: torch.dtype | None = None
+    kept_in_fp32: tuple[str, ...] = ()
 
 
 @final
@@ -84,6 +86,7 @@ class Decision:
         scheme: that it will be packed in; None where it is left alone.
         backend: of the scheme.
         compute_dtype: as in `Component`.
+        keeps_fp32: whether the component lists it in `Component.kept_in_fp32`.
         reason: why it is left alone, or why it is not in the scheme asked for.
     """
 
@@ -97,6 +100,7 @@ class Decision:
     scheme: Scheme | None = None
     backend: QuantBackend | None = None
     compute_dtype: torch.dtype | None = None
+    keeps_fp32: bool = False
     reason: str = ""
 
     @property
@@ -246,6 +250,7 @@ class _Decider:
             if isinstance(module, _CONTAINERS)
         ]
         self._adapters = set(_adapter_fqns(component.module))
+        self._taken: Counter[Override] = Counter()
 
     def __call__(self, decision: Decision) -> Decision:
         is_raw = decision.kind == PARAMETER and not isinstance(
@@ -312,7 +317,13 @@ class _Decider:
             return replace(decision, reason="native: kept in its own precision")
         if not scheme.can_quantize:
             raise ConfigError(f"scheme {name!r} can only be decoded, not quantized to")
-        decision = replace(decision, compute_dtype=self._component.compute_dtype)
+        kept = set(decision.fqn.split(".")) & set(self._component.kept_in_fp32)
+        decision = replace(
+            decision, compute_dtype=self._component.compute_dtype, keeps_fp32=bool(kept)
+        )
+        if scheme.mix:
+            chosen = self._in_scheme(decision, self._of_mix(scheme, decision.fqn))
+            return replace(chosen, reason=f"{name}; {chosen.reason}".removesuffix("; "))
         _, row_length = rows_of(decision.shape, decision.kind)
         refusal = scheme.refusal(decision.kind, row_length)
         if refusal is None:
@@ -323,6 +334,14 @@ class _Decider:
                 reason = f"instead of {name}: {refusal}"
                 return replace(decision, scheme=scheme, backend=backend, reason=reason)
         return replace(decision, reason=refusal)
+
+    def _of_mix(self, mix: Scheme, fqn: str) -> str:
+        """Return the scheme that a mix has for a layer; counts those that a rule took."""
+        for rule in mix.mix:
+            if re.search(rule.pattern, fqn) and self._taken[rule] != rule.first:
+                self._taken[rule] += 1
+                return rule.scheme
+        raise AssertionError(f"the last rule of {mix.name} matches every name")
 
 
 def _not_a_layer(decision: Decision) -> str:

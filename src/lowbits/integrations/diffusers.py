@@ -48,3 +48,9 @@ def default_reasons(components: Mapping[str, nn.Module]) -> dict[str, str]:
         else:
             reasons[name] = f"{type(module).__name__}: not packed by default; name it to pack it"
     return reasons
+
+
+def kept_in_fp32(module: nn.Module) -> tuple[str, ...]:
+    """Return the names of modules that a model of diffusers or transformers keeps in float32."""
+    lists = (getattr(part, "_keep_in_fp32_modules", None) for part in module.modules())
+    return tuple({name: None for names in lists for name in names or ()})
