@@ -13,7 +13,6 @@ import lowbits
 from lowbits import errors
 from lowbits.backends.bnb import BitsAndBytesBackend
 from lowbits.backends.float8 import Float8Backend
-from lowbits.backends.torchao import _has_product
 from lowbits.core.registry import BackendRegistry
 
 if TYPE_CHECKING:
@@ -109,36 +108,3 @@ def test_a_broken_plugin_is_reported_and_harms_nobody(monkeypatch: pytest.Monkey
     assert "libmagic.so" in str(infos["broken"].reason)
     with pytest.raises(errors.BackendUnavailableError, match="'broken' failed to load: OSError"):
         fresh.backend("broken")
-
-
-@pytest.mark.parametrize(
-    ("capability", "rows", "is_int8", "expected"),
-    [
-        ((8, 6), 64, True, True),
-        ((8, 6), 16, True, False),
-        ((8, 6), 64, False, False),
-        ((8, 9), 64, False, True),
-        ((9, 0), 1, False, True),
-    ],
-)
-def test_dynamic_products_are_used_where_cuda_has_them(
-    capability: tuple[int, int],
-    rows: int,
-    is_int8: bool,  # noqa: FBT001 - a parameter of the test
-    expected: bool,  # noqa: FBT001 - a parameter of the test
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    class Device:
-        type = "cuda"
-
-    class Operand:
-        device = Device()
-        shape = (rows, 64)
-
-    class Properties:
-        major, minor = capability
-
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: Properties())
-    operand: Any = Operand()
-    assert _has_product(operand, (96, 64), is_int8=is_int8) is expected
-    assert _has_product(operand, (97, 64), is_int8=is_int8) is False

@@ -234,7 +234,8 @@ def _scheme_names(listed: str | None, *, all_schemes: bool) -> tuple[str, ...]:
     if listed is not None and all_schemes:
         raise typer.BadParameter("--schemes and --all exclude each other")
     if all_schemes:
-        return tuple(info.name for info in lowbits.schemes() if info.backend != "-")
+        packable = (info for info in lowbits.schemes() if info.can_quantize)
+        return tuple(info.name for info in packable if info.backend != "-")
     if listed is not None:
         return tuple(name.strip() for name in listed.split(",") if name.strip())
     return DEFAULT_SCHEMES

@@ -1,4 +1,4 @@
-"""GGUF block formats as schemes: ``gguf-q8_0`` and the legacy types."""
+"""GGUF's block types as schemes, ``gguf-q4_k``; and its mixes of them, ``gguf-q4_k_m``."""
 
 from __future__ import annotations
 
@@ -6,32 +6,54 @@ from typing import TYPE_CHECKING, ClassVar, Final, final
 
 import torch
 
-from lowbits.backends.gguf.legacy import BLOCK, TYPES
+from lowbits.backends.gguf.mixes import MIXES, MixRule
+from lowbits.backends.gguf.quantize import BEST, QUANTIZERS, quantize
+from lowbits.backends.gguf.types import TYPES, GgufType
 from lowbits.core.backend import Packed, QuantBackend, Rows
-from lowbits.core.decode import deliver
-from lowbits.core.scheme import Scheme
+from lowbits.core.decode import decode_rows
+from lowbits.core.scheme import Override, Scheme
 from lowbits.errors import FormatError, suggestion
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from torch import Tensor
 
 _PREFIX: Final = "gguf-"
+#: Suffix of the schemes whose quantizer searches longer; the bytes are of the same type.
+_BEST: Final = "-best"
 
 
-def _scheme(type_name: str) -> Scheme:
-    kind = TYPES[type_name]
-    header = "float16 scale and minimum" if kind.has_minimum else "float16 scale"
+def scheme_name(type_name: str) -> str:
+    """Return the scheme of a type: ``"Q4_K"`` is ``"gguf-q4_k"``."""
+    return _PREFIX + type_name.lower()
+
+
+def _schemes() -> Iterator[Scheme]:
+    for kind in TYPES.values():
+        yield _scheme(kind, scheme_name(kind.name), f"GGUF {kind.name}")
+    for name in BEST:
+        summary = f"GGUF {name}, codes searched for the least error"
+        yield _scheme(TYPES[name], scheme_name(name) + _BEST, summary)
+    for name, mix in MIXES.items():
+        rules = (*mix.rules, MixRule("", mix.type_name))
+        overrides = tuple(Override(r.pattern, scheme_name(r.type_name), r.first) for r in rules)
+        summary = f"GGUF {name}: {mix.type_name}, more for values and feed-forward outputs"
+        yield _scheme(TYPES[mix.type_name], scheme_name(name), summary, overrides)
+
+
+def _scheme(kind: GgufType, name: str, summary: str, mix: tuple[Override, ...] = ()) -> Scheme:
     return Scheme(
-        _PREFIX + type_name.lower(),
-        f"GGUF {type_name}: {kind.bits} bit, {header} per {BLOCK}",
-        kind.bits,
-        32 if kind.has_minimum else 16,
-        (BLOCK,),
-        row_multiple=BLOCK,
+        name,
+        f"{summary}, {kind.bits:g} bits",
+        kind.code_bits,
+        round(kind.block_bytes * 8 - kind.weights * kind.code_bits),
+        (kind.weights,),
+        row_multiple=kind.weights,
+        fallbacks=(scheme_name(kind.fallback),) if kind.fallback else (),
+        can_quantize=kind.name in QUANTIZERS,
+        mix=mix,
     )
-
-
-_SCHEMES: Final = tuple(_scheme(name) for name in TYPES)
 
 
 @final
@@ -40,20 +62,34 @@ class GgufBackend(QuantBackend):
 
     name: ClassVar[str] = "gguf"
 
+    def __init__(self) -> None:
+        self._schemes = tuple(_schemes())
+        mixed = {scheme_name(name): mix.type_name for name, mix in MIXES.items()}
+        self._types = {
+            scheme.name: TYPES[mixed.get(scheme.name, _type_name(scheme.name))]
+            for scheme in self._schemes
+        }
+
     def schemes(self) -> tuple[Scheme, ...]:
         """Return the schemes of this backend."""
-        return _SCHEMES
+        return self._schemes
 
     def probe(self) -> str | None:
-        """Quantize one block with each type."""
-        row = torch.linspace(-1, 1, BLOCK).view(1, BLOCK)
-        for kind in TYPES.values():
-            kind.dequantize(kind.quantize(row))
+        """Quantize a row with each type, and read it."""
+        row = torch.linspace(-1, 1, 256).view(1, 256)
+        for name in QUANTIZERS:
+            self.decode(self.encode(row, name), name, (1, 256))
         return None
+
+    def packed_bytes(self, scheme: Scheme, rows: int, row_length: int) -> int:
+        """Return the exact bytes: rows of whole blocks."""
+        kind = self._types[scheme.name]
+        return rows * row_length // kind.weights * kind.block_bytes
 
     def pack(self, weight: Tensor, scheme: Scheme) -> Packed:
         """Quantize rows of whole blocks."""
-        qdata = TYPES[_type_name(scheme.name)].quantize(weight)
+        effort = "best" if scheme.name.endswith(_BEST) else "ref"
+        qdata = self.encode(weight, self._types[scheme.name].name, effort=effort)
         return Packed(scheme.name, (weight.shape[0], weight.shape[1]), {"qdata": qdata})
 
     def unpack(
@@ -64,9 +100,40 @@ class GgufBackend(QuantBackend):
         rows: Rows | None = None,
     ) -> Tensor:
         """Decode in float32."""
-        packed = packed.rows(rows)
-        values = TYPES[_type_name(packed.scheme)].dequantize(packed["qdata"])
-        return deliver(values, dtype, out)
+        kind = self._types[packed.scheme]
+
+        def write(part: Packed, values: Tensor) -> None:
+            blocks = part["qdata"].view(-1, kind.block_bytes)
+            kind.decode(blocks, values.view(-1, kind.weights))
+
+        return decode_rows(packed, rows, dtype, out, write)
+
+    def encode(self, weight: Tensor, type_name: str, *, effort: str = "ref") -> Tensor:
+        """Quantize to the bytes that stand in a GGUF file.
+
+        Args:
+            weight: ``(rows, row_length)`` float32, contiguous; rows of whole blocks.
+            type_name: ggml's name, e.g. ``"Q4_K"``.
+            effort: ``"ref"``: as llama.cpp does without an importance matrix; ``"best"``: search
+                longer for less error, where the type has such a quantizer.
+
+        Returns:
+            ``(rows, row_bytes)`` uint8.
+
+        Raises:
+            FormatError: a type that is unknown or can be decoded only, or rows of broken blocks.
+        """
+        kind = _known(type_name)
+        if type_name not in QUANTIZERS:
+            raise FormatError(
+                f"GGUF type {type_name} can be decoded only; quantizers: {', '.join(QUANTIZERS)}"
+            )
+        if weight.shape[-1] % kind.weights:
+            raise FormatError(
+                f"{type_name} takes rows of whole blocks of {kind.weights}, got {weight.shape[-1]}"
+            )
+        data = quantize(weight.reshape(-1, kind.weights), type_name, effort=effort)
+        return data.view(weight.shape[0], -1)
 
     def decode(
         self,
@@ -86,20 +153,27 @@ class GgufBackend(QuantBackend):
         Raises:
             FormatError: unknown type, or bytes that do not make this shape.
         """
-        if type_name not in TYPES:
-            raise FormatError(
-                f"cannot decode GGUF type {type_name!r}{suggestion(type_name, TYPES)} "
-                f"known: {', '.join(TYPES)}"
-            )
-        kind = TYPES[type_name]
-        expected = torch.Size(shape).numel() // BLOCK * kind.block_bytes
-        if data.numel() != expected or shape[-1] % BLOCK:
+        kind = _known(type_name)
+        size = torch.Size(shape)
+        expected = size.numel() // kind.weights * kind.block_bytes
+        if data.numel() != expected or size[-1] % kind.weights:
             raise FormatError(
                 f"{type_name} of shape {tuple(shape)} takes {expected} bytes in rows of whole "
-                f"blocks of {BLOCK}; got {data.numel()} bytes"
+                f"blocks of {kind.weights}; got {data.numel()} bytes"
             )
-        return kind.dequantize(data.reshape(1, -1)).view(shape).to(dtype)
+        grid = (size[:-1].numel(), size[-1])
+        qdata = data.reshape(grid[0], -1)
+        return self.unpack(Packed(scheme_name(type_name), grid, {"qdata": qdata}), dtype).view(size)
 
 
-def _type_name(scheme_name: str) -> str:
-    return scheme_name.removeprefix(_PREFIX).upper()
+def _known(type_name: str) -> GgufType:
+    if type_name not in TYPES:
+        raise FormatError(
+            f"unknown GGUF type {type_name!r}{suggestion(type_name, TYPES)}; "
+            f"known: {', '.join(TYPES)}"
+        )
+    return TYPES[type_name]
+
+
+def _type_name(name: str) -> str:
+    return name.removeprefix(_PREFIX).removesuffix(_BEST).upper()

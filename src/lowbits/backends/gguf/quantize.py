@@ -5,8 +5,6 @@ from __future__ import annotations
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Final
 
-import torch
-
 from lowbits.backends.gguf import (
     quantize_float,
     quantize_iq4,

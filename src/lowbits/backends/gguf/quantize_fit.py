@@ -135,9 +135,7 @@ class _RangeFit:
         return squares.add_(cross).add_(cross)
 
 
-def search_scale(
-    x: Tensor, weight: Tensor | None, bound: int, divisors: Sequence[float]
-) -> Tensor:
+def search_scale(x: Tensor, weight: Tensor | None, bound: int, divisors: Sequence[float]) -> Tensor:
     """Find the scale of every group for codes from ``-bound`` to ``bound - 1``.
 
     Args:

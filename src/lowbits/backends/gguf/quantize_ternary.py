@@ -30,7 +30,11 @@ if TYPE_CHECKING:
 def quantize_tq1_0(blocks: Tensor) -> Tensor:
     """Quantize ``(n, 256)`` float32 to ``(n, 54)`` uint8: five codes a byte, in base 3."""
     codes, scale = _ternary(columns(blocks, 256)[0])
-    parts = (codes[:160].view(5, 32, -1), codes[160:240].view(5, 16, -1), codes[240:].view(4, 4, -1))
+    parts = (
+        codes[:160].view(5, 32, -1),
+        codes[160:240].view(5, 16, -1),
+        codes[240:].view(4, 4, -1),
+    )
     numbers = [digits(part.flip(0), 3) for part in parts]
     # The last four bytes hold four codes each, and count as if a zero followed.
     numbers[2] *= 3
@@ -48,7 +52,9 @@ def quantize_tq2_0(blocks: Tensor) -> Tensor:
 def quantize_q2_0(blocks: Tensor) -> Tensor:
     """Quantize ``(n, 64)`` float32 to ``(n, 18)`` uint8: minus the scale, 0 or the scale."""
     codes, scale = _ternary(columns(blocks, 64)[0])
-    return torch.cat([half_bytes(scale), as_bytes(digits(codes.view(16, 4, -1).transpose(0, 1), 4))], 1)
+    return torch.cat(
+        [half_bytes(scale), as_bytes(digits(codes.view(16, 4, -1).transpose(0, 1), 4))], 1
+    )
 
 
 def quantize_q1_0(blocks: Tensor) -> Tensor:
@@ -56,7 +62,9 @@ def quantize_q1_0(blocks: Tensor) -> Tensor:
     x = columns(blocks, 128)[0]
     bits = (x >= 0).to(torch.uint8)
     scale = divide(fold(x.abs_()), 128)
-    return torch.cat([half_bytes(scale), as_bytes(digits(bits.view(16, 8, -1).transpose(0, 1), 2))], 1)
+    return torch.cat(
+        [half_bytes(scale), as_bytes(digits(bits.view(16, 8, -1).transpose(0, 1), 2))], 1
+    )
 
 
 def _ternary(x: Tensor) -> tuple[Tensor, Tensor]:
