@@ -1,8 +1,8 @@
 """Types that hold floating point numbers: F16, BF16, MXFP4, NVFP4.
 
 Sources: ``ggml_compute_fp32_to_bf16`` and ``ggml_fp32_to_ue4m3`` in ggml-impl.h,
-``quantize_row_mxfp4_ref`` and ``quantize_row_nvfp4_ref`` in ggml-quants.c; the codes are E2M1 of the
-OCP Microscaling Formats specification 1.0.
+``quantize_row_mxfp4_ref`` and ``quantize_row_nvfp4_ref`` in ggml-quants.c; the codes are E2M1 of
+the OCP Microscaling Formats specification 1.0.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def quantize_f16(blocks: Tensor) -> Tensor:
 
 
 def quantize_bf16(blocks: Tensor) -> Tensor:
-    """Round ``(n, 1)`` float32 to ``(n, 2)`` bytes of bfloat16, halves to even; NaN keeps its bits."""
+    """Round ``(n, 1)`` float32 to ``(n, 2)`` bytes of bfloat16, halves to even."""
     bits = blocks.view(torch.int32)
     rounded = bits + ((bits >> 16 & 1) + 0x7FFF)
     is_nan = (bits & 0x7FFFFFFF) > _INFINITY_BITS

@@ -20,6 +20,7 @@ from lowbits.backends.gguf.quantize_search import (
     inverse,
     nibbles,
     split,
+    storable,
 )
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def quantize_iq4_xs(blocks: Tensor) -> Tensor:
     """Quantize ``(n, 256)`` float32 to ``(n, 136)`` uint8."""
     x = columns(blocks, 32)
     scale = _search(x)
-    d = furthest(-scale, 0) / 32
+    d = storable(furthest(-scale, 0) / 32)
     steps = (scale * inverse(d)).round_().clamp_(-32, 31)
     codes = _nearest(x * (2 * inverse(steps * d)), _codes(x.device))
     low, high = split(steps.squeeze(1) + 32, 16)
@@ -76,5 +77,6 @@ def _codes(device: torch.device) -> Tensor:
 
 def _nearest(doubled: Tensor, table: Tensor) -> Tensor:
     """Return the entry for each of ``doubled``, twice the values; they are overwritten."""
-    index = doubled.floor_().clamp_(-256, 255).add_(256).int()
+    # NaN, of scales that overflowed, becomes any integer.
+    index = doubled.floor_().clamp_(-256, 255).add_(256).int().clamp_(0, 511)
     return table.index_select(0, index.view(-1)).view_as(doubled)

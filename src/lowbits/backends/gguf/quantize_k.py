@@ -21,9 +21,11 @@ from lowbits.backends.gguf.quantize_search import (
     divide,
     fold,
     half_bytes,
+    inverse,
     nibbles,
     quarters,
     split,
+    storable,
 )
 
 if TYPE_CHECKING:
@@ -110,9 +112,8 @@ def _spread_weight(x: Tensor) -> Tensor:
 
 def _in_steps(values: Tensor, limit: int) -> tuple[Tensor, Tensor]:
     """Return the step, ``(1, 1, n)``, and the values as multiples of it from 0 to ``limit``."""
-    peak = values.amax(0, keepdim=True)
-    per_step = torch.where(peak > 0, peak.new_full((), limit) / peak, 0.0)
-    return divide(peak, limit), (values * per_step).round_().clamp_(max=limit)
+    step = storable(divide(values.amax(0, keepdim=True), limit))
+    return step, (values * inverse(step)).round_().clamp_(max=limit)
 
 
 def _six_bits(ranges: Ranges) -> Tensor:
@@ -130,5 +131,5 @@ def _six_bits(ranges: Ranges) -> Tensor:
 
 
 def _pairs(codes: Tensor) -> Tensor:
-    """Pack ``(8, 32, n)`` codes of 4 bits to ``(n, 128)`` bytes: neighbouring groups share bytes."""
+    """Pack ``(8, 32, n)`` codes of 4 bits to ``(n, 128)`` bytes, which two groups share."""
     return nibbles(codes.view(4, 2, 32, -1).transpose(0, 1))

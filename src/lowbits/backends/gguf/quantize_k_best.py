@@ -63,7 +63,7 @@ def _refit_step(trial: _Trial, d: Tensor, steps: Tensor, zero: Tensor) -> Tensor
     _, product, square, _ = trial.sums()
     fitted = _over_groups(steps * product) / _over_groups(steps * steps * square)
     after = _over_groups(trial.error(steps * fitted.half(), zero))
-    return torch.where(after < before, fitted, d)
+    return torch.where(_lower(after, before), fitted, d)
 
 
 def _best_ranges(x: Tensor, top: int) -> Ranges:
@@ -108,10 +108,15 @@ def _refit_ranges(trial: _Trial, ranges: Ranges) -> Ranges:
         dmin=(right_d * both - right_dmin * of_d) / determinant,
     )
     after = _over_groups(trial.error(*fitted.decoded()))
-    better = (after < before) & (fitted.d > 0) & (fitted.dmin >= 0)
+    better = _lower(after, before) & (fitted.d > 0) & (fitted.dmin >= 0)
     return ranges._replace(
         d=torch.where(better, fitted.d, d), dmin=torch.where(better, fitted.dmin, dmin)
     )
+
+
+def _lower(after: Tensor, before: Tensor) -> Tensor:
+    """Compare errors; a block that float16 cannot hold is to stay infinite."""
+    return (after < before) & before.isfinite()
 
 
 def _over_groups(values: Tensor) -> Tensor:

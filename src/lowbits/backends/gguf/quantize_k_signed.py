@@ -28,6 +28,7 @@ from lowbits.backends.gguf.quantize_search import (
     nibbles,
     quarters,
     split,
+    storable,
 )
 
 if TYPE_CHECKING:
@@ -58,8 +59,8 @@ class Scales(NamedTuple):
     def of(cls, scale: Tensor, limit: int) -> Scales:
         """Round ``(groups, 1, n)`` to steps of the one furthest from 0, which is ``-limit``."""
         # Groups that reach as far up as down have a negative scale: those are to be exact.
-        per_step = inverse(furthest(-scale, 0)) * limit
-        return cls(inverse(per_step), (scale * per_step).round_().clamp_(-limit, limit - 1))
+        d = storable(furthest(-scale, 0) / limit)
+        return cls(d, (scale * inverse(d)).round_().clamp_(-limit, limit - 1))
 
     def codes(self, x: Tensor, bound: int) -> Tensor:
         """Return the nearest codes, counted from 0."""

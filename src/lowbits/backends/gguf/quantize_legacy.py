@@ -3,8 +3,8 @@
 A block is, in this order: scale (float16), minimum (float16; ``_1`` types), the fifth bits (4
 bytes; Q5 types), codes.
 
-Sources: ``quantize_row_q4_0_ref`` to ``quantize_row_q8_0_ref`` in ggml-quants.c; the bytes are those
-of the ``gguf`` package. The layouts are ``block_q4_0`` to ``block_q8_0`` in ggml-common.h.
+Sources: ``quantize_row_q4_0_ref`` to ``quantize_row_q8_0_ref`` in ggml-quants.c; the bytes are
+those of the ``gguf`` package. The layouts are ``block_q4_0`` to ``block_q8_0`` in ggml-common.h.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def quantize_q4_0_best(blocks: Tensor) -> Tensor:
 
 
 def _around_zero(blocks: Tensor, bound: int) -> tuple[Tensor, Tensor]:
-    """Return scales and codes ``(32, n)``; the first weight furthest from zero gets the lowest code."""
+    """Return scales and codes ``(32, n)``; the first weight furthest from zero has the lowest."""
     furthest = blocks.gather(1, blocks.abs().argmax(1, keepdim=True)).t()
     scale = furthest / -bound
     codes = columns(blocks, 32)[0].mul_(inverse(scale)).add_(bound + 0.5)

@@ -24,12 +24,14 @@ TINY: Final = 1e-30
 
 
 def columns(blocks: Tensor, size: int) -> Tensor:
-    """Return ``(n, block)`` as columns, ``(block / size, size, n)``, contiguous."""
-    return blocks.t().contiguous().view(-1, size, blocks.shape[0])
+    """Copy ``(n, block)`` to columns, ``(block / size, size, n)``, contiguous."""
+    # Not .contiguous(): it would hand out a single block itself.
+    copy = blocks.t().clone(memory_format=torch.contiguous_format)
+    return copy.view(-1, size, blocks.shape[0])
 
 
 def halves(terms: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Return the views which, each second one added to the first, sum over the last dimension but one.
+    """Return the views to add, each second one to the first, to sum over the last dimension but one.
 
     That dimension is a power of two; its first element holds the sum. See [Note: parts and whole].
     """
@@ -71,6 +73,16 @@ def choose(mask: Tensor, new: Tensor, old: Tensor) -> Tensor:
     """Return ``new`` where the mask is set, else ``old``: all float32 of one shape."""
     bits = old.view(torch.int32)
     return (new.view(torch.int32) ^ bits).bitwise_and_(mask).bitwise_xor_(bits).view(torch.float32)
+
+
+def storable(step: Tensor) -> Tensor:
+    """Return steps that float16 holds with few digits or none as the next one up that it holds.
+
+    Multiples of a step that is rounded down would not reach the largest of what they stand for.
+    """
+    smallest, ulp = 2.0**-14, 2.0**-24
+    magnitude = (step.abs() / ulp).ceil_().mul_(ulp)
+    return torch.where(step.abs() < smallest, torch.copysign(magnitude, step), step)
 
 
 def magnitude(x: Tensor, dim: int) -> Tensor:
