@@ -86,6 +86,8 @@ def quantize(blocks: Tensor, type_name: str, *, effort: str = "ref") -> Tensor:
     quantizer = QUANTIZERS[type_name]
     if effort == "best":
         quantizer = _BEST.get(type_name, quantizer)
+    if blocks.shape[0] == 0:
+        return quantizer(blocks.new_zeros(1, blocks.shape[1]))[:0]
     weights = _CPU_CHUNK if blocks.device.type == "cpu" else _DEVICE_CHUNK
     step = weights // blocks.shape[1]
     first = quantizer(blocks[:step])

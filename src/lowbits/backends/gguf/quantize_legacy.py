@@ -25,6 +25,7 @@ from lowbits.backends.gguf.quantize_search import (
     nibbles,
     round_half_away,
     split,
+    storable,
 )
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ def quantize_q4_0_best(blocks: Tensor) -> Tensor:
     weight at either end of the codes.
     """
     x = columns(blocks, 32)
-    scale = search_scale(x, None, 8, _DIVISORS)
+    scale = storable(search_scale(x, None, 8, _DIVISORS))
     step = scale.half().float()
     codes = (x / torch.where(step == 0, torch.inf, step)).round_().clamp_(-8, 7).add_(8)
     return torch.cat([half_bytes(scale), _halves_of(codes[0])], 1)

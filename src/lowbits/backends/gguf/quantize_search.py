@@ -31,7 +31,7 @@ def columns(blocks: Tensor, size: int) -> Tensor:
 
 
 def halves(terms: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Return the views to add, each second one to the first, to sum over the last dimension but one.
+    """Return the views to add, each second one to the first, for sums over the last dim but one.
 
     That dimension is a power of two; its first element holds the sum. See [Note: parts and whole].
     """
