@@ -159,11 +159,9 @@ def test_constant_blocks(name: str, effort: str, value: float) -> None:
     assert ((decoded - blocks).abs() <= 0.2 * abs(value) + 1e-29).all()
 
 
-@pytest.mark.parametrize(("name", "effort"), CASES)
+@pytest.mark.parametrize(("name", "effort"), [case for case in CASES if case[0] != "Q1_0"])
 @pytest.mark.parametrize("value", [1000.0, -1000.0])
 def test_outliers_survive(name: str, effort: str, value: float) -> None:
-    if name == "Q1_0":
-        pytest.skip("one magnitude a block")
     blocks = with_outlier(name, value)
     decoded = decode(quantize(blocks, name, effort=effort), name)
     off = (decoded - blocks).abs()

@@ -12,12 +12,12 @@ import torch
 
 from lowbits.backends.gguf.quantize_search import (
     TINY,
+    Sums,
     below,
     choose,
     divide,
     fold,
     furthest,
-    halves,
     inverse,
 )
 
@@ -98,9 +98,10 @@ class _RangeFit:
         self._factors = torch.stack([weight, weight * self._values])
         self._codes = torch.empty_like(x)
         # Weighted codes, their products with the values, and their squares.
-        terms = x.new_empty(3, *x.shape)
-        self._firsts, self._squares, self._halves = terms[:2], terms[2], halves(terms)
-        self._code, self._product, self._square = terms[..., :1, :].unbind()
+        self._sums = Sums(x.new_empty(3, *x.shape))
+        self._firsts, self._squares = self._sums.terms[:2], self._sums.terms[2]
+        self._code, self._product, self._square = self._sums.result.unbind()
+        self._errors = Sums(torch.empty_like(x)) if search.absolute else None
 
     def encode(self, low: Tensor, high: Tensor, divisor: float) -> None:
         """Code the values, the range from ``low`` to ``high`` divided by ``divisor``."""
@@ -110,8 +111,7 @@ class _RangeFit:
         self._codes.round_().clamp_(0, self._search.top)
         torch.mul(self._factors, self._codes, out=self._firsts)
         torch.mul(self._firsts[0], self._codes, out=self._squares)
-        for first, second in self._halves:
-            first.add_(second)
+        self._sums.take()
 
     def least_squares(self) -> tuple[Tensor, Tensor, Tensor]:
         """Fit scale and offset to the codes; the third is a mask of the groups that have a fit."""
@@ -127,9 +127,10 @@ class _RangeFit:
 
     def error(self, scale: Tensor, offset: Tensor) -> Tensor:
         """Return the weighted error; of squares, less what scale and offset do not change."""
-        if self._search.absolute:
-            error = (self._codes * scale).add_(offset).sub_(self._values).abs_()
-            return fold(error.mul_(self._weight))
+        if self._errors is not None:
+            errors = torch.mul(self._codes, scale, out=self._errors.terms)
+            errors.add_(offset).sub_(self._values).abs_().mul_(self._weight)
+            return self._errors.take().clone()
         cross = (offset * self._code - self._product) * scale
         squares = scale * scale * self._square + offset * offset * self._total
         return squares.add_(cross).add_(cross)
@@ -175,9 +176,9 @@ def search_levels(
     """
     far = furthest(x, 1)
     per_far = inverse(far)
-    terms = x.new_empty(2, *x.shape)
-    products, squares, additions = terms[0], terms[1], halves(terms)
-    product, square = terms[..., :1, :].unbind()
+    sums = Sums(x.new_empty(2, *x.shape))
+    products, squares = sums.terms
+    product, square = sums.result
     factors = None if weight is None else torch.stack([weight * x, weight])
     # The first guess is what remains where the sums overflow: it is not to be zero.
     scale, best = divide(far, stretches[0]), torch.zeros_like(far)
@@ -187,10 +188,9 @@ def search_levels(
             torch.mul(x, levels, out=products)
             torch.mul(levels, levels, out=squares)
         else:
-            torch.mul(factors, levels, out=terms)
+            torch.mul(factors, levels, out=sums.terms)
             squares.mul_(levels)
-        for first, second in additions:
-            first.add_(second)
+        sums.take()
         fitted = product / square.clamp(min=TINY)
         gain = fitted * product
         better = below(best, gain)

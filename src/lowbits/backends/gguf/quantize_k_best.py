@@ -14,7 +14,7 @@ import torch
 from lowbits.backends.gguf.quantize_fit import RangeSearch, search_range, search_scale
 from lowbits.backends.gguf.quantize_k import Q4, Q5, Ranges, pack_q4_k, pack_q5_k
 from lowbits.backends.gguf.quantize_k_signed import Q6_BOUND, Scales, pack_q6_k
-from lowbits.backends.gguf.quantize_search import below, choose, columns, fold, inverse
+from lowbits.backends.gguf.quantize_search import Sums, below, choose, columns, fold, inverse
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -132,16 +132,16 @@ class _Trial:
         self._x = x
         self._limits = lowest, highest
         self._shifted, self._codes = torch.empty_like(x), torch.empty_like(x)
-        self._errors = torch.empty_like(x)
+        self._errors = Sums(torch.empty_like(x))
 
     def error(self, scale: Tensor, minimum: Tensor) -> Tensor:
         """Return the sums of squares, all ``(groups, 1, n)``, of ``scale * code - minimum``."""
         torch.add(self._x, minimum, out=self._shifted)
         torch.mul(self._shifted, inverse(scale), out=self._codes)
         self._codes.round_().clamp_(*self._limits)
-        torch.mul(self._codes, scale, out=self._errors)
-        self._errors.sub_(self._shifted)
-        return fold(torch.mul(self._errors, self._errors, out=self._errors))
+        errors = torch.mul(self._codes, scale, out=self._errors.terms).sub_(self._shifted)
+        errors.mul_(errors)
+        return self._errors.take().clone()
 
     def sums(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Sum the codes of the last trial, their products with x, their squares, and x."""

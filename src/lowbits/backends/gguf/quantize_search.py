@@ -12,7 +12,7 @@ the end of a row, and a product may or may not be fused with the sum that follow
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, final
 
 import torch
 
@@ -30,24 +30,35 @@ def columns(blocks: Tensor, size: int) -> Tensor:
     return copy.view(-1, size, blocks.shape[0])
 
 
-def halves(terms: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Return the views to add, each second one to the first, for sums over the last dim but one.
+@final
+class Sums:
+    """Sums of terms over the last dimension but one, a power of two.
 
-    That dimension is a power of two; its first element holds the sum. See [Note: parts and whole].
+    Attributes:
+        terms: written by the caller before each sum, and overwritten by it.
+        result: where the sums appear; the dimension is kept as 1. See [Note: parts and whole].
     """
-    views = []
-    while terms.shape[-2] > 1:
-        first, second = terms.chunk(2, -2)
-        views.append((first, second))
-        terms = first
-    return views
+
+    def __init__(self, terms: Tensor) -> None:
+        self.terms = terms
+        self.result = terms[..., :1, :]
+        # Views are made once: to make one takes as long as to add a few thousand numbers.
+        self._halves = []
+        while terms.shape[-2] > 1:
+            first, second = terms.chunk(2, -2)
+            self._halves.append((first, second))
+            terms = first
+
+    def take(self) -> Tensor:
+        """Sum the terms; returns the result, which holds until the terms are written again."""
+        for first, second in self._halves:
+            first.add_(second)
+        return self.result
 
 
 def fold(terms: Tensor) -> Tensor:
     """Sum over the last dimension but one, which is kept as 1; the terms are overwritten."""
-    for first, second in halves(terms):
-        first.add_(second)
-    return terms[..., :1, :].clone()
+    return Sums(terms).take().clone()
 
 
 def divide(values: Tensor, divisor: float) -> Tensor:
@@ -111,7 +122,7 @@ def split(codes: Tensor, base: int) -> tuple[Tensor, Tensor]:
 def digits(codes: Tensor, base: int) -> Tensor:
     """Make ``(parts, ...)`` whole numbers the digits of one number, the first the lowest digit."""
     packed = codes[-1].clone()
-    for part in codes[:-1].flip(0):
+    for part in reversed(codes[:-1].unbind()):
         packed.mul_(base).add_(part)
     return packed
 
