@@ -32,7 +32,7 @@ GGML_ERRORS = {
 #: The same with ggml's importance matrix all ones, which ``effort="best"`` is to stay below.
 GGML_ONES_ERRORS = {
     "Q4_0": (0.081713, 0.112884), "Q4_K": (0.070948, 0.086268), "Q5_K": (0.035435, 0.043321),
-    "Q6_K": (0.017311, 0.022596),
+    "Q6_K": (0.017311, 0.022596), "Q3_K": (0.144665, 0.177621), "Q2_K": (0.268794, 0.301490),
 }  # fmt: skip
 
 CASES = (*((name, "ref") for name in QUANTIZERS), *((name, "best") for name in BEST))

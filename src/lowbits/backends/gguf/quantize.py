@@ -47,9 +47,11 @@ QUANTIZERS: Final[Mapping[str, Callable[[Tensor], Tensor]]] = MappingProxyType({
 
 _BEST: Final[Mapping[str, Callable[[Tensor], Tensor]]] = MappingProxyType({
     "Q4_0": quantize_legacy.quantize_q4_0_best,
-    "Q4_K": quantize_k_best.quantize_q4_k_best,
-    "Q5_K": quantize_k_best.quantize_q5_k_best,
     "Q6_K": quantize_k_best.quantize_q6_k_best,
+    "Q5_K": quantize_k_best.quantize_q5_k_best,
+    "Q4_K": quantize_k_best.quantize_q4_k_best,
+    "Q3_K": quantize_k_best.quantize_q3_k_best,
+    "Q2_K": quantize_k_best.quantize_q2_k_best,
 })  # fmt: skip
 
 #: The types of which ``effort="best"`` makes other bytes than ``effort="ref"``.

@@ -76,9 +76,7 @@ class Ranges(NamedTuple):
 def quantize_q2_k(blocks: Tensor) -> Tensor:
     """Quantize ``(n, 256)`` float32 to ``(n, 84)`` uint8."""
     x = columns(blocks, 16)
-    ranges = Ranges.of(*search_range(x, x.abs(), Q2), 15)
-    packed = nibbles(torch.stack([ranges.scales, ranges.minima]))
-    return torch.cat([packed, quarters(ranges.codes(x, Q2.top)), ranges.header()], 1)
+    return pack_q2_k(x, Ranges.of(*search_range(x, x.abs(), Q2), 15))
 
 
 def quantize_q4_k(blocks: Tensor) -> Tensor:
@@ -91,6 +89,12 @@ def quantize_q5_k(blocks: Tensor) -> Tensor:
     """Quantize ``(n, 256)`` float32 to ``(n, 176)`` uint8."""
     x = columns(blocks, 32)
     return pack_q5_k(x, Ranges.of(*search_range(x, _spread_weight(x), Q5), 63))
+
+
+def pack_q2_k(x: Tensor, ranges: Ranges) -> Tensor:
+    """Code columns ``(16, 16, n)``, to ``(n, 84)`` bytes."""
+    packed = nibbles(torch.stack([ranges.scales, ranges.minima]))
+    return torch.cat([packed, quarters(ranges.codes(x, Q2.top)), ranges.header()], 1)
 
 
 def pack_q4_k(x: Tensor, ranges: Ranges) -> Tensor:

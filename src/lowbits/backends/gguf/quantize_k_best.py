@@ -1,4 +1,4 @@
-"""Q4_K, Q5_K and Q6_K with the least squared error found, all weights counting alike.
+"""Q2_K to Q6_K with the least squared error found, all weights counting alike.
 
 ggml fits every group by itself and then rounds the scales. Here the search goes on from there among
 what a block can hold: the neighbours of each group's whole numbers, and the float16 steps that fit
@@ -12,49 +12,81 @@ from typing import TYPE_CHECKING, Final, final
 import torch
 
 from lowbits.backends.gguf.quantize_fit import RangeSearch, search_range, search_scale
-from lowbits.backends.gguf.quantize_k import Q4, Q5, Ranges, pack_q4_k, pack_q5_k
-from lowbits.backends.gguf.quantize_k_signed import Q6_BOUND, Scales, pack_q6_k
+from lowbits.backends.gguf.quantize_k import (
+    Q2,
+    Q4,
+    Q5,
+    Ranges,
+    pack_q2_k,
+    pack_q4_k,
+    pack_q5_k,
+)
+from lowbits.backends.gguf.quantize_k_signed import (
+    Q3_BOUND,
+    Q6_BOUND,
+    Scales,
+    pack_q3_k,
+    pack_q6_k,
+)
 from lowbits.backends.gguf.quantize_search import Sums, below, choose, columns, fold, inverse
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
 _ROUNDS: Final = 2
 _NEAR_SCALES: Final = (-2, -1, 0, 1, 2)
 _NEAR_MINIMA: Final = (-1, 0, 1)
-_Q6_DIVISORS: Final = tuple(
-    sign * (32 + 0.25 * step) for step in range(-8, 5) for sign in (1, -1)
-)  # fmt: skip
+_Q3_DIVISORS: Final = tuple(sign * (3 + 0.1 * step) for step in range(16) for sign in (1, -1))
+_Q6_DIVISORS: Final = tuple(sign * (30 + 0.25 * step) for step in range(13) for sign in (1, -1))
+
+
+def quantize_q2_k_best(blocks: Tensor) -> Tensor:
+    """Quantize ``(n, 256)`` float32 to ``(n, 84)`` uint8."""
+    x = columns(blocks, 16)
+    return pack_q2_k(x, _best_ranges(x, RangeSearch(top=Q2.top, first=-1.0, count=16), 15))
+
+
+def quantize_q3_k_best(blocks: Tensor) -> Tensor:
+    """Quantize ``(n, 256)`` float32 to ``(n, 110)`` uint8."""
+    x = columns(blocks, 16)
+    return pack_q3_k(x, _best_scales(x, Q3_BOUND, _Q3_DIVISORS, 32))
 
 
 def quantize_q4_k_best(blocks: Tensor) -> Tensor:
     """Quantize ``(n, 256)`` float32 to ``(n, 144)`` uint8."""
     x = columns(blocks, 32)
-    return pack_q4_k(x, _best_ranges(x, Q4.top))
+    return pack_q4_k(x, _best_ranges(x, RangeSearch(top=Q4.top, first=-2.0, count=41), 63))
 
 
 def quantize_q5_k_best(blocks: Tensor) -> Tensor:
     """Quantize ``(n, 256)`` float32 to ``(n, 176)`` uint8."""
     x = columns(blocks, 32)
-    return pack_q5_k(x, _best_ranges(x, Q5.top))
+    return pack_q5_k(x, _best_ranges(x, RangeSearch(top=Q5.top, first=-2.0, count=41), 63))
 
 
 def quantize_q6_k_best(blocks: Tensor) -> Tensor:
     """Quantize ``(n, 256)`` float32 to ``(n, 210)`` uint8."""
     x = columns(blocks, 16)
-    d, steps = Scales.of(search_scale(x, None, Q6_BOUND, _Q6_DIVISORS), 128)
-    trial = _Trial(x, -Q6_BOUND, Q6_BOUND - 1)
+    return pack_q6_k(x, _best_scales(x, Q6_BOUND, _Q6_DIVISORS, 128))
+
+
+def _best_scales(x: Tensor, bound: int, divisors: Sequence[float], limit: int) -> Scales:
+    """Search scales of columns, from ``-limit`` to ``limit - 1`` steps, without minima."""
+    d, steps = Scales.of(search_scale(x, None, bound, divisors), limit)
+    trial = _Trial(x, -bound, bound - 1)
     zero = torch.zeros_like(steps)
     for _ in range(_ROUNDS):
         best, chosen = trial.error(steps * d.half(), zero), steps
         for near in _NEAR_SCALES:
-            candidate = (steps + near).clamp_(-128, 127)
+            candidate = (steps + near).clamp_(-limit, limit - 1)
             error = trial.error(candidate * d.half(), zero)
             better = below(error, best)
             best, chosen = choose(better, error, best), choose(better, candidate, chosen)
         steps = chosen
         d = _refit_step(trial, d, steps, zero)
-    return pack_q6_k(x, Scales(d, steps))
+    return Scales(d, steps)
 
 
 def _refit_step(trial: _Trial, d: Tensor, steps: Tensor, zero: Tensor) -> Tensor:
@@ -66,24 +98,23 @@ def _refit_step(trial: _Trial, d: Tensor, steps: Tensor, zero: Tensor) -> Tensor
     return torch.where(_lower(after, before), fitted, d)
 
 
-def _best_ranges(x: Tensor, top: int) -> Ranges:
-    """Search scales and minima of columns ``(8, 32, n)``."""
-    search = RangeSearch(top=top, first=-2.0, count=41)
-    ranges = Ranges.of(*search_range(x, torch.ones_like(x), search), 63)
-    trial = _Trial(x, 0, top)
+def _best_ranges(x: Tensor, search: RangeSearch, limit: int) -> Ranges:
+    """Search scales and minima of columns, up to ``limit`` steps."""
+    ranges = Ranges.of(*search_range(x, torch.ones_like(x), search), limit)
+    trial = _Trial(x, 0, search.top)
     for _ in range(_ROUNDS):
-        ranges = _refit_ranges(trial, _nearby(trial, ranges))
+        ranges = _refit_ranges(trial, _nearby(trial, ranges, limit))
     return ranges
 
 
-def _nearby(trial: _Trial, ranges: Ranges) -> Ranges:
+def _nearby(trial: _Trial, ranges: Ranges, limit: int) -> Ranges:
     """Move the whole numbers of every group to the best of the neighbours."""
     best, (scales, minima) = trial.error(*ranges.decoded()), ranges[2:]
     for near_scale in _NEAR_SCALES:
         for near_minimum in _NEAR_MINIMA:
             candidate = ranges._replace(
-                scales=(ranges.scales + near_scale).clamp_(0, 63),
-                minima=(ranges.minima + near_minimum).clamp_(0, 63),
+                scales=(ranges.scales + near_scale).clamp_(0, limit),
+                minima=(ranges.minima + near_minimum).clamp_(0, limit),
             )
             error = trial.error(*candidate.decoded())
             better = below(error, best)
@@ -100,7 +131,8 @@ def _refit_ranges(trial: _Trial, ranges: Ranges) -> Ranges:
     d, dmin, scales, minima = ranges
     # The normal equations of d * (scales * code) - dmin * minima.
     both = _over_groups(scales * minima * code)
-    of_d, of_dmin = _over_groups(scales * scales * square), _over_groups(minima * minima) * 32
+    of_d = _over_groups(scales * scales * square)
+    of_dmin = _over_groups(minima * minima) * trial.size
     right_d, right_dmin = _over_groups(scales * product), _over_groups(minima * value)
     determinant = of_d * of_dmin - both * both
     fitted = ranges._replace(
@@ -129,6 +161,7 @@ class _Trial:
     """The squared errors of columns under scales and minima that are tried."""
 
     def __init__(self, x: Tensor, lowest: int, highest: int) -> None:
+        self.size = x.shape[1]
         self._x = x
         self._limits = lowest, highest
         self._shifted, self._codes = torch.empty_like(x), torch.empty_like(x)
