@@ -74,8 +74,8 @@ def quantize(blocks: Tensor, type_name: str, *, effort: str = "ref") -> Tensor:
             squared error in more time, where :data:`BEST` lists the type.
 
     Returns:
-        ``(n, block_bytes)`` uint8, on the device of the blocks. Scales that float16 cannot hold are
-        infinite or NaN in it.
+        ``(n, block_bytes)`` uint8, on the device of the blocks. Where float16 cannot hold a scale,
+        the block decodes to infinity or NaN; only MXFP4 and NVFP4 cannot express that.
 
     Raises:
         ConfigError: unknown type or effort.

@@ -44,7 +44,10 @@ def quantize_mxfp4(blocks: Tensor) -> Tensor:
 
 
 def quantize_nvfp4(blocks: Tensor) -> Tensor:
-    """Quantize ``(n, 64)`` float32 to ``(n, 36)`` uint8: four scales, then the codes."""
+    """Quantize ``(n, 64)`` float32 to ``(n, 36)`` uint8: four scales, then the codes.
+
+    The scales have no infinity: magnitudes above 2688 become 2688.
+    """
     x = columns(blocks, 16)
     largest = magnitude(x, 1).squeeze(1)
     scale_bits, scale = _ue4m3(divide(largest, 6))
