@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import pytest
+from schemes import LAYOUTS
 
 import lowbits
 from lowbits import testing
@@ -21,9 +22,20 @@ def test_built_in_backend_is_available(name: str) -> None:
     assert info.available, f"{info.reason}; {info.install}"
 
 
-@pytest.mark.parametrize(
-    "check", [check for name in BUILT_IN for check in testing.checks(name)], ids=str
-)
+def built_in_checks() -> list[ParameterSet]:
+    """What layers do is the same code for all schemes: one for each layout is not slow."""
+    return [
+        pytest.param(check, marks=pytest.mark.slow if is_slow(check) else (), id=str(check))
+        for name in BUILT_IN
+        for check in testing.checks(name)
+    ]
+
+
+def is_slow(check: testing.Check) -> bool:
+    return check.subject == "layer" and check.scheme not in LAYOUTS
+
+
+@pytest.mark.parametrize("check", built_in_checks())
 def test_contract(check: testing.Check) -> None:
     check()
 

@@ -7,7 +7,7 @@ import torch
 
 import lowbits
 from lowbits.core.registry import DEFAULT
-from lowbits.testing.layers import Model, close, dense_twin, tokens
+from lowbits.testing.layers import close, dense_twin, model_for, tokens
 
 pytestmark = [
     pytest.mark.gpu,
@@ -19,7 +19,7 @@ pytestmark = [
 def test_packs_moves_computes_and_comes_back(info: lowbits.SchemeInfo) -> None:
     device = torch.accelerator.current_accelerator()
     assert device is not None
-    model = Model().eval()
+    model = model_for(info.name)
     expected = model(tokens())
     handle = lowbits.apply(model, info.name, rules={"*": info.name}, keep_source="memory")
     assert {p.device.type for p in model.parameters()} == {device.type}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, final
+from typing import TYPE_CHECKING, Any, Final, final
 
 import torch
 from torch import nn
@@ -12,10 +12,10 @@ from torch.nn import functional
 import lowbits
 from lowbits.core.registry import DEFAULT
 from lowbits.core.scheme import ALL_KINDS, LINEAR
-from lowbits.testing import layers
+from lowbits.testing import copies, layers, modes, tracing
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from torch import Tensor
 
@@ -29,6 +29,8 @@ _STEPS: Final = 2.2
 #: What three values, made for weights that have no others, do to Gaussian ones: 0.81.
 _TERNARY: Final = 0.85
 
+_LAYER_PARTS: Final = (layers, copies, modes, tracing)
+
 _ROWS: Final = 48
 _ROW_LENGTH: Final = 256
 
@@ -36,10 +38,16 @@ _ROW_LENGTH: Final = 256
 @final
 @dataclass(frozen=True)
 class Check:
-    """One property of one scheme; call it, it raises `AssertionError` where it does not hold."""
+    """One property of one scheme; call it, it raises `AssertionError` where it does not hold.
+
+    Attributes:
+        subject: ``"codec"`` (what `QuantBackend` promises; milliseconds) or ``"layer"`` (what
+            packed layers make of it; the same code for all schemes, some in a process of its own).
+    """
 
     name: str
     scheme: str
+    subject: str
     function: Callable[[QuantBackend, Scheme], None]
 
     def __call__(self) -> None:
@@ -59,14 +67,27 @@ def checks(backend_name: str) -> tuple[Check, ...]:
         backend_name: as registered; an installed entry point of ``lowbits.backends`` is.
     """
     backend = lowbits.backend(backend_name)
-    codec = [check for name, check in globals().items() if name.startswith("_check_")]
-    layer = [check for name, check in vars(layers).items() if name.startswith("check_")]
+    parts = {
+        "codec": _checks_in(globals(), "_check_"),
+        "layer": [check for part in _LAYER_PARTS for check in _checks_in(vars(part), "check_")],
+    }
     return tuple(
-        Check(function.__name__.lstrip("_").removeprefix("check_"), scheme.name, function)
+        Check(name, scheme.name, subject, function)
         for scheme in backend.schemes()
         if scheme.can_quantize and not scheme.mix
-        for function in (*codec, *layer)
+        for subject, functions in parts.items()
+        for name, function in functions
     )
+
+
+def _checks_in(
+    namespace: Mapping[str, Any], prefix: str
+) -> list[tuple[str, Callable[[QuantBackend, Scheme], None]]]:
+    return [
+        (name.removeprefix(prefix), value)
+        for name, value in namespace.items()
+        if name.startswith(prefix)
+    ]
 
 
 def _weight(rows: int = _ROWS, row_length: int = _ROW_LENGTH, seed: int = 0) -> Tensor:

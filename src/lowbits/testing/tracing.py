@@ -1,0 +1,40 @@
+"""The part of the contract about compilers: a packed layer is a plain expression to them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lowbits.testing.layers import packed_model, tokens
+
+if TYPE_CHECKING:
+    from lowbits.core.backend import QuantBackend
+    from lowbits.core.scheme import Scheme
+
+
+def check_compiles_whole_and_only_once(backend: QuantBackend, scheme: Scheme) -> None:
+    """`torch.compile` takes a packed model without a graph break, and never again."""
+    model, _ = packed_model(scheme.name)
+    graphs = []
+
+    def keep(graph: Any, _: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True, backend=keep)
+    with torch.no_grad():
+        expected = model(tokens())
+        for _ in range(3):
+            assert torch.allclose(compiled(tokens()), expected, rtol=1e-4, atol=1e-5)
+    assert len(graphs) == 1
+
+
+def check_exports(backend: QuantBackend, scheme: Scheme) -> None:
+    """`torch.export` takes a packed model; the program computes the same."""
+    model, _ = packed_model(scheme.name)
+    program = torch.export.export(model, (tokens(),))
+    with torch.no_grad():
+        got = program.module()(tokens())
+        assert torch.allclose(got, model(tokens()), rtol=1e-4, atol=1e-5)
