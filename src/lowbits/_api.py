@@ -14,7 +14,7 @@ from torch import nn
 
 from lowbits.config import LowbitsConfig
 from lowbits.core.convert import ConvertOptions, convert
-from lowbits.core.handle import Handle, find_handle
+from lowbits.core.handle import Handle, allow_saving, find_handle
 from lowbits.core.packed import PackedLayer
 from lowbits.core.registry import DEFAULT
 from lowbits.core.scheme import NATIVE, SchemeInfo
@@ -132,6 +132,7 @@ def dequantize(target: Any) -> None:
         # A handle of more than this target keeps the way back to the rest, and to this.
         if owned and all(id(component) in modules for component in owned.components.values()):
             owned.release()
+        allow_saving(module)
 
 
 def handle(target: Any) -> Handle | None:
@@ -215,9 +216,9 @@ def _apply(
         owned.attach(journals)
         conversion.commit()
     except BaseException:
+        undo(list(journals.values()))
         if owned is not None:
             owned.detach()
-        undo(list(journals.values()))
         for module, old in before:
             module.to(old)
         raise

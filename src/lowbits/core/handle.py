@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final, final
 
 from lowbits.core.packed import PackedLayer, read_weight
 from lowbits.core.surgery import Journal, undo
-from lowbits.errors import NotPatchedError
+from lowbits.errors import NotPatchedError, PatchError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from lowbits.core.report import Report
 
 _OWNED: Final = "_lowbits_handle"
+#: How diffusers and transformers call it.
+_SAVE: Final = "save_pretrained"
 
 
 @final
@@ -53,6 +55,8 @@ class Handle:
                 module.__dict__[_OWNED] = _Owned(self, journals.get(name) or Journal())
                 register: Any = module._register_state_dict_hook
                 self._hooks.append(register(_answer_weight_lookups))
+                if getattr(module, _SAVE, None) is not None:
+                    module.__dict__[_SAVE] = refuse_saving
 
     @property
     def components(self) -> dict[str, nn.Module]:
@@ -114,13 +118,17 @@ class Handle:
         self.detach()
 
     def detach(self) -> None:
-        """Make the target forget this handle; nothing else changes."""
+        """Make the target forget this handle; nothing else changes.
+
+        Components that are not packed any more may be saved again.
+        """
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
         for module in self.components.values():
             if find_handle(module) is self:
                 del module.__dict__[_OWNED]
+                allow_saving(module)
 
     def _require_active(self, what: str) -> None:
         if not self.is_active:
@@ -159,6 +167,27 @@ def find_handle(module: nn.Module) -> Handle | None:
     """Return the handle of a component, if it has one."""
     owned = module.__dict__.get(_OWNED)
     return owned.handle if isinstance(owned, _Owned) else None
+
+
+def refuse_saving(*_: Any, **__: Any) -> None:
+    """Stand for a packed model's ``save_pretrained``, copies included.
+
+    Raises:
+        PatchError: always. ``from_pretrained`` would find no weight under the names that it looks
+            for, put random ones in their place, and warn at most.
+    """
+    raise PatchError(
+        "save_pretrained would write a folder that from_pretrained reads as random weights, for "
+        "it is packed. Save model.state_dict() (safetensors.torch.save_model, torch.save) and load "
+        "it into a model packed alike, or call lowbits.restore(target) before"
+    )
+
+
+def allow_saving(module: nn.Module) -> None:
+    """Give a module its own ``save_pretrained`` back, unless it is packed still."""
+    is_refused = module.__dict__.get(_SAVE) is refuse_saving
+    if is_refused and not any(isinstance(part, PackedLayer) for part in module.modules()):
+        del module.__dict__[_SAVE]
 
 
 class _StateDict(OrderedDict[str, Any]):

@@ -126,6 +126,16 @@ class PackedLayer(nn.Module):
             )
         super().__setattr__(name, value)
 
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Register a Parameter; a packed weight's proxy is none (`torch.nn.utils.prune`)."""
+        if isinstance(param, WeightProxy):
+            raise PatchError(
+                f"cannot keep a packed weight as {name!r} of a "
+                f"{type(self).lowbits_base.__name__}: it is read only; call "
+                "lowbits.restore(target) first, or lowbits.dequantize(layer)"
+            )
+        super().register_parameter(name, param)
+
     def get_extra_state(self) -> Tensor:
         """Return the layouts' stamps: a state dict says which scheme its bytes are in."""
         return torch.cat([layout.stamp() for layout in self.lowbits_layouts.values()])
@@ -163,6 +173,9 @@ class PackedLayer(nn.Module):
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         cls = type(self)
         return _new_packed, (cls.lowbits_base, cls.lowbits_names), self.__dict__.copy()
+
+    def _get_name(self) -> str:
+        return f"Packed{type(self).lowbits_base.__name__}"
 
     def extra_repr(self) -> str:
         """Add the schemes to the layer's own description."""
@@ -367,7 +380,8 @@ def packed_class(base: type[nn.Module], names: tuple[str, ...]) -> type[PackedLa
     """Return the packed subclass of a layer class; the same one each time, for compilers.
 
     A class that inherits its forward from one of torch's layers gets the fast one; any other keeps
-    its forward, which finds proxies where it reads its weights.
+    its forward, which finds proxies where it reads its weights. Both keep the class's name: device
+    maps and offload hooks of accelerate go by names of classes.
     """
     return _packed_class(cast("Any", base), names)
 
@@ -379,10 +393,10 @@ def _packed_class(base: type[Any], names: tuple[str, ...]) -> type[PackedLayer]:
             if base is fast.lowbits_base:
                 return fast
             if base.forward is fast.lowbits_base.forward:
-                return type(f"Packed{base.__name__}", (fast, base), {"lowbits_base": base})
+                return type(base.__name__, (fast, base), {"lowbits_base": base})
     members = {name: _proxy_property(name) for name in names}
     members |= {"lowbits_base": base, "lowbits_names": names}  # type: ignore[dict-item]
-    return type(f"Packed{base.__name__}", (PackedLayer, base), members)
+    return type(base.__name__, (PackedLayer, base), members)
 
 
 def _new_packed(base: type[nn.Module], names: tuple[str, ...]) -> PackedLayer:
