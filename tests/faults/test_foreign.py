@@ -120,40 +120,6 @@ def test_accelerate_hooks_do_not_change_a_packed_result(order: str) -> None:
         assert target(x).shape == (1, 64)
 
 
-def test_cpu_offload_of_a_packed_model() -> None:
-    accelerate = pytest.importorskip("accelerate")
-    target = model()
-    x = torch.ones(1, 64)
-    pack(target)
-    expected = target(x)
-    accelerate.cpu_offload(target, execution_device="cpu")
-    assert target[0].get_parameter("weight_qdata").is_meta
-    assert torch.equal(target(x), expected)
-
-
-def test_group_offloading_of_a_packed_transformer(flux: Any) -> None:
-    transformer = copy.deepcopy(flux.transformer)
-    inputs = flux_inputs()
-    pack(transformer)
-    with torch.no_grad():
-        expected = transformer(**inputs)[0]
-        transformer.enable_group_offload(
-            onload_device=CPU, offload_device=CPU, offload_type="leaf_level"
-        )
-        assert torch.equal(transformer(**inputs)[0], expected)
-
-
-def test_layerwise_casting_of_a_packed_transformer_keeps_the_codes(flux: Any) -> None:
-    transformer = copy.deepcopy(flux.transformer)
-    inputs = flux_inputs()
-    pack(transformer)
-    with torch.no_grad():
-        expected = transformer(**inputs)[0]
-        transformer.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32)
-        got = transformer(**inputs)[0]
-    assert (got - expected).norm() / expected.norm() < 0.2
-
-
 @pytest.mark.xfail(
     strict=True,
     reason="fuse_qkv_projections() while packed makes ordinary layers of dequantized weights, "

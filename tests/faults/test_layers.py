@@ -292,12 +292,53 @@ def test_compiles_whole_and_once(dtype: torch.dtype) -> None:
         assert torch.allclose(first, target(x), atol=1e-2)
 
 
-def test_vmap() -> None:
+@pytest.mark.xfail(
+    strict=True,
+    raises=RuntimeError,
+    reason="functional.embedding looks at the indices' range, which vmap has no values for",
+)
+def test_vmap_of_an_embedding() -> None:
+    layer = nn.Embedding(32, 64)
+    pack(layer, rules={"*": SCHEME})
+    indices = torch.arange(6).view(3, 2)
+    assert torch.equal(torch.vmap(layer)(indices), layer(indices))
+
+
+@pytest.mark.xfail(
+    strict=True,
+    raises=RuntimeError,
+    reason="functional.computed asks whether autocast is on for a device that has none",
+)
+def test_a_forward_on_the_meta_device() -> None:
     layer = nn.Linear(64, 96)
     pack(layer)
-    x = torch.randn(3, 64)
-    with torch.no_grad():
-        assert torch.allclose(torch.vmap(layer)(x), layer(x), atol=1e-5)
+    assert layer.to("meta")(torch.empty(2, 64, device="meta")).shape == (2, 96)
+
+
+@pytest.mark.xfail(
+    strict=True,
+    raises=(AssertionError, RuntimeError),
+    reason="traced, a layer whose product quantizes activations rounds them, without a gradient: "
+    "functional.linear has to multiply the dequantized weight where a gradient is wanted",
+)
+@pytest.mark.parametrize("scheme", ["torchao-int8-dynamic", "torchao-float8-dynamic"])
+@pytest.mark.parametrize("way", ["grad", "compile"])
+def test_traced_gradients_through_quantized_activations(way: str, scheme: str) -> None:
+    layer: Any = nn.Linear(64, 96)
+    lowbits.quantize(layer, scheme, rules={"*": scheme})
+    x = torch.randn(4, 64, requires_grad=True)
+    layer(x).square().sum().backward()
+    expected = x.grad
+    assert expected is not None
+    if way == "grad":
+        got = torch.func.grad(lambda y: layer(y).square().sum())(x.detach())
+    else:
+        y = x.detach().requires_grad_()
+        compiled: Any = torch.compile(layer, backend="aot_eager", fullgraph=True)
+        compiled(y).square().sum().backward()
+        assert y.grad is not None
+        got = y.grad
+    assert (got - expected).norm() <= 0.1 * expected.norm()
 
 
 def test_a_lazy_layer_is_reported() -> None:

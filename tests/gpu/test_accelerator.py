@@ -7,7 +7,15 @@ import torch
 
 import lowbits
 from lowbits.core.registry import DEFAULT
-from lowbits.testing.layers import close, dense_twin, model_for, tokens
+from lowbits.testing.layers import (
+    close,
+    dense_twin,
+    model_for,
+    packed_model,
+    same_codes,
+    stored,
+    tokens,
+)
 
 pytestmark = [
     pytest.mark.gpu,
@@ -29,4 +37,16 @@ def test_packs_moves_computes_and_comes_back(info: lowbits.SchemeInfo) -> None:
         got = model(tokens().to(device))
         assert close(got, dense_twin(model)(tokens().to(device)), scheme)
     handle.restore()
+    assert torch.equal(model(tokens()), expected)
+
+
+@pytest.mark.parametrize("info", lowbits.schemes()[1:], ids=lambda info: info.name)
+def test_moves_there_and_back_leave_every_bit(info: lowbits.SchemeInfo) -> None:
+    """bitsandbytes #937 and #1664: moves quantized again what was quantized."""
+    device = torch.accelerator.current_accelerator()
+    assert device is not None
+    model, _ = packed_model(info.name)
+    codes, expected = stored(model), model(tokens())
+    model.to(device).cpu()
+    assert same_codes(model, codes)
     assert torch.equal(model(tokens()), expected)

@@ -103,7 +103,7 @@ def stored(model: nn.Module) -> dict[str, Tensor]:
     """Return copies of all that packed layers store, by name."""
     return {
         name: parameter.clone()
-        for name, parameter in model.named_parameters()
+        for name, parameter in model.named_parameters(remove_duplicate=False)
         if not parameter.is_floating_point()
     }
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations, parametrize
+from torch.nn.utils import parametrizations, parametrize, prune
 
 import lowbits
 from lowbits.testing.layers import (
@@ -24,6 +24,8 @@ from lowbits.testing.layers import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from lowbits.core.backend import QuantBackend
     from lowbits.core.scheme import Scheme
     from lowbits.testing.layers import Model
@@ -178,20 +180,26 @@ def check_parametrizations_are_refused(backend: QuantBackend, scheme: Scheme) ->
     """What computes a weight from another tensor is refused; the layer goes on as it was."""
     model, _ = packed_model(scheme.name)
     layer: Any = model.blocks[0]
-    x, before = inputs_of(layer), sorted(layer.__dict__)
-    expected, names = layer(x), list(layer._parameters)
-    for change in (
-        lambda: parametrize.register_parametrization(layer, "weight", nn.Identity()),
-        lambda: parametrizations.weight_norm(layer),
-    ):
+    pruning: Any = prune
+    x = inputs_of(layer)
+    expected, before, names = layer(x), sorted(layer.__dict__), list(layer._parameters)
+    changes: tuple[tuple[Callable[[], object], str], ...] = (
+        (
+            lambda: parametrize.register_parametrization(layer, "weight", nn.Identity()),
+            f"scheme={scheme.name}",
+        ),
+        (lambda: parametrizations.weight_norm(layer), f"scheme={scheme.name}"),
+        (lambda: pruning.l1_unstructured(layer, "weight", amount=0.5), "lowbits.restore"),
+    )
+    for change, message in changes:
         try:
             change()
-        except ValueError as error:
-            assert f"scheme={scheme.name}" in str(error)  # noqa: PT017 - no pytest here
+        except (ValueError, lowbits.errors.PatchError) as error:
+            assert message in str(error)  # noqa: PT017 - no pytest here
         else:
             raise AssertionError("a packed weight was parametrized")
-    assert sorted(layer.__dict__) == before
-    assert list(layer._parameters) == names
+        assert sorted(layer.__dict__) == before
+        assert list(layer._parameters) == names
     assert torch.equal(layer(x), expected)
 
 
