@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import accelerate
 import pytest
 import torch
-from pipelines import PIPELINES
+from pipelines import PIPELINES, draw
 from schemes import every_scheme
 from torch import nn
 
@@ -124,3 +124,16 @@ def test_diffusers_layerwise_casting_with_group_offloading(flux: Any, scheme: st
     )
     assert torch.equal(run(transformer), got)
     assert same_codes(transformer, codes)
+
+
+@pytest.mark.parametrize("way", ["model by model", "in groups"])
+def test_diffusers_offloading_of_a_packed_pipeline(way: str) -> None:
+    pipe: Any = PIPELINES["flux"].build()
+    lowbits.quantize(pipe, "bnb-nf4")
+    expected = draw("flux", pipe)
+    if way == "model by model":
+        pipe.enable_model_cpu_offload(device="cpu")
+    else:
+        pipe.enable_group_offload(onload_device=CPU, offload_device=CPU, offload_type="leaf_level")
+    for _ in range(2):
+        assert torch.equal(draw("flux", pipe), expected)

@@ -12,7 +12,7 @@ from torch import nn
 import lowbits
 from lowbits.core.packed import PackedLayer
 from lowbits.core.registry import DEFAULT
-from lowbits.core.scheme import EMBEDDING
+from lowbits.core.scheme import EMBEDDING, LINEAR
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -73,10 +73,14 @@ def tokens(batch: int = 2) -> Tensor:
     return torch.arange(batch * 32).view(batch, 32) * 7 % 32
 
 
+def row_length_for(scheme: Scheme) -> int:
+    """Return a row length of 64 or more that a scheme can hold."""
+    return math.lcm(_WIDTH, scheme.row_multiple)
+
+
 def model_for(scheme_name: str, seed: int = 0) -> Model:
     """Return an ordinary model whose first Linear and Embedding the scheme can hold."""
-    _, scheme = DEFAULT.require(scheme_name)
-    return Model(seed, math.lcm(_WIDTH, scheme.row_multiple)).eval()
+    return Model(seed, row_length_for(DEFAULT.require(scheme_name)[1])).eval()
 
 
 def packed_model(scheme: str, seed: int = 0) -> tuple[Model, lowbits.Handle]:
@@ -131,7 +135,9 @@ def check_forward_is_that_of_its_weights(backend: QuantBackend, scheme: Scheme) 
     """Packed layers of every kind compute what their dequantized weights do, batch 0 included."""
     model, handle = packed_model(scheme.name)
     kinds = {layer.kind for layer in handle.report().packed}
-    assert set(scheme.kinds) - {"Parameter"} <= kinds | {"Conv1d", "Conv3d"}
+    lengths = {LINEAR: row_length_for(scheme), EMBEDDING: row_length_for(scheme), "Conv2d": 32 * 9}
+    for kind, row_length in lengths.items():
+        assert kind in kinds or scheme.refusal(kind, row_length), f"{kind} was left alone"
     with torch.no_grad():
         assert close(model(tokens()), dense_twin(model)(tokens()), scheme)
         assert model.blocks[0](inputs_of(model.blocks[0])[:0]).shape == (0, 96)
@@ -199,7 +205,12 @@ def check_second_apply_is_refused(backend: QuantBackend, scheme: Scheme) -> None
 def check_what_does_not_fit_is_reported(backend: QuantBackend, scheme: Scheme) -> None:
     """Layers that a scheme refuses are left alone with a reason, or fall back and say so."""
     model = nn.ModuleList(
-        [nn.Linear(64, 96), nn.Linear(33, 160), nn.ConvTranspose2d(64, 64, 3), nn.Conv2d(64, 64, 1)]
+        [
+            nn.Linear(row_length_for(scheme), 96),
+            nn.Linear(33, 160),
+            nn.ConvTranspose2d(64, 64, 3),
+            nn.Conv2d(64, 64, 1),
+        ]
     )
     handle = lowbits.quantize(model, scheme.name, rules={"*": scheme.name})
     rows = {row.fqn: row for row in handle.report().layers}

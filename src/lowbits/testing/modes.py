@@ -121,7 +121,7 @@ def check_inference_mode_first(backend: QuantBackend, scheme: Scheme) -> None:
     model, _ = packed_model(scheme.name)
     with torch.inference_mode():
         first = model(tokens())
-    assert torch.equal(first, model(tokens()))
+    assert torch.allclose(first, model(tokens()), rtol=1e-4, atol=1e-5)
     x = inputs_of(model.blocks[0]).requires_grad_()
     model.blocks[1](model.blocks[0](x)).sum().backward()
     assert x.grad is not None
@@ -190,11 +190,15 @@ def check_parametrizations_are_refused(backend: QuantBackend, scheme: Scheme) ->
         ),
         (lambda: parametrizations.weight_norm(layer), f"scheme={scheme.name}"),
         (lambda: pruning.l1_unstructured(layer, "weight", amount=0.5), "lowbits.restore"),
+        # Deprecated by torch for the one above; it finds no such Parameter.
+        (lambda: torch.nn.utils.weight_norm(layer), "weight"),
     )
     for change, message in changes:
         try:
-            change()
-        except (ValueError, lowbits.errors.PatchError) as error:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)
+                change()
+        except (ValueError, KeyError, lowbits.errors.PatchError) as error:
             assert message in str(error)  # noqa: PT017 - no pytest here
         else:
             raise AssertionError("a packed weight was parametrized")
