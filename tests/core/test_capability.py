@@ -9,8 +9,10 @@ import torch
 from torch import nn
 
 import lowbits
+from lowbits.backends.bnb import BitsAndBytesBackend, has_kernels
 from lowbits.core import capability as module
 from lowbits.core import products
+from lowbits.core.backend import Packed
 from lowbits.core.capability import Capability
 from lowbits.core.registry import DEFAULT
 
@@ -186,3 +188,37 @@ def test_a_model_says_which_layers_stay_in_float32(monkeypatch: pytest.MonkeyPat
     model.wi(torch.zeros(1, 64))
     model.wo(torch.zeros(1, 96))
     assert seen == [F16, F32]
+
+
+@pytest.mark.parametrize("name", ["bnb-int8", "quanto-float8", "float8-e5m2", "float8-e5m2-raw"])
+def test_accelerators_multiply_by_8_bit_codes_and_scale_after(name: str) -> None:
+    backend, scheme = DEFAULT.require(name)
+    assert backend is not None
+    packed = backend.pack(torch.randn(96, 64), scheme)
+    x, bias = torch.randn(2, 5, 64), torch.randn(96)
+    kinds = {"quanto-float8": torch.float8_e4m3fn, "bnb-int8": torch.int8}
+    codes = packed["qdata"].view(kinds.get(name, torch.float8_e5m2))
+    expected = nn.functional.linear(x, backend.unpack(packed, F32), bias)
+    got = products._scaled_after(x, codes, packed.tensors.get("scale"), bias)
+    assert torch.allclose(got, expected, rtol=1e-4, atol=1e-4)
+    assert backend.linear(x.bfloat16(), packed, bias.bfloat16()) is None, "a CPU dequantizes"
+    y = backend.linear(
+        torch.empty(2, 5, 64, dtype=BF16, device="meta"),
+        Packed(name, packed.shape, {k: t.to("meta") for k, t in packed.tensors.items()}),
+        torch.empty(96, dtype=BF16, device="meta"),
+    )
+    assert y is not None
+    assert (y.shape, y.dtype) == ((2, 5, 96), BF16)
+
+
+@pytest.mark.parametrize("name", ["bnb-nf4", "bnb-nf4-dq", "bnb-fp4"])
+@pytest.mark.parametrize("row_length", [128, 96])
+def test_fused_4_bit_kernels_get_what_they_expect(name: str, row_length: int) -> None:
+    """The operator that CUDA has kernels for, here in bitsandbytes' own reference form."""
+    backend, scheme = DEFAULT.require(name)
+    assert isinstance(backend, BitsAndBytesBackend)
+    packed = backend.pack(torch.randn(32, row_length), scheme)
+    x, bias = torch.randn(2, 5, row_length), torch.randn(32)
+    expected = nn.functional.linear(x, backend.unpack(packed, F32), bias)
+    assert has_kernels()
+    assert torch.allclose(backend._fused(x, packed, bias), expected, rtol=1e-5, atol=1e-5)

@@ -15,7 +15,9 @@ from lowbits.core.registry import DEFAULT
 
 CPU = torch.device("cpu")
 SCHEMES = [
-    info.name for info in lowbits.schemes() if info.can_quantize and info.backend not in ("-", "toy")
+    info.name
+    for info in lowbits.schemes()
+    if info.can_quantize and info.backend not in ("-", "toy")
 ]
 
 

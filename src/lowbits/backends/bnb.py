@@ -15,6 +15,7 @@ import torch
 
 from lowbits.core.backend import Packed, QuantBackend, Rows
 from lowbits.core.decode import ByteTable, decode_rows, scale_groups, write_int8
+from lowbits.core.products import widened_linear
 from lowbits.core.scheme import CONVOLUTIONS, LINEAR, PARAMETER, Scheme
 from lowbits.core.tracing import constant
 
@@ -150,9 +151,11 @@ class BitsAndBytesBackend(QuantBackend):
         return values.to(dtype) if out is None else out.copy_(values)
 
     def linear(self, x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor | None:
-        """Multiply by bitsandbytes' fused 4-bit kernels, where there are any."""
-        is_able = x.device.type == "cuda" and packed.scheme != "bnb-int8" and x.numel() > 0
-        return self._fused(x, packed, bias) if is_able and _has_kernels() else None
+        """Multiply by bitsandbytes' fused 4-bit kernels, or by int8 codes, on an accelerator."""
+        if packed.scheme == "bnb-int8":
+            return widened_linear(x, packed["qdata"], packed["scale"], bias)
+        is_able = x.device.type == "cuda" and x.numel() > 0
+        return self._fused(x, packed, bias) if is_able and has_kernels() else None
 
     def _fused(self, x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
         kind = "nf4" if packed.scheme in _NF4_SCHEMES else "fp4"
@@ -208,7 +211,7 @@ class BitsAndBytesBackend(QuantBackend):
 
 
 @constant
-def _has_kernels() -> bool:
+def has_kernels() -> bool:
     """Say whether bitsandbytes is here: a packed model also runs without it."""
     try:
         import bitsandbytes  # noqa: F401 - registers its operators

@@ -14,7 +14,7 @@ import torch
 from lowbits.core.backend import Packed, QuantBackend, Rows
 from lowbits.core.capability import has_float8_product
 from lowbits.core.decode import decode_rows, write_float8
-from lowbits.core.products import dynamic_linear
+from lowbits.core.products import dynamic_linear, widened_linear
 from lowbits.core.scheme import LINEAR, Scheme
 
 if TYPE_CHECKING:
@@ -87,12 +87,15 @@ class Float8Backend(QuantBackend):
         return decode_rows(packed, rows, dtype, out, _write)
 
     def linear(self, x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor | None:
-        """Multiply in float8 where the scheme is the dynamic one, and the device can."""
-        if packed.scheme != _DYNAMIC or x.numel() == 0:
+        """Multiply in 8 bits where the scheme is the dynamic one, or the device gains by it."""
+        if x.numel() == 0:
             return None
-        if not has_float8_product(x.device, packed.shape):
-            return None
-        return dynamic_linear(x, packed["qdata"], packed["scale"], bias)
+        scale = packed.tensors.get("scale")
+        is_dynamic = packed.scheme == _DYNAMIC and has_float8_product(x.device, packed.shape)
+        if is_dynamic and scale is not None:
+            return dynamic_linear(x, packed["qdata"], scale, bias)
+        codes = packed["qdata"].view(FORMATS[_format(packed.scheme)])
+        return widened_linear(x, codes, scale, bias)
 
 
 def _write(packed: Packed, out: Tensor) -> None:

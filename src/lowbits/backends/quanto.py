@@ -21,6 +21,7 @@ from lowbits.core.decode import (
     write_float8,
     write_int8,
 )
+from lowbits.core.products import widened_linear
 from lowbits.core.scheme import Scheme
 
 if TYPE_CHECKING:
@@ -96,6 +97,14 @@ class QuantoBackend(QuantBackend):
     ) -> Tensor:
         """Compute ``codes * scale``, minus the shift where there is one."""
         return decode_rows(packed, rows, dtype, out, self._write)
+
+    def linear(self, x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor | None:
+        """Multiply by 8-bit codes as they are, where the device gains by it."""
+        if packed.scheme in self._tables:
+            return None
+        qdata = packed["qdata"]
+        codes = qdata if packed.scheme == "quanto-int8" else qdata.view(torch.float8_e4m3fn)
+        return widened_linear(x, codes, packed["scale"], bias)
 
     def _write(self, packed: Packed, out: Tensor) -> None:
         if packed.scheme == "quanto-int8":

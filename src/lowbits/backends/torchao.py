@@ -23,7 +23,7 @@ from lowbits.core.decode import (
     write_float8,
     write_int8,
 )
-from lowbits.core.products import dynamic_linear
+from lowbits.core.products import dynamic_linear, widened_linear
 from lowbits.core.scheme import LINEAR, Scheme
 
 if TYPE_CHECKING:
@@ -118,15 +118,21 @@ class TorchaoBackend(QuantBackend):
         scale_groups(out, packed["scale"], packed.tensors.get("zero_point"))
 
     def linear(self, x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor | None:
-        """Multiply in low precision where the scheme is a dynamic one, and the device can."""
-        if not packed.scheme.endswith("-dynamic") or x.numel() == 0:
+        """Multiply in 8 bits where the scheme is a dynamic one, or the device gains by it."""
+        if x.numel() == 0 or packed.scheme == _INT4:
             return None
-        if packed.scheme in _INT8:
-            fewest = int8_rows(x.device, packed.shape)
-            is_able = fewest is not None and x.numel() // x.shape[-1] >= fewest
-        else:
-            is_able = has_float8_product(x.device, packed.shape)
-        return dynamic_linear(x, packed["qdata"], packed["scale"], bias) if is_able else None
+        qdata, scale = packed["qdata"], packed["scale"]
+        if packed.scheme.endswith("-dynamic") and _has_product(x, packed):
+            return dynamic_linear(x, qdata, scale, bias)
+        codes = qdata if packed.scheme in _INT8 else qdata.view(torch.float8_e4m3fn)
+        return widened_linear(x, codes, scale, bias)
+
+
+def _has_product(x: Tensor, packed: Packed) -> bool:
+    if packed.scheme not in _INT8:
+        return has_float8_product(x.device, packed.shape)
+    fewest = int8_rows(x.device, packed.shape)
+    return fewest is not None and x.numel() // x.shape[-1] >= fewest
 
 
 def _padded(weight: Tensor) -> Tensor:

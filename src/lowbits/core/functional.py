@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.autograd.function import once_differentiable
+from torch.nn import functional
 
 from lowbits.core.memory import PART_WEIGHTS, scratch
 from lowbits.core.tracing import is_traced
@@ -42,6 +43,9 @@ def linear(
     def multiply(x: Tensor, dtype: torch.dtype) -> Tensor:
         inputs = x.to(dtype)
         added = bias if bias is None else bias.to(dtype)
+        if is_traced() and _wants_grad(inputs, added):
+            # Not backend.linear: activations rounded to a low precision have no gradient.
+            return functional.linear(inputs, backend.unpack(packed, dtype), added)
         if is_traced():
             return backend.matmul(inputs, packed, added)
         if _wants_grad(inputs, added):
@@ -93,7 +97,8 @@ def computed(
     if not x.is_floating_point():
         raise PatchError(f"a packed layer takes floating inputs, as any other; got {x.dtype}")
     device_type = x.device.type
-    if not torch.is_autocast_enabled(device_type):
+    is_available = torch.amp.is_autocast_available(device_type)
+    if not is_available or not torch.is_autocast_enabled(device_type):
         return function(x, dtype).to(x.dtype)
     with torch.autocast(device_type, enabled=False):
         return function(x, dtype).to(torch.get_autocast_dtype(device_type))
@@ -158,7 +163,7 @@ def embedding(indices: Tensor, packed: Packed, backend: QuantBackend, dtype: tor
     Returns:
         ``(*indices.shape, row_length)``.
     """
-    if not torch.compiler.is_compiling():
+    if not is_traced():
         _check_range(indices, packed.shape[0])
     rows = backend.unpack(packed, dtype, rows=indices.reshape(-1))
     return rows.view(*indices.shape, packed.shape[1])

@@ -121,13 +121,10 @@ class GgufBackend(QuantBackend):
             ``(rows, row_bytes)`` uint8.
 
         Raises:
-            FormatError: a type that is unknown or can be decoded only, or rows of broken blocks.
+            ConfigError: a type that can be decoded only.
+            FormatError: an unknown type, or rows of broken blocks.
         """
         kind = _known(type_name)
-        if type_name not in QUANTIZERS:
-            raise FormatError(
-                f"GGUF type {type_name} can be decoded only; quantizers: {', '.join(QUANTIZERS)}"
-            )
         if weight.shape[-1] % kind.weights:
             raise FormatError(
                 f"{type_name} takes rows of whole blocks of {kind.weights}, got {weight.shape[-1]}"
