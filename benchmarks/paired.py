@@ -95,7 +95,9 @@ class Budget:
 
     def skip(self, what: str, reason: object) -> None:
         """List ``what`` as not run, with the first line of the reason."""
-        self.not_run.append((what, one_line(reason)))
+        entry = (what, one_line(reason))
+        if entry not in self.not_run:
+            self.not_run.append(entry)
 
     def text(self) -> str:
         """Name what was not run, equal reasons together."""
@@ -110,8 +112,8 @@ class Budget:
 
 def one_line(reason: object) -> str:
     """Return what an error says, type included, in one line without the machine's paths."""
-    text = f"{type(reason).__name__}: {reason}" if isinstance(reason, Exception) else str(reason)
-    words = (text.strip().splitlines() or [""])[0].split()
+    kind = f"{type(reason).__name__}: " if isinstance(reason, Exception) else ""
+    words = f"{kind}{reason}".strip(": \n").partition("\n")[0].split()
     return " ".join(Path(word).name if word.startswith("/") else word for word in words)[:160]
 
 
