@@ -31,8 +31,10 @@ _PACKAGES: Final = (
 #: A sample repeats what is shorter than this, so that the clock and the launch do not decide.
 _SHORTEST_SAMPLE_S: Final = 0.002
 _MOST_REPEATS: Final = 50
+#: A first call that takes longer says well enough how long the next one takes.
+_LONG_WARM_UP_S: Final = 0.5
 
-#: Other names for what a table cell lacks.
+#: What stands in a table cell that has no value.
 NOTHING: Final = "-"
 
 
@@ -147,11 +149,14 @@ def measure(
     """
     warm = {name: sample_s(call, device) for name, call in work.items()}
     pace.rounds_within(sum(warm.values()) / 4)  # a first call may do four times the work
-    second = {name: sample_s(call, device) for name, call in work.items()}
-    rounds = pace.rounds_within(sum(second.values()))
+    steady = {
+        name: seconds if seconds > _LONG_WARM_UP_S else sample_s(work[name], device)
+        for name, seconds in warm.items()
+    }
+    rounds = pace.rounds_within(sum(steady.values()))
     repeats = {
         name: max(1, min(_MOST_REPEATS, math.ceil(_SHORTEST_SAMPLE_S / max(seconds, 1e-9))))
-        for name, seconds in second.items()
+        for name, seconds in steady.items()
     }
     samples: dict[str, list[float]] = {name: [] for name in work}
     for _ in range(rounds):
