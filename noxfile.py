@@ -11,6 +11,17 @@ nox.options.default_venv_backend = "virtualenv"
 PROJECT = nox.project.load_toml("pyproject.toml")
 CONSTRAINTS = ("-c", "constraints.txt")
 BACKENDS = ("bnb", "torchao", "quanto", "gguf", "float8")
+#: From seconds to 20 minutes each; every one prints what it did not run.
+CPU_BENCHMARKS = ("bench_import", "conversion_memory", "bench_gguf", "bench_layers", "bench_model")
+#: With their arguments; bench_layers' report on the GPU does not overwrite the CPU's.
+GPU_BENCHMARKS = (
+    ("bench_layers", "--device", "cuda", "--preset", "full", "--json", "out/bench_layers_gpu.json"),
+    ("bench_flux_gpu",),
+)
+PRINT_ACCELERATOR = (
+    "import torch as t; d = t.accelerator.current_accelerator(check_available=True); "
+    "print(t.get_device_module(d).get_device_name(d) if d else 'no accelerator')"
+)
 #: What each worker of the tests may use, so that they do not fight for cores.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
 
@@ -104,14 +115,18 @@ def docs(session: nox.Session) -> None:
 
 @nox.session(default=False)
 def bench(session: nox.Session) -> None:
+    """Run what a CPU can measure, in about an hour; arguments go to ``lowbits compare``."""
     install_for_tests(session)
-    session.run("python", "benchmarks/bench_import.py", env=ENVIRONMENT)
+    for script in CPU_BENCHMARKS:
+        session.run("python", f"benchmarks/{script}.py", env=ENVIRONMENT)
     session.run("lowbits", "compare", "benchmarks/miniflux", "--out", "out", *session.posargs)
 
 
 @nox.session(default=False)
 def gpu(session: nox.Session) -> None:
-    """Run the contract on an accelerator; its name is printed first."""
+    """Run tests and benchmarks on a GPU, whose name is printed first."""
     install_for_tests(session)
-    session.run("python", "-c", "import torch; print(torch.accelerator.current_accelerator())")
+    session.run("python", "-c", PRINT_ACCELERATOR)
     session.run("pytest", "-m", "gpu", *session.posargs)
+    for script in GPU_BENCHMARKS:
+        session.run("python", f"benchmarks/{script[0]}.py", *script[1:])

@@ -267,7 +267,7 @@ def options() -> argparse.Namespace:
     made.add_argument("--shapes", type=split, help=f"of {', '.join(SHAPES)}; in x out")
     made.add_argument("--dtypes", type=split, help=f"of {', '.join(DTYPES)}")
     made.add_argument("--tokens", type=split, help=f"of {', '.join(map(str, TOKENS))}")
-    made.add_argument("--row-seconds", type=float, default=15.0, help="that one row may take")
+    made.add_argument("--row-seconds", type=float, default=60.0, help="that one row may take")
     return made.parse_args()
 
 

@@ -7,8 +7,8 @@
 
 A step is one forward of the denoiser. The models come from configurations: layers of the real
 width, fewer of them. Upstream packs the layers that lowbits packs, as far as it has layers for
-them: most have none for convolutions, so that its SDXL is larger and has less to decode, unless
-``--linear-only`` is given. Bytes are those of all storages behind a model. Dense, upstream's and packed model take turns.
+them; most have none for convolutions, and with ``--linear-only`` lowbits leaves those alone too.
+Bytes are those of all storages behind a model. Dense, upstream's and packed model take turns.
 """
 
 from __future__ import annotations

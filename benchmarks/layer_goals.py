@@ -56,7 +56,7 @@ class Goal:
         total = self.met + len(self.missed)
         if not total:
             return f"- no row to judge: {self.text}"
-        verdict = f"- {'MET' if not self.missed else 'MISSED'}, {self.met} of {total} rows"
+        verdict = f"- {'MISSED' if self.missed else 'MET'}, by {self.met} of {total} rows met"
         return f"{verdict}: {self.text}" + "".join(f"\n  - {row}" for row in self.missed)
 
 
