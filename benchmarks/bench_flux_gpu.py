@@ -38,7 +38,7 @@ from paired import (
     table,
     write_json,
 )
-from peers import peer_of
+from peers import packable_schemes, peer_of
 from torch import nn
 
 import lowbits
@@ -80,7 +80,10 @@ PUBLISHED: Final = {
     "float8-e4m3fn-raw": Published("fp8 layerwise e4m3", 23.682, 28.451, 13, packs_t5=False),
 }
 _HEADER: Final = ("scheme", "library", "packed", "after loading, GiB", "peak, GiB", "seconds")
-_PUBLISHED_HEADER: Final = ("published as", "after loading, GiB", "peak, GiB", "seconds")
+_PUBLISHED_HEADER: Final = (
+    *("published as", "published: after loading, GiB", "published: peak, GiB"),
+    "published: seconds",
+)
 
 
 def packed_components(scheme: str) -> tuple[str, ...]:
@@ -175,11 +178,8 @@ def rows(given: argparse.Namespace, budget: Budget) -> Iterator[Row]:
 
 def default_schemes() -> list[str]:
     """Return every scheme that can be quantized to here, those of the published table first."""
-    infos = [info for info in lowbits.schemes() if info.available and info.can_quantize]
-    known = [info.name for info in infos if "Linear" in info.layer_kinds]
-    return [name for name in PUBLISHED if name in known] + [
-        name for name in known if name not in PUBLISHED
-    ]
+    known = ["native", *packable_schemes()]
+    return sorted(known, key=lambda name: name not in PUBLISHED)
 
 
 def tables(measured: Sequence[Row], accelerator: str) -> str:
@@ -199,7 +199,7 @@ def tables(measured: Sequence[Row], accelerator: str) -> str:
         ours = table(_HEADER, cells)
         theirs = table(("scheme", *_PUBLISHED_HEADER), [[k, *v] for k, v in published.items()])
         return f"{ours}\n\nPublished, on another device (one H100 of 80 GB, 50 steps):\n\n{theirs}"
-    header = (*_HEADER, *(f"published: {name}" for name in _PUBLISHED_HEADER))
+    header = (*_HEADER, *_PUBLISHED_HEADER)
     nothing = [NOTHING] * len(_PUBLISHED_HEADER)
     return table(header, [line + published.get(line[0], nothing) for line in cells])
 
@@ -229,7 +229,8 @@ def main() -> None:
     torch.set_num_threads(given.threads)
     if given.one:
         with torch.no_grad():
-            print(json.dumps(measure_here(*given.one, given)))
+            scheme, library = given.one
+            print(json.dumps(measure_here(scheme, library, given)))
         return
     name = "CPU" if given.device.type == "cpu" else accelerator_name(given.device)
     print(f"{name}\n{machine_line(machine(given.device))}", flush=True)

@@ -248,7 +248,7 @@ def options() -> argparse.Namespace:
     made = parser("bench_gguf", __doc__)
     made.set_defaults(seconds=1500.0)
     made.add_argument("--types", type=split, default=list(TYPES))
-    made.add_argument("--what", type=split, default=["decode", "quantize", "rmse"])
+    made.add_argument("--what", type=split, default=["decode", "rmse", "quantize"])
     made.add_argument("--mib", type=int, default=64, help="of float32 weights")
     made.add_argument("--rmse-rows", type=int, default=512, help=f"of {COLUMNS} weights")
     made.add_argument("--row-seconds", type=float, default=30.0, help="that one row may take")

@@ -34,7 +34,7 @@ from paired import (
     table,
     write_json,
 )
-from peers import NoPeerError, peer_of
+from peers import NoPeerError, packable_schemes, peer_of
 from torch import Tensor, nn
 
 import lowbits
@@ -50,7 +50,7 @@ TOKENS: Final = (1, 64, 512, 4096)
 #: Height and width of the pictures that have so many positions.
 POSITIONS: Final = {1: (1, 1), 64: (8, 8), 512: (16, 32), 4096: (64, 64)}
 #: Tokens for each dtype: what 20 minutes on two cores are enough for, and everything.
-PRESETS: Final = {
+PRESETS: Final[dict[str, dict[str, tuple[int, ...]]]] = {
     "quick": {"float32": (1, 64, 512), "bfloat16": (1, 64)},
     "full": {"float32": TOKENS, "bfloat16": TOKENS},
 }
@@ -130,11 +130,11 @@ def dense_layer(shape: str, dtype: torch.dtype, device: torch.device) -> nn.Modu
         if shape == CONV:
             layer: nn.Module = nn.Conv2d(640, 640, 3, padding=1)
         else:
-            layer = nn.Linear(*map(int, shape.split("x")))
+            columns, rows = map(int, shape.split("x"))
+            layer = nn.Linear(columns, rows)
         weight = layer.get_parameter("weight").data
-        rows = weight.shape[0]
         values = torch.randn(weight.shape) / weight[0].numel() ** 0.5
-        values *= torch.exp(0.3 * torch.randn(rows, *[1] * (weight.dim() - 1)))
+        values *= torch.exp(0.3 * torch.randn(len(weight), *[1] * (weight.dim() - 1)))
         weight.copy_(values * torch.exp(0.3 * torch.randn(weight.shape[1:])))
     return layer.to(device, dtype).requires_grad_(requires_grad=False)
 
@@ -234,17 +234,6 @@ def rows_of(
                 too_slow = TooSlowError("fewer tokens are too slow already")
 
 
-def default_schemes() -> list[str]:
-    """Return lowbits' own schemes that can be quantized to here, and that hold Linear layers."""
-    return [
-        info.name
-        for info in lowbits.schemes()
-        if info.available and info.can_quantize and "Linear" in info.layer_kinds
-        if info.name != "native"
-        and type(lowbits.backend(info.backend)).__module__.startswith("lowbits.backends.")
-    ]
-
-
 def wanted(given: argparse.Namespace) -> dict[Case, tuple[int, ...]]:
     """Return what to measure, as the options say: the numbers of tokens for each case."""
     tokens = dict(PRESETS[given.preset])
@@ -253,7 +242,7 @@ def wanted(given: argparse.Namespace) -> dict[Case, tuple[int, ...]]:
     if given.tokens:
         tokens = dict.fromkeys(tokens, tuple(map(int, given.tokens)))
     shapes = given.shapes or (SHAPES if given.preset == "full" else SHAPES[:1])
-    schemes = given.schemes or default_schemes()
+    schemes = given.schemes or packable_schemes()
     products = itertools.product(shapes, schemes, tokens)
     return {Case(scheme, shape, dtype): tokens[dtype] for shape, scheme, dtype in products}
 

@@ -82,14 +82,14 @@ TINY: Final[dict[str, Config]] = {
 }
 
 
-def transformer(config: Config) -> nn.Module:
+def transformer(config: Config) -> Any:
     """Build FLUX's transformer."""
     from diffusers import FluxTransformer2DModel
 
     return FluxTransformer2DModel(patch_size=1, guidance_embeds=True, **config)
 
 
-def t5(config: Config) -> nn.Module:
+def t5(config: Config) -> Any:
     """Build T5's encoder."""
     from transformers import T5Config, T5EncoderModel
 
@@ -97,7 +97,7 @@ def t5(config: Config) -> nn.Module:
     return T5EncoderModel(T5Config(is_encoder_decoder=False, use_cache=False, **gated, **config))
 
 
-def clip(config: Config) -> nn.Module:
+def clip(config: Config) -> Any:
     """Build CLIP's text encoder."""
     from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -110,7 +110,7 @@ def clip(config: Config) -> nn.Module:
     )
 
 
-def vae(config: Config) -> nn.Module:
+def vae(config: Config) -> Any:
     """Build the decoder of pictures."""
     from diffusers import AutoencoderKL
 
@@ -127,7 +127,7 @@ def vae(config: Config) -> nn.Module:
     )
 
 
-BUILDERS: Final[dict[str, Callable[[Config], nn.Module]]] = {
+BUILDERS: Final[dict[str, Callable[[Config], Any]]] = {
     "transformer": transformer,
     "text_encoder_2": t5,
     "text_encoder": clip,
@@ -137,7 +137,7 @@ BUILDERS: Final[dict[str, Callable[[Config], nn.Module]]] = {
 
 def loaded(
     name: str, config: Config, device: torch.device, pack: Callable[[nn.Module], object] | None
-) -> nn.Module:
+) -> Any:
     """Build a component in bfloat16 on a device; ``pack`` gets each of its blocks as it is made."""
     from accelerate import init_empty_weights
 

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, Final, final
 import torch
 from torch import Tensor, nn
 
+import lowbits
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator
 
@@ -49,6 +51,17 @@ def peer_of(scheme: str) -> Peer:
     if scheme not in _PEERS:
         raise NoPeerError("no library has such a layer")
     return _PEERS[scheme]
+
+
+def packable_schemes() -> list[str]:
+    """Return lowbits' own schemes that can be quantized to here, and that hold Linear layers."""
+    return [
+        info.name
+        for info in lowbits.schemes()
+        if info.available and info.can_quantize and "Linear" in info.layer_kinds
+        if info.name != "native"
+        and type(lowbits.backend(info.backend)).__module__.startswith("lowbits.backends.")
+    ]
 
 
 def stored_bytes(model: nn.Module) -> int:
@@ -144,9 +157,9 @@ def _to_bnb_int8(model: nn.Module, names: Collection[str], _: torch.dtype) -> No
             threshold=0.0,
             device="meta",
         )
-        new.weight = bnb.nn.Int8Params(
-            layer.weight.data, requires_grad=False, has_fp16_weights=False
-        )
+        # It quantizes what moves from a CPU to its device, and nothing else.
+        weight = layer.weight.data.cpu()
+        new.weight = bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
         new.bias = layer.bias
         setattr(parent, child, new.to(device))
 
@@ -220,8 +233,6 @@ def gguf_bytes(weight: Tensor, type_name: str) -> Tensor:
         ``(rows, row_bytes)`` uint8 on the weight's device.
     """
     import gguf
-
-    import lowbits
 
     values = weight.detach().float()
     try:

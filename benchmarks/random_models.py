@@ -26,7 +26,7 @@ class Denoiser:
         inputs: of one step: ``(model, image_side, text_tokens, dtype)``.
     """
 
-    build: Callable[[], nn.Module]
+    build: Callable[[], Any]
     inputs: Callable[[Any, int, int, torch.dtype], dict[str, Any]]
 
 
@@ -42,14 +42,14 @@ def spread_(model: nn.Module) -> nn.Module:
     return model.eval().requires_grad_(requires_grad=False)
 
 
-def flux() -> nn.Module:
+def flux() -> Any:
     """Build one double and one single block of FLUX in their own width; 0.5 billion weights."""
     from diffusers import FluxTransformer2DModel
 
     return FluxTransformer2DModel(num_layers=1, num_single_layers=1, guidance_embeds=True)
 
 
-def tiny_flux() -> nn.Module:
+def tiny_flux() -> Any:
     """Build a FLUX of 0.5 million weights, to try a script with."""
     from diffusers import FluxTransformer2DModel
 
@@ -65,12 +65,12 @@ def tiny_flux() -> nn.Module:
     )
 
 
-def sdxl() -> nn.Module:
+def sdxl() -> Any:
     """Build SDXL's UNet in its own width with fewer layers; 0.4 billion weights."""
     return _unet((320, 640, 1280), (1, 1, 1), cross_attention_dim=2048, pooled=1280)
 
 
-def tiny_sdxl() -> nn.Module:
+def tiny_sdxl() -> Any:
     """Build a UNet like SDXL's of 3 million weights, to try a script with."""
     return _unet((64, 128), (1, 1), cross_attention_dim=128, pooled=64)
 
@@ -120,13 +120,16 @@ def flux_inputs(model: Any, side: int, text: int, dtype: torch.dtype) -> dict[st
 
 
 def sdxl_inputs(model: Any, side: int, text: int, dtype: torch.dtype) -> dict[str, Any]:
-    """Return one step's inputs: a latent picture of ``4 side`` squared, ``text`` text tokens."""
+    """Return one step's inputs: a picture as large as FLUX's of ``side * side`` tokens, and text.
+
+    FLUX makes a token of 2 x 2 latents.
+    """
     config = model.config
     pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-    pixels = 32.0 * side
+    pixels = 16.0 * side
     time_ids = torch.tensor([[pixels, pixels, 0, 0, pixels, pixels]], dtype=dtype)
     return {
-        "sample": _random(1, 4, 4 * side, 4 * side, dtype=dtype),
+        "sample": _random(1, 4, 2 * side, 2 * side, dtype=dtype),
         "timestep": torch.tensor(500),
         "encoder_hidden_states": _random(1, text, config.cross_attention_dim, dtype=dtype),
         "added_cond_kwargs": {
