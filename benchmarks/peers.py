@@ -7,6 +7,7 @@ casting. Layers are changed in place, or replaced in their parents, as those lib
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, final
@@ -18,6 +19,8 @@ import lowbits
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator
+
+_DERIVED: Final = re.compile(r"^gguf-(q\d_k_[sml]|.*-best)$")
 
 
 @final
@@ -45,21 +48,26 @@ def peer_of(scheme: str) -> Peer:
         NoPeerError: no library has one.
     """
     if scheme.startswith("gguf-"):
-        type_name = scheme.removeprefix("gguf-").upper()
-        if type_name in _diffusers_types():
-            return Peer("diffusers GGUFLinear", partial(_to_gguf, type_name))
+        name, _, effort = scheme.removeprefix("gguf-").partition("-")
+        if name.upper() in _diffusers_types():
+            return Peer("diffusers GGUFLinear", partial(_to_gguf, (name.upper(), effort)))
     if scheme not in _PEERS:
         raise NoPeerError("no library has such a layer")
     return _PEERS[scheme]
 
 
 def packable_schemes() -> list[str]:
-    """Return lowbits' own schemes that can be quantized to here, and that hold Linear layers."""
+    """Return lowbits' own schemes that can be quantized to here, and that hold Linear layers.
+
+    GGUF's mixes are left out, which store a layer in one of the other schemes, and the ``-best``
+    schemes, whose bytes take as long to read as those of the schemes without it.
+    """
     return [
         info.name
         for info in lowbits.schemes()
         if info.available and info.can_quantize and "Linear" in info.layer_kinds
         if info.name != "native"
+        and not _DERIVED.search(info.name)
         and type(lowbits.backend(info.backend)).__module__.startswith("lowbits.backends.")
     ]
 
@@ -226,29 +234,39 @@ def _diffusers_types() -> tuple[str, ...]:
     return tuple(qtype.name for qtype in dequantize_functions)
 
 
-def gguf_bytes(weight: Tensor, type_name: str) -> Tensor:
+def gguf_bytes(weight: Tensor, type_name: str, effort: str = "") -> Tensor:
     """Quantize to GGUF blocks: with the ``gguf`` package where it can, else with lowbits.
+
+    Args:
+        weight: ``(rows, columns)``.
+        type_name: ggml's name, e.g. ``"Q4_K"``.
+        effort: of lowbits' quantizer, which is asked first where one is given.
 
     Returns:
         ``(rows, row_bytes)`` uint8 on the weight's device.
     """
     import gguf
 
-    values = weight.detach().float()
+    values, qtype = weight.detach().float(), gguf.GGMLQuantizationType[type_name]
     try:
-        packed = gguf.quants.quantize(values.cpu().numpy(), gguf.GGMLQuantizationType[type_name])
+        if not effort:
+            packed = gguf.quants.quantize(values.cpu().numpy(), qtype)
+            return torch.from_numpy(packed).to(weight.device)
     except NotImplementedError:
-        backend: Any = lowbits.backend("gguf")
-        return backend.encode(values, type_name)  # type: ignore[no-any-return]
-    return torch.from_numpy(packed).to(weight.device)
+        effort = "ref"
+    backend: Any = lowbits.backend("gguf")
+    encoded: Tensor = backend.encode(values, type_name, effort=effort)
+    return encoded
 
 
-def _to_gguf(type_name: str, model: nn.Module, names: Collection[str], dtype: torch.dtype) -> None:
+def _to_gguf(
+    kind: tuple[str, str], model: nn.Module, names: Collection[str], dtype: torch.dtype
+) -> None:
     import gguf
     from diffusers.quantizers.gguf.utils import GGUFLinear, GGUFParameter
 
     _require_all(model, names)
-    qtype = gguf.GGMLQuantizationType[type_name]
+    qtype = gguf.GGMLQuantizationType[kind[0]]
     for parent, child, layer in _layers(model, names):
         new = GGUFLinear(
             layer.in_features,
@@ -257,7 +275,7 @@ def _to_gguf(type_name: str, model: nn.Module, names: Collection[str], dtype: to
             compute_dtype=dtype,
             device="meta",
         )
-        new.weight = GGUFParameter(gguf_bytes(layer.weight, type_name), quant_type=qtype)
+        new.weight = GGUFParameter(gguf_bytes(layer.weight, *kind), quant_type=qtype)
         new.bias = layer.bias
         setattr(parent, child, new)
 
