@@ -56,7 +56,7 @@ class Goal:
         total = self.met + len(self.missed)
         if not total:
             return f"- no row to judge: {self.text}"
-        verdict = f"- {'MISSED' if self.missed else 'MET'}, by {self.met} of {total} rows met"
+        verdict = f"- {'MISSED' if self.missed else 'MET'} ({self.met} of {total} rows)"
         return f"{verdict}: {self.text}" + "".join(f"\n  - {row}" for row in self.missed)
 
 
