@@ -13,9 +13,12 @@ CONSTRAINTS = ("-c", "constraints.txt")
 BACKENDS = ("bnb", "torchao", "quanto", "gguf", "float8")
 #: From seconds to 20 minutes each; every one prints what it did not run.
 CPU_BENCHMARKS = ("bench_import", "conversion_memory", "bench_gguf", "bench_layers", "bench_model")
-#: With their arguments; bench_layers' report on the GPU does not overwrite the CPU's.
+#: With their arguments; the report on the GPU does not overwrite the one on the CPU.
 GPU_BENCHMARKS = (
-    ("bench_layers", "--device", "cuda", "--preset", "full", "--json", "out/bench_layers_gpu.json"),
+    (
+        *("bench_layers", "--device", "cuda", "--preset", "full", "--threads", "8"),
+        *("--json", "out/bench_layers_gpu.json"),
+    ),
     ("bench_flux_gpu",),
 )
 PRINT_ACCELERATOR = (

@@ -295,7 +295,8 @@ def main() -> None:
             print(what, row, flush=True)
             write_json(given.json, {"machine": where, **report, "not_run": budget.not_run})
     print("", *sections(report), machine_line(where), sep="\n\n")
-    print("", *goals(report.get("decode", [])), "", budget.text(), sep="\n")
+    judged = goals(report["decode"]) if report.get("decode") else []
+    print("", *judged, "", budget.text(), sep="\n")
 
 
 if __name__ == "__main__":

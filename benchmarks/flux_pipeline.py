@@ -7,6 +7,7 @@ quantizes while it reads does: what a device holds at most is the packed model a
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING, Any, Final, cast
 
 import torch
@@ -146,12 +147,16 @@ def loaded(
     if name == "text_encoder_2":
         model.tie_weights()  # made one by one under init_empty_weights, they are not tied
     model.eval().requires_grad_(requires_grad=False)
-    made: dict[int, nn.Parameter] = {}
+    owners = Counter(map(id, (p for _, p in model.named_parameters(remove_duplicate=False))))
+    # Held until the end, so that no new weight takes the identity of one that it replaced; the new
+    # ones are not, but for tied ones: packing lets them go.
+    empty = list(model.parameters())
+    tied: dict[int, nn.Parameter | None] = {id(p): None for p in empty if owners[id(p)] > 1}
     for block in _blocks(model):
-        _materialize(block, device, made)
+        _materialize(block, device, tied)
         if pack is not None:
             pack(block)
-    _materialize(model, device, made)
+    _materialize(model, device, tied)
     return cast("nn.Module", model)
 
 
@@ -164,17 +169,18 @@ def _blocks(module: nn.Module) -> Iterator[nn.Module]:
             yield from _blocks(child)
 
 
-def _materialize(module: nn.Module, device: torch.device, made: dict[int, nn.Parameter]) -> None:
-    """Give weights that have no data random ones; tied ones stay tied through ``made``."""
+def _materialize(
+    module: nn.Module, device: torch.device, tied: dict[int, nn.Parameter | None]
+) -> None:
+    """Give weights that have no data random ones; those in ``tied`` the same one each time."""
     for layer in module.modules():
         for name, parameter in layer._parameters.items():
             if parameter is not None and parameter.is_meta:
-                new = made.get(id(parameter))
+                new = tied.get(id(parameter))
                 if new is None:
-                    # Kept beside its successor, so that no other weight gets its identity.
                     new = _random(parameter, name, device)
-                    new.replaces = parameter  # type: ignore[attr-defined]
-                    made[id(parameter)] = new
+                if id(parameter) in tied:
+                    tied[id(parameter)] = new
                 layer._parameters[name] = new
         for name, buffer in layer._buffers.items():
             if buffer is not None:
