@@ -15,9 +15,10 @@ import torch
 
 from lowbits.core.backend import Packed, QuantBackend, Rows
 from lowbits.core.decode import ByteTable, decode_rows, scale_groups, write_int8
+from lowbits.core.functional import linear_by_rows
 from lowbits.core.products import widened_linear
 from lowbits.core.scheme import CONVOLUTIONS, LINEAR, PARAMETER, Scheme
-from lowbits.core.tracing import constant
+from lowbits.core.tracing import constant, is_traced
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,7 +42,7 @@ FP4: Final = (*_FP4, 0.0, *(-value for value in _FP4[1:]))
 #: Weights quantized at a time, whole blocks of them: bitsandbytes makes several copies.
 _PART: Final = 1 << 20
 
-_NF4_SCHEMES: Final = ("bnb-nf4", "bnb-nf4-dq")
+_FP4_SCHEME: Final = "bnb-fp4"
 _NESTED: Final = "bnb-nf4-dq"
 
 _SCHEMES: Final = (
@@ -57,7 +58,7 @@ _SCHEMES: Final = (
         kinds=(LINEAR, *CONVOLUTIONS, PARAMETER),
     ),
     Scheme(
-        "bnb-fp4",
+        _FP4_SCHEME,
         "4 bit floating point, float32 scale per 64",
         4,
         32,
@@ -111,7 +112,7 @@ class BitsAndBytesBackend(QuantBackend):
             return Packed(
                 scheme.name, shape, {"qdata": codes, "scale": (absmax / 127).unsqueeze(1)}
             )
-        kind = "nf4" if scheme.name in _NF4_SCHEMES else "fp4"
+        kind = "fp4" if scheme.name == _FP4_SCHEME else "nf4"
         sliceable = shape[1] % BLOCK == 0
         grid = (shape[0], -1) if sliceable else (1, -1)
         parts = [
@@ -142,7 +143,9 @@ class BitsAndBytesBackend(QuantBackend):
     ) -> Tensor:
         """Look the codes up, and scale."""
         if packed.scheme == _NESTED:
-            packed, rows = self._without_nesting(packed, rows)
+            is_sliceable = packed.shape[1] % BLOCK == 0
+            packed = self._without_nesting(packed, rows if is_sliceable else None)
+            rows = None if is_sliceable else rows
         if packed.row_sliceable:
             return decode_rows(packed, rows, dtype, out, self._write)
         values = self._decode_across_rows(packed)
@@ -154,11 +157,15 @@ class BitsAndBytesBackend(QuantBackend):
         """Multiply by bitsandbytes' fused 4-bit kernels, or by int8 codes, on an accelerator."""
         if packed.scheme == "bnb-int8":
             return widened_linear(x, packed["qdata"], packed["scale"], bias)
-        is_able = x.device.type == "cuda" and x.numel() > 0
-        return self._fused(x, packed, bias) if is_able and has_kernels() else None
+        if x.device.type == "cuda" and x.numel() > 0 and has_kernels():
+            return self._fused(x, packed, bias)
+        if packed.scheme == _NESTED and x.device.type == "cpu" and not is_traced():
+            # Once for the whole weight: by rows, each part would decode its scales by itself.
+            return linear_by_rows(x, self._without_nesting(packed), bias, self)
+        return None
 
     def _fused(self, x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
-        kind = "nf4" if packed.scheme in _NF4_SCHEMES else "fp4"
+        kind = "fp4" if packed.scheme == _FP4_SCHEME else "nf4"
         codes, scale = packed["qdata"].view(-1, 1), packed["scale"].view(-1)
         nested = {}
         if packed.scheme == _NESTED:
@@ -181,7 +188,7 @@ class BitsAndBytesBackend(QuantBackend):
         scale_groups(out, packed["scale"])
 
     def _table(self, packed: Packed) -> ByteTable:
-        return self._nf4 if packed.scheme in _NF4_SCHEMES else self._fp4
+        return self._fp4 if packed.scheme == _FP4_SCHEME else self._nf4
 
     def _decode_across_rows(self, packed: Packed) -> Tensor:
         """Decode a weight whose blocks run across its rows; float32."""
@@ -192,22 +199,18 @@ class BitsAndBytesBackend(QuantBackend):
         scale = packed["scale"].view(-1).repeat_interleave(BLOCK)
         return values.view(-1)[: rows * row_length].mul_(scale[: rows * row_length]).view(rows, -1)
 
-    def _without_nesting(self, packed: Packed, rows: Rows | None) -> tuple[Packed, Rows | None]:
-        """Decode the nested scales, of those rows only where blocks do not run across rows.
-
-        Returns:
-            What holds them as they are without nesting, and which rows of that are meant.
-        """
-        is_sliceable = packed.shape[1] % BLOCK == 0
+    def _without_nesting(self, packed: Packed, rows: Rows | None = None) -> Packed:
+        """Return some rows with their scales decoded: they are of the scheme ``bnb-nf4`` then."""
         tensors = {name: packed[name] for name in ("qdata", "scale")}
-        part = replace(packed, tensors=tensors, row_sliceable=is_sliceable)
-        if is_sliceable:
-            part = part.rows(rows)
-        nested = packed["nested_scale"][_nested_blocks(packed, rows if is_sliceable else None)]
+        is_sliceable = packed.shape[1] % BLOCK == 0
+        part = replace(packed, scheme="bnb-nf4", tensors=tensors, row_sliceable=is_sliceable).rows(
+            rows
+        )
+        nested = packed["nested_scale"][_nested_blocks(packed, rows)]
         scale = torch.empty_like(nested)
         self._dynamic.write(part["scale"], scale)
-        tensors = {"qdata": part["qdata"], "scale": scale * nested + packed["offset"]}
-        return replace(part, tensors=tensors), None if is_sliceable else rows
+        scale = scale * nested + packed["offset"]
+        return replace(part, tensors={"qdata": part["qdata"], "scale": scale})
 
 
 @constant

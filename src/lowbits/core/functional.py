@@ -112,8 +112,18 @@ def _linear_eager(x: Tensor, packed: Packed, bias: Tensor | None, backend: Quant
     if x.device.type != "cpu":
         return backend.matmul(x, packed, bias)
     y = backend.linear(x, packed, bias)
-    if y is not None:
-        return y
+    return linear_by_rows(x, packed, bias, backend) if y is None else y
+
+
+def linear_by_rows(x: Tensor, packed: Packed, bias: Tensor | None, backend: QuantBackend) -> Tensor:
+    """Compute a linear layer on a CPU, a part of the weight that stays in the cache at a time.
+
+    Args:
+        x: ``(..., row_length)``, in the dtype that the product runs in.
+        packed: a 2-D weight.
+        bias: ``(rows,)`` in x's dtype.
+        backend: the codec of `packed`.
+    """
     rows, row_length = packed.shape
     flat = x.reshape(-1, row_length)
     result = flat.new_empty(flat.shape[0], rows)

@@ -21,7 +21,7 @@ class GgufType:
     Attributes:
         name: as in ggml, e.g. ``"Q4_K"``.
         number: of the type in a file.
-        code_bits: of one code, without scales; 1.58 where it has three values.
+        code_bits: of one code, without scales; 1.58 where quantizers use three values.
         weights: in a block; it divides the rows of a tensor of this type.
         block_bytes: bytes of a block.
         decode: writes ``(n, block_bytes)`` uint8, contiguous, as ``(n, weights)`` float32 into its
@@ -74,6 +74,6 @@ TYPES: Final = {
         GgufType("MXFP4", 39, 4, 32, 17, codebook.mxfp4),
         GgufType("NVFP4", 40, 4, 64, 36, codebook.nvfp4),
         GgufType("Q1_0", 41, 1, 128, 18, uniform.q1_0),
-        GgufType("Q2_0", 42, 2, 64, 18, uniform.q2_0),
+        GgufType("Q2_0", 42, 1.58, 64, 18, uniform.q2_0),
     )
 }
