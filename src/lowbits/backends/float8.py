@@ -99,9 +99,8 @@ class Float8Backend(QuantBackend):
 
 
 def _write(packed: Packed, out: Tensor) -> None:
-    write_float8(packed["qdata"], out, FORMATS[_format(packed.scheme)])
-    if "scale" in packed.tensors:
-        out.mul_(packed["scale"])
+    kind = FORMATS[_format(packed.scheme)]
+    write_float8(packed["qdata"], packed.tensors.get("scale"), out, kind)
 
 
 def _format(scheme_name: str) -> str:

@@ -107,14 +107,14 @@ class QuantoBackend(QuantBackend):
         return widened_linear(x, codes, packed["scale"], bias)
 
     def _write(self, packed: Packed, out: Tensor) -> None:
+        qdata, scale = packed["qdata"], packed["scale"]
         if packed.scheme == "quanto-int8":
-            write_int8(packed["qdata"], packed["scale"], out)
-            return
-        if packed.scheme == "quanto-float8":
-            write_float8(packed["qdata"], out, torch.float8_e4m3fn)
+            write_int8(qdata, scale, out)
+        elif packed.scheme == "quanto-float8":
+            write_float8(qdata, scale, out, torch.float8_e4m3fn)
         else:
-            self._tables[packed.scheme].write(packed["qdata"], out)
-        scale_groups(out, packed["scale"], packed.tensors.get("offset"))
+            self._tables[packed.scheme].write(qdata, out)
+            scale_groups(out, scale, packed["offset"])
 
 
 def _pack_rows(weight: Tensor, qtype_name: str) -> dict[str, Tensor]:

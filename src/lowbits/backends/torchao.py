@@ -108,14 +108,14 @@ class TorchaoBackend(QuantBackend):
         return decode_rows(packed, rows, dtype, out, self._write)
 
     def _write(self, packed: Packed, out: Tensor) -> None:
+        qdata, scale = packed["qdata"], packed["scale"]
         if packed.scheme in _INT8:
-            write_int8(packed["qdata"], packed["scale"], out)
-            return
-        if packed.scheme in _FLOAT8:
-            write_float8(packed["qdata"], out, torch.float8_e4m3fn)
+            write_int8(qdata, scale, out)
+        elif packed.scheme in _FLOAT8:
+            write_float8(qdata, scale, out, torch.float8_e4m3fn)
         else:
-            self._int4.write(packed["qdata"], out)
-        scale_groups(out, packed["scale"], packed.tensors.get("zero_point"))
+            self._int4.write(qdata, out)
+            scale_groups(out, scale, packed["zero_point"])
 
     def linear(self, x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor | None:
         """Multiply in 8 bits where the scheme is a dynamic one, or the device gains by it."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final, final
 
 import torch
 
-from lowbits.core.memory import PART_WEIGHTS
+from lowbits.core.memory import PART_WEIGHTS, scratch
 from lowbits.core.tracing import is_traced
 
 if TYPE_CHECKING:
@@ -49,15 +49,24 @@ def decode_rows(
     for start in range(0, count, step):
         stop = min(start + step, count)
         target = result[start:stop]
-        values = (
-            target
-            if dtype == torch.float32
-            else target.new_empty(target.shape, dtype=torch.float32)
-        )
+        values = target if dtype == torch.float32 else temporary("values", target, torch.float32)
         write(packed.rows((start, stop)), values)
         if values is not target:
             target.copy_(values)
     return result
+
+
+def temporary(use: str, like: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return room for a step of decoding, of another tensor's shape, on its device.
+
+    Args:
+        use: names what is alive at the same time; on a CPU the same room serves every part.
+        like: gives shape and device.
+        dtype: of the values.
+    """
+    if is_traced() or like.device.type != "cpu":
+        return like.new_empty(like.shape, dtype=dtype)
+    return scratch(use, tuple(like.shape), dtype)
 
 
 @final
@@ -101,7 +110,7 @@ class ByteTable:
             codes: ``(rows, n)`` uint8.
             out: ``(rows, n * codes per byte)`` float32, contiguous; written.
         """
-        index = codes.reshape(-1).int()
+        index = temporary("index", codes, torch.int32).copy_(codes).view(-1)
         if codes.device.type == "cpu" and not is_traced():
             # Single wide elements: four times faster than rows of a table.
             torch.index_select(self._wide, 0, index, out=out.view(-1).view(self._wide.dtype))
@@ -110,26 +119,38 @@ class ByteTable:
             out.view(-1, table.shape[1]).copy_(table[index])
 
 
-def write_float8(codes: Tensor, out: Tensor, dtype: torch.dtype) -> None:
-    """Decode float8.
+def write_float8(codes: Tensor, scale: Tensor | None, out: Tensor, dtype: torch.dtype) -> None:
+    """Compute ``codes * scale``.
 
     Args:
-        codes: uint8, the bytes of float8 values.
-        out: float32 of codes' shape; written.
-        dtype: ``torch.float8_e4m3fn`` or ``torch.float8_e5m2``.
+        codes: ``(rows, row_length)`` uint8, the bytes of float8 values.
+        scale: ``(rows, 1)`` float32; None: 1.
+        out: ``(rows, row_length)`` float32; written.
+        dtype: of the codes: ``torch.float8_e4m3fn`` or ``torch.float8_e5m2``.
     """
     if codes.device.type not in ("cpu", "mps"):
         out.copy_(codes.view(dtype))
-        return
-    # torch casts float8 one by one on a CPU, 5 to 20 times slower, and MPS has none: move the bits
-    # to where float16 has them, whose exponent is 8 less in e4m3.
-    bits = codes.view(torch.int8).to(torch.int16)
-    if dtype == torch.float8_e5m2:
+    elif dtype == torch.float8_e5m2:
+        # The upper byte of a float16. torch casts float8 one by one on a CPU; MPS has none.
+        bits = temporary("bits", codes, torch.int16).copy_(codes.view(torch.int8))
         out.copy_(bits.bitwise_left_shift_(8).view(torch.float16))
-        return
-    bits.bitwise_left_shift_(7).bitwise_and_(~0x4000)
-    bits |= (bits + 0x80) & 0x4000  # all ones but the sign: NaN, in float16 too
-    out.copy_(bits.view(torch.float16)).mul_(256)
+    else:
+        # float16 with three more bits of exponent, which is 8 less, hence 256.
+        out.copy_(_e4m3_as_float16(codes))
+        scale = torch.full((), 256.0, device=out.device) if scale is None else scale * 256
+    if scale is not None:
+        out.mul_(scale)
+
+
+def _e4m3_as_float16(codes: Tensor) -> Tensor:
+    """Return ``codes / 256`` as float16, exactly, NaN included."""
+    # Extended by its sign, and shifted: bit 15 is the sign, bits 13 to 7 are exponent and mantissa,
+    # and bit 14, a copy of the sign, has to become 1 for NaN only. Adding 0x80 carries into it for
+    # NaN, whose bits below are all ones.
+    bits = temporary("bits", codes, torch.int16).copy_(codes.view(torch.int8))
+    bits.bitwise_left_shift_(7)
+    carry = torch.add(bits, 0x80, out=temporary("carry", codes, torch.int16)).bitwise_and_(0x4000)
+    return bits.bitwise_xor_(carry).view(torch.float16)
 
 
 def scale_groups(values: Tensor, scale: Tensor, offset: Tensor | None = None) -> None:

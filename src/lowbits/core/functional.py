@@ -80,7 +80,7 @@ def convolution(
         added = bias if bias is None else bias.to(dtype)
         # Autograd would keep the scratch, which the next layer overwrites.
         is_kept = is_traced() or _wants_grad(inputs, added) or x.device.type != "cpu"
-        out = None if is_kept else scratch(*packed.shape, dtype)
+        out = None if is_kept else scratch("weight", packed.shape, dtype)
         return convolve(inputs, backend.unpack(packed, dtype, out=out), added)
 
     return computed(x, compute, dtype)
@@ -130,7 +130,7 @@ def linear_by_rows(x: Tensor, packed: Packed, bias: Tensor | None, backend: Quan
     step = packed.rows_at_once(max(1, PART_WEIGHTS // row_length))
     for start in range(0, rows, step):
         stop = min(start + step, rows)
-        weight = scratch(stop - start, row_length, x.dtype)
+        weight = scratch("weight", (stop - start, row_length), x.dtype)
         backend.unpack(packed, x.dtype, out=weight, rows=(start, stop))
         part = result[:, start:stop]
         if bias is None:

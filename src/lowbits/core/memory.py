@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -20,19 +21,21 @@ PART_WEIGHTS: Final = 1 << 20
 _scratch = threading.local()
 
 
-def scratch(rows: int, row_length: int, dtype: torch.dtype) -> Tensor:
-    """Return ``(rows, row_length)`` of this thread's CPU scratch; the next call overwrites it.
+def scratch(use: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Return this thread's CPU scratch for some use; the next call for that use overwrites it.
 
-    Costs as many bytes as the largest request of the thread so far. It is an ordinary tensor, also
-    when it is first needed under ``torch.inference_mode``, because it outlives that block.
+    What a decoder allocates for each part, the C library may give back to the system when it is
+    freed, and the pages of the next part cost more than its arithmetic: five times as much for
+    float8. Costs as many bytes as the largest request of the thread so far. It is an ordinary
+    tensor, also when it is first needed under ``torch.inference_mode``, which it outlives.
     """
-    elements = rows * row_length
-    buffers: dict[torch.dtype, Tensor] = _scratch.__dict__.setdefault("buffers", {})
-    buffer = buffers.get(dtype)
+    elements = math.prod(shape)
+    buffers: dict[tuple[str, torch.dtype], Tensor] = _scratch.__dict__.setdefault("buffers", {})
+    buffer = buffers.get((use, dtype))
     if buffer is None or buffer.numel() < elements:
         with torch.inference_mode(mode=False):
-            buffer = buffers[dtype] = torch.empty(elements, dtype=dtype)
-    return buffer[:elements].view(rows, row_length)
+            buffer = buffers[use, dtype] = torch.empty(elements, dtype=dtype)
+    return buffer[:elements].view(shape)
 
 
 def storage_bytes(tensors: Iterable[Tensor]) -> int:
