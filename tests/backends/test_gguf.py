@@ -117,20 +117,46 @@ def test_grids_need_the_gguf_package(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_bytes_that_make_no_such_tensor_are_refused() -> None:
     with pytest.raises(errors.FormatError, match="unknown GGUF type 'Q4K'; did you mean 'Q4_K'"):
         BACKEND.decode(torch.zeros(144, dtype=torch.uint8), "Q4K", (256,))
-    with pytest.raises(errors.FormatError, match="takes 144 bytes in rows of .*256; got 143 bytes"):
+    with pytest.raises(
+        errors.FormatError, match="takes 144 bytes .uint8. in rows of .*256; got 143 of"
+    ):
         BACKEND.decode(torch.zeros(143, dtype=torch.uint8), "Q4_K", (256,))
     with pytest.raises(errors.ConfigError, match="cannot quantize to GGUF type 'IQ3_S'; can: "):
         BACKEND.encode(torch.zeros(1, 256), "IQ3_S")
-    with pytest.raises(errors.FormatError, match="whole blocks of 256, got 64"):
+    with pytest.raises(
+        errors.FormatError, match=r"whole blocks of 256; got torch.float32 \(1, 64\)"
+    ):
         BACKEND.encode(torch.zeros(1, 64), "Q4_K")
+    with pytest.raises(errors.FormatError, match="made of float32 .* got torch.float64"):
+        BACKEND.encode(torch.zeros(1, 256, dtype=torch.float64), "BF16")
+    with pytest.raises(errors.NonFiniteWeightError, match="NaN or infinite"):
+        BACKEND.encode(torch.full((1, 64), torch.nan), "NVFP4")
+    with pytest.raises(errors.FormatError, match="got 144 of torch.int8"):
+        BACKEND.decode(torch.zeros(144, dtype=torch.int8), "Q4_K", (256,))
+    for shape in ((), (0, 256)):
+        with pytest.raises(errors.FormatError, match="of shape"):
+            BACKEND.decode(torch.zeros(0, dtype=torch.uint8), "Q4_K", shape)
 
 
 def test_decode_only_schemes_are_listed_and_refused() -> None:
     infos = {info.name: info for info in lowbits.schemes()}
     for name in TYPES:
         assert infos[scheme_name(name)].can_quantize is (name in QUANTIZERS)
+    layer = nn.Linear(256, 256)
     with pytest.raises(errors.ConfigError, match="'gguf-iq2_xs' can only be decoded"):
-        lowbits.quantize(nn.Linear(256, 256), "gguf-iq2_xs")
+        lowbits.quantize(layer, "gguf-iq2_xs")
+    handle = lowbits.quantize(layer, "gguf-q4_k")
+    with pytest.raises(errors.ConfigError, match="'gguf-iq2_xs' can only be decoded"):
+        handle.switch("gguf-iq2_xs")
+    assert handle.is_active, "what cannot be had is not worth a restore"
+
+
+def test_types_that_need_a_package_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lowbits.backends.gguf.backend.has_package", lambda: False)
+    infos = {info.name: info for info in lowbits.schemes()}
+    assert not infos["gguf-iq1_s"].available
+    assert "lowbits[gguf]" in str(infos["gguf-iq1_s"].reason)
+    assert infos["gguf-q4_k"].available
 
 
 class Block(nn.Module):
@@ -161,6 +187,17 @@ def test_a_mix_may_mean_the_first_layers_only() -> None:
     rows = chosen("gguf-q3_k_m")
     values = [rows[f"{i}.to_v"][0] for i in range(3)]
     assert values == ["gguf-q5_k", "gguf-q5_k", "gguf-q4_k"]
+
+
+def test_tied_layers_of_a_mix_count_once_and_stay_tied() -> None:
+    model = nn.ModuleList(Block(256) for _ in range(3))
+    blocks: list[Any] = list(model)
+    blocks[1].to_q.weight = blocks[0].to_v.weight
+    report = lowbits.quantize(model, "gguf-q3_k_m").report()
+    rows = {row.fqn: row.scheme for row in report.layers if row.kind == "Linear"}
+    assert rows["0.to_v"] == rows["1.to_q"] == "gguf-q5_k"
+    assert blocks[1].to_q.weight_qdata is blocks[0].to_v.weight_qdata
+    assert (rows["1.to_v"], rows["2.to_v"]) == ("gguf-q5_k", "gguf-q4_k")
 
 
 def test_rows_of_broken_blocks_fall_back_and_say_so() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -87,13 +88,17 @@ def test_int8_products(device: Capability, fewest: int | None) -> None:
 def test_float8_products(device: Capability, expected: bool) -> None:  # noqa: FBT001
     assert device.has_float8_product((96, 64)) is expected
     assert device.has_float8_product((96, 72)) is False
+    assert replace(device, has_row_scales=False).has_float8_product((96, 64)) is False
 
 
 @pytest.mark.parametrize(
     ("name", "version", "expected"),
     [
         ("NVIDIA GeForce GTX 1660 Ti", (7, 5), GTX_16),
+        ("NVIDIA T1000 8GB", (7, 5), GTX_16),
+        ("NVIDIA GeForce MX450", (7, 5), GTX_16),
         ("NVIDIA GeForce RTX 2060", (7, 5), TURING),
+        ("Tesla T4", (7, 5), TURING),
         ("NVIDIA H100 80GB HBM3", (9, 0), HOPPER),
     ],
 )
@@ -188,6 +193,20 @@ def test_a_model_says_which_layers_stay_in_float32(monkeypatch: pytest.MonkeyPat
     model.wi(torch.zeros(1, 64))
     model.wo(torch.zeros(1, 96))
     assert seen == [F16, F32]
+
+
+def test_a_float16_asked_for_is_not_forced_on_layers_that_it_is_too_narrow_for() -> None:
+    class Model(nn.Module):
+        _keep_in_fp32_modules_strict = ("wo",)
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.wo = nn.Linear(96, 64)
+
+    model = Model().bfloat16()
+    lowbits.quantize(model, "torchao-int8", rules={"*": "torchao-int8"}, compute_dtype=F16)
+    x = torch.full((1, 96), 3e5, dtype=BF16)
+    assert model.wo(x).isfinite().all()
 
 
 @pytest.mark.parametrize("name", ["bnb-int8", "quanto-float8", "float8-e5m2", "float8-e5m2-raw"])

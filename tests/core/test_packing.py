@@ -51,7 +51,9 @@ def test_gguf_bytes_decode_to_any_shape(kind: str) -> None:
     values = backend.unpack(packed, torch.float32)
     decoded = backend.decode(packed["qdata"], kind, (2, 3, 64), torch.float16)
     assert torch.equal(decoded, values.view(2, 3, 64).half())
-    with pytest.raises(errors.FormatError, match=r"takes .* bytes in rows of whole blocks of 32"):
+    with pytest.raises(
+        errors.FormatError, match=r"takes .* bytes .uint8. in rows of whole blocks of 32"
+    ):
         backend.decode(packed["qdata"], kind, (6, 32))
 
 

@@ -226,7 +226,8 @@ def test_autocast_decides_the_result_dtype(kind: Any, dtype: torch.dtype | None)
         assert layer(x).dtype == torch.bfloat16
 
 
-def test_scratch_made_in_inference_mode_serves_training() -> None:
+def test_scratch_made_in_inference_mode_serves_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lowbits.core.functional.PART_WEIGHTS", 5000)
     target = nn.Sequential(nn.Linear(64, 700), nn.Linear(700, 64))
     pack(target)
     x = torch.randn(3, 64)
@@ -243,7 +244,8 @@ def test_scratch_made_in_inference_mode_serves_training() -> None:
 
 
 @pytest.mark.parametrize("scheme", ["bnb-nf4", "quanto-int8", "torchao-int8-dynamic", "gguf-q4_0"])
-def test_threads_get_what_one_gets(scheme: str) -> None:
+def test_threads_get_what_one_gets(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lowbits.core.functional.PART_WEIGHTS", 5000)
     target = nn.Sequential(nn.Linear(64, 600), nn.Linear(600, 96), nn.Linear(96, 640))
     lowbits.quantize(target, scheme, rules={"*": scheme})
     inputs = [torch.randn(4, 64) for _ in range(8)]

@@ -16,9 +16,10 @@ import torch
 from lowbits.core.backend import Packed, QuantBackend, Rows
 from lowbits.core.decode import ByteTable, decode_rows, scale_groups, write_int8
 from lowbits.core.functional import linear_by_rows
+from lowbits.core.memory import PART_WEIGHTS
 from lowbits.core.products import widened_linear
 from lowbits.core.scheme import CONVOLUTIONS, LINEAR, PARAMETER, Scheme
-from lowbits.core.tracing import constant, is_traced
+from lowbits.core.tracing import constant, needs_plain_ops
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,8 +40,8 @@ _FP4: Final = (0.0, 0.0052083334885537624, 0.6666666865348816, 1.0, 0.3333333432
                0.1666666716337204, 0.25)  # fmt: skip
 FP4: Final = (*_FP4, 0.0, *(-value for value in _FP4[1:]))
 
-#: Weights quantized at a time, whole blocks of them: bitsandbytes makes several copies.
-_PART: Final = 1 << 20
+#: What the fused kernels multiply.
+_FUSED: Final = (torch.float16, torch.bfloat16, torch.float32)
 
 _FP4_SCHEME: Final = "bnb-fp4"
 _NESTED: Final = "bnb-nf4-dq"
@@ -117,7 +118,7 @@ class BitsAndBytesBackend(QuantBackend):
         grid = (shape[0], -1) if sliceable else (1, -1)
         parts = [
             bnb.quantize_4bit(part, blocksize=BLOCK, compress_statistics=False, quant_type=kind)
-            for part in torch.split(weight.view(-1), _PART)
+            for part in torch.split(weight.view(-1), PART_WEIGHTS)
         ]
         absmax = torch.cat([state.absmax for _, state in parts])
         tensors = {"qdata": torch.cat([codes.view(-1) for codes, _ in parts]).view(grid)}
@@ -157,9 +158,10 @@ class BitsAndBytesBackend(QuantBackend):
         """Multiply by bitsandbytes' fused 4-bit kernels, or by int8 codes, on an accelerator."""
         if packed.scheme == "bnb-int8":
             return widened_linear(x, packed["qdata"], packed["scale"], bias)
-        if x.device.type == "cuda" and x.numel() > 0 and has_kernels():
+        is_able = x.device.type == "cuda" and x.dtype in _FUSED and packed.shape[1] % BLOCK == 0
+        if is_able and x.numel() > 0 and has_kernels():
             return self._fused(x, packed, bias)
-        if packed.scheme == _NESTED and x.device.type == "cpu" and not is_traced():
+        if packed.scheme == _NESTED and x.device.type == "cpu" and not needs_plain_ops():
             # Once for the whole weight: by rows, each part would decode its scales by itself.
             return linear_by_rows(x, self._without_nesting(packed), bias, self)
         return None
@@ -243,7 +245,7 @@ def _dynamic_values() -> list[float]:
     """
     values = [0.0, 1.0]
     for exponent in range(7):
-        edges = torch.linspace(0.1, 1, 2**exponent + 1, dtype=torch.float32)
+        edges = torch.linspace(0.1, 1, 2**exponent + 1, dtype=torch.float32, device="cpu")
         means = ((edges[:-1] + edges[1:]) / 2 * 10.0 ** (exponent - 6)).tolist()
         values += means + [-mean for mean in means]
     return sorted(values)

@@ -77,6 +77,10 @@ class QuantBackend(ABC):
     def schemes(self) -> tuple[Scheme, ...]:
         """Return the schemes that this backend offers; imports nothing."""
 
+    def unavailable(self, scheme: Scheme) -> str | None:  # noqa: ARG002 - part of the interface
+        """Say why one scheme cannot be used although the backend can, or None where it can."""
+        return None
+
     @abstractmethod
     def probe(self) -> str | None:
         """Do a tiny real operation with the library, and return the library's version.

@@ -3,7 +3,7 @@
 [Note: compute dtypes]
 | device                                | 16-bit layers in        | int8 product | float8 |
 |---------------------------------------|-------------------------|--------------|--------|
-| CUDA, SM 8.9 and newer                | their own dtype         | yes          | yes    |
+| CUDA, SM 8.9 and newer                | their own dtype         | yes          | yes *  |
 | CUDA, SM 8.0 to 8.8                   | their own dtype         | yes          | no     |
 | CUDA, SM 7.5                          | float16                 | yes          | no     |
 | CUDA, SM 7.0 to 7.4                   | float16                 | no           | no     |
@@ -13,7 +13,7 @@
 | CPU with AMX or AVX512-bf16           | bfloat16; float16 in 32 | with VNNI    | no     |
 | other CPUs                            | float32                 | with VNNI    | no     |
 
-GTX 16xx claim SM 7.5, but have no tensor cores, and make NaN in float16.
+* Not on Windows. GTX 16xx claim SM 7.5, but have no tensor cores, and make NaN in float16.
 Where float16 stands in for bfloat16, layers that their model keeps in float32 (transformers'
 ``_keep_in_fp32_modules``: activations beyond 65504) compute in float32. On a CPU without them,
 16-bit products are 10 to 130 times slower than float32, int8 ones 30 times (docs/speed.md).
@@ -21,12 +21,19 @@ Where float16 stands in for bfloat16, layers that their model keeps in float32 (
 
 from __future__ import annotations
 
+import re
+import sys
 from dataclasses import dataclass
 from typing import Final, final
 
 import torch
 
 from lowbits.core.tracing import constant
+
+#: Chips of SM 7.5 without tensor cores, which make NaN in float16.
+_WITHOUT_TENSOR_CORES: Final = re.compile(
+    r"\b(GTX 16\d\d|MX[45]50|T400|T500|T550|T600|T1000|T1200|T2000)\b"
+)
 
 _Version = tuple[int, int]
 #: Lowest CUDA compute capabilities.
@@ -50,7 +57,8 @@ class Capability:
     Attributes:
         device_type: of torch, e.g. ``"cuda"``.
         sm: CUDA compute capability; None on other devices, ROCm too.
-        has_tensor_cores: False for GTX 16xx, whose compute capability promises them.
+        has_tensor_cores: False for GTX 16xx and its kin, whose compute capability promises them.
+        has_row_scales: of ``torch._scaled_mm``; torch's builds for Windows lack those kernels.
         has_bfloat16: a CPU's AMX or AVX512-bf16.
         has_vnni: a CPU's int8 dot products.
     """
@@ -58,6 +66,7 @@ class Capability:
     device_type: str
     sm: _Version | None = None
     has_tensor_cores: bool = True
+    has_row_scales: bool = True
     has_bfloat16: bool = False
     has_vnni: bool = False
 
@@ -98,7 +107,7 @@ class Capability:
 
     def has_float8_product(self, shape: tuple[int, int]) -> bool:
         """Say whether ``torch._scaled_mm`` by rows takes this weight."""
-        if self.sm is None or self.sm < _SM_FLOAT8:
+        if self.sm is None or self.sm < _SM_FLOAT8 or not self.has_row_scales:
             return False
         return not any(side % _FLOAT8_MULTIPLE for side in shape)
 
@@ -111,8 +120,12 @@ def capability(device: torch.device) -> Capability:
         return Capability("cpu", has_bfloat16=has_bfloat16, has_vnni=cpu._is_vnni_supported())
     if device.type == "cuda" and torch.version.hip is None:
         properties = torch.cuda.get_device_properties(device)
-        has_tensor_cores = "GTX 16" not in properties.name
-        return Capability("cuda", (properties.major, properties.minor), has_tensor_cores)
+        return Capability(
+            "cuda",
+            (properties.major, properties.minor),
+            has_tensor_cores=_WITHOUT_TENSOR_CORES.search(properties.name) is None,
+            has_row_scales=sys.platform != "win32",
+        )
     return Capability(device.type)
 
 

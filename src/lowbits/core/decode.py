@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final, final
 import torch
 
 from lowbits.core.memory import PART_WEIGHTS, scratch
-from lowbits.core.tracing import is_traced
+from lowbits.core.tracing import needs_plain_ops
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -44,7 +44,7 @@ def decode_rows(
     packed = packed.rows(rows)
     count, row_length = packed.shape
     result = packed["qdata"].new_empty(packed.shape, dtype=dtype) if out is None else out
-    is_whole = is_traced() or result.device.type != "cpu"
+    is_whole = needs_plain_ops() or result.device.type != "cpu"
     step = max(1, count if is_whole else PART_WEIGHTS // max(1, row_length))
     for start in range(0, count, step):
         stop = min(start + step, count)
@@ -64,7 +64,7 @@ def temporary(use: str, like: Tensor, dtype: torch.dtype) -> Tensor:
         like: gives shape and device.
         dtype: of the values.
     """
-    if is_traced() or like.device.type != "cpu":
+    if needs_plain_ops() or like.device.type != "cpu":
         return like.new_empty(like.shape, dtype=dtype)
     return scratch(use, tuple(like.shape), dtype)
 
@@ -79,7 +79,7 @@ class ByteTable:
     def __init__(self, rows: Sequence[Sequence[float]]) -> None:
         # Made outside of inference mode: the table is used in autograd's backward as well.
         with torch.inference_mode(mode=False):
-            self._cpu = torch.tensor(rows, dtype=torch.float32)
+            self._cpu = torch.tensor(rows, dtype=torch.float32, device="cpu")
         self._wide = self._cpu.view(-1).view(_WIDE[len(rows[0])])
         self._elsewhere: dict[torch.device, Tensor] = {}
 
@@ -111,7 +111,7 @@ class ByteTable:
             out: ``(rows, n * codes per byte)`` float32, contiguous; written.
         """
         index = temporary("index", codes, torch.int32).copy_(codes).view(-1)
-        if codes.device.type == "cpu" and not is_traced():
+        if codes.device.type == "cpu" and not needs_plain_ops():
             # Single wide elements: four times faster than rows of a table.
             torch.index_select(self._wide, 0, index, out=out.view(-1).view(self._wide.dtype))
         else:
@@ -149,8 +149,8 @@ def _e4m3_as_float16(codes: Tensor) -> Tensor:
     # NaN, whose bits below are all ones.
     bits = temporary("bits", codes, torch.int16).copy_(codes.view(torch.int8))
     bits.bitwise_left_shift_(7)
-    carry = torch.add(bits, 0x80, out=temporary("carry", codes, torch.int16)).bitwise_and_(0x4000)
-    return bits.bitwise_xor_(carry).view(torch.float16)
+    carry = temporary("carry", codes, torch.int16).copy_(bits)
+    return bits.bitwise_xor_(carry.add_(0x80).bitwise_and_(0x4000)).view(torch.float16)
 
 
 def scale_groups(values: Tensor, scale: Tensor, offset: Tensor | None = None) -> None:

@@ -9,11 +9,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from lowbits.core.memory import PART_WEIGHTS, scratch
-from lowbits.core.tracing import is_traced
+from lowbits.core.tracing import is_transformed, needs_plain_ops
 from lowbits.errors import PatchError
 
 if TYPE_CHECKING:
@@ -43,10 +42,10 @@ def linear(
     def multiply(x: Tensor, dtype: torch.dtype) -> Tensor:
         inputs = x.to(dtype)
         added = bias if bias is None else bias.to(dtype)
-        if is_traced() and _wants_grad(inputs, added):
-            # Not backend.linear: activations rounded to a low precision have no gradient.
+        if is_transformed() or (needs_plain_ops() and _wants_grad(inputs, added)):
+            # Not backend.linear: rounded activations have no derivative, kernels of others no rule.
             return functional.linear(inputs, backend.unpack(packed, dtype), added)
-        if is_traced():
+        if needs_plain_ops():
             return backend.matmul(inputs, packed, added)
         if _wants_grad(inputs, added):
             y: Tensor = _FrozenLinear.apply(inputs, added, packed, backend)  # type: ignore[no-untyped-call]
@@ -79,7 +78,7 @@ def convolution(
         inputs = x.to(dtype)
         added = bias if bias is None else bias.to(dtype)
         # Autograd would keep the scratch, which the next layer overwrites.
-        is_kept = is_traced() or _wants_grad(inputs, added) or x.device.type != "cpu"
+        is_kept = needs_plain_ops() or _wants_grad(inputs, added) or x.device.type != "cpu"
         out = None if is_kept else scratch("weight", packed.shape, dtype)
         return convolve(inputs, backend.unpack(packed, dtype, out=out), added)
 
@@ -98,7 +97,8 @@ def computed(
         raise PatchError(f"a packed layer takes floating inputs, as any other; got {x.dtype}")
     device_type = x.device.type
     is_available = torch.amp.is_autocast_available(device_type)
-    if not is_available or not torch.is_autocast_enabled(device_type):
+    is_left_alone = not is_available or x.dtype == torch.float64
+    if is_left_alone or not torch.is_autocast_enabled(device_type):
         return function(x, dtype).to(x.dtype)
     with torch.autocast(device_type, enabled=False):
         return function(x, dtype).to(torch.get_autocast_dtype(device_type))
@@ -151,7 +151,6 @@ class _FrozenLinear(torch.autograd.Function):
         return _linear_eager(x, packed, bias, backend)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         grad_x = grad_bias = None
         if ctx.needs_input_grad[0]:
@@ -173,7 +172,7 @@ def embedding(indices: Tensor, packed: Packed, backend: QuantBackend, dtype: tor
     Returns:
         ``(*indices.shape, row_length)``.
     """
-    if not is_traced():
+    if not needs_plain_ops():
         _check_range(indices, packed.shape[0])
     rows = backend.unpack(packed, dtype, rows=indices.reshape(-1))
     return rows.view(*indices.shape, packed.shape[1])

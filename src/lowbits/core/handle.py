@@ -55,8 +55,8 @@ class Handle:
                 module.__dict__[_OWNED] = _Owned(self, journals.get(name) or Journal())
                 register: Any = module._register_state_dict_hook
                 self._hooks.append(register(_answer_weight_lookups))
-                if getattr(module, _SAVE, None) is not None:
-                    module.__dict__[_SAVE] = refuse_saving
+                for part in module.modules():
+                    _guard_saving(part)
 
     @property
     def components(self) -> dict[str, nn.Module]:
@@ -128,7 +128,8 @@ class Handle:
         for module in self.components.values():
             if find_handle(module) is self:
                 del module.__dict__[_OWNED]
-                allow_saving(module)
+                for part in module.modules():
+                    allow_saving(part)
 
     def _require_active(self, what: str) -> None:
         if not self.is_active:
@@ -183,10 +184,20 @@ def refuse_saving(*_: Any, **__: Any) -> None:
     )
 
 
+def _guard_saving(module: nn.Module) -> None:
+    """Refuse ``save_pretrained`` of what holds packed layers; peft's saves adapters only."""
+    is_model = getattr(module, _SAVE, None) is not None
+    if is_model and not type(module).__module__.startswith("peft.") and _holds_packed(module):
+        module.__dict__[_SAVE] = refuse_saving
+
+
+def _holds_packed(module: nn.Module) -> bool:
+    return any(isinstance(part, PackedLayer) for part in module.modules())
+
+
 def allow_saving(module: nn.Module) -> None:
     """Give a module its own ``save_pretrained`` back, unless it is packed still."""
-    is_refused = module.__dict__.get(_SAVE) is refuse_saving
-    if is_refused and not any(isinstance(part, PackedLayer) for part in module.modules()):
+    if module.__dict__.get(_SAVE) is refuse_saving and not _holds_packed(module):
         del module.__dict__[_SAVE]
 
 

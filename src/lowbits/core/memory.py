@@ -34,7 +34,8 @@ def scratch(use: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     buffer = buffers.get((use, dtype))
     if buffer is None or buffer.numel() < elements:
         with torch.inference_mode(mode=False):
-            buffer = buffers[use, dtype] = torch.empty(elements, dtype=dtype)
+            buffer = torch.empty(elements, dtype=dtype, device="cpu")
+        buffers[use, dtype] = buffer
     return buffer[:elements].view(shape)
 
 

@@ -233,7 +233,8 @@ def _compute_dtype(layer: PackedLayer) -> torch.dtype:
     layout = layer.lowbits_layouts["weight"]
     explicit = layout.compute_dtype
     if explicit is not None:
-        return explicit
+        is_too_narrow = layout.keeps_fp32 and explicit == torch.float16 != marker.dtype
+        return torch.float32 if is_too_narrow else explicit
     return compute_dtype(marker.device, marker.dtype, keeps_fp32=layout.keeps_fp32)
 
 

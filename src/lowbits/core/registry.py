@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Final
 from lowbits.core.scheme import NATIVE, REFERENCE_SHAPE, BackendInfo, Scheme, SchemeInfo
 from lowbits.errors import (
     BackendUnavailableError,
+    ConfigError,
     DuplicateBackendError,
     UnknownBackendError,
     UnknownSchemeError,
@@ -110,11 +111,14 @@ class BackendRegistry:
 
         Raises:
             UnknownSchemeError: no such scheme.
+            ConfigError: it can be decoded only.
             BackendUnavailableError: its package is missing or broken: says which, and the command.
         """
         backend, scheme = self.find(scheme_name)
         if backend is None:
             return backend, scheme
+        if not scheme.can_quantize:
+            raise ConfigError(f"scheme {scheme_name!r} can only be decoded, not quantized to")
         info = self.info(backend.name)
         if not info.available:
             step = f"; {info.install}" if info.install else ""
@@ -178,6 +182,9 @@ def _scheme_info(
     bits = scheme.code_bits
     if backend:
         bits = backend.packed_bytes(scheme, rows, row_length) * 8 / (rows * row_length)
+    reason = info.reason if info else None
+    if backend and reason is None:
+        reason = backend.unavailable(scheme)
     return SchemeInfo(
         name=scheme.name,
         backend=backend.name if backend else "-",
@@ -187,8 +194,8 @@ def _scheme_info(
         devices=(backend.devices if backend else ()) or ("any",),
         row_multiple=scheme.row_multiple,
         can_quantize=scheme.can_quantize,
-        available=info.available if info else True,
-        reason=info.reason if info else None,
+        available=reason is None,
+        reason=reason,
         forge_name=scheme.forge_name,
     )
 

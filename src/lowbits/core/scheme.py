@@ -44,7 +44,7 @@ class Scheme:
     Attributes:
         name: the scheme's own name, unique over all backends, e.g. ``"bnb-nf4"``.
         summary: one line for tables and help texts.
-        code_bits: bits of one weight's code.
+        code_bits: bits of one weight's code; 1.58 where weights have three values.
         group_bits: bits of the scale (and zero point) that a group of weights shares.
         group_sizes: weights in a group; the first size that divides the row is taken. Empty:
             one group is one row.

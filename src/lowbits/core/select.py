@@ -251,6 +251,7 @@ class _Decider:
         ]
         self._adapters = set(_adapter_fqns(component.module))
         self._taken: Counter[Override] = Counter()
+        self._mixed: dict[int, str] = {}
 
     def __call__(self, decision: Decision) -> Decision:
         is_raw = decision.kind == PARAMETER and not isinstance(
@@ -315,14 +316,12 @@ class _Decider:
         backend, scheme = self._selection.registry.require(name)
         if backend is None:
             return replace(decision, reason="native: kept in its own precision")
-        if not scheme.can_quantize:
-            raise ConfigError(f"scheme {name!r} can only be decoded, not quantized to")
         kept = set(decision.fqn.split(".")) & set(self._component.kept_in_fp32)
         decision = replace(
             decision, compute_dtype=self._component.compute_dtype, keeps_fp32=bool(kept)
         )
         if scheme.mix:
-            chosen = self._in_scheme(decision, self._of_mix(scheme, decision.fqn))
+            chosen = self._in_scheme(decision, self._of_mix(scheme, decision))
             return replace(chosen, reason=f"{name}; {chosen.reason}".removesuffix("; "))
         _, row_length = rows_of(decision.shape, decision.kind)
         refusal = scheme.refusal(decision.kind, row_length)
@@ -335,13 +334,14 @@ class _Decider:
                 return replace(decision, scheme=scheme, backend=backend, reason=reason)
         return replace(decision, reason=refusal)
 
-    def _of_mix(self, mix: Scheme, fqn: str) -> str:
-        """Return the scheme that a mix has for a layer; counts those that a rule took."""
-        for rule in mix.mix:
-            if re.search(rule.pattern, fqn) and self._taken[rule] != rule.first:
-                self._taken[rule] += 1
-                return rule.scheme
-        raise AssertionError(f"the last rule of {mix.name} matches every name")
+    def _of_mix(self, mix: Scheme, decision: Decision) -> str:
+        """Return the scheme that a mix has for a layer; tied ones get that of the first."""
+        if decision.tie not in self._mixed:
+            rules = (r for r in mix.mix if re.search(r.pattern, decision.fqn))
+            rule = next(r for r in rules if self._taken[r] != r.first)
+            self._taken[rule] += 1
+            self._mixed[decision.tie] = rule.scheme
+        return self._mixed[decision.tie]
 
 
 def _not_a_layer(decision: Decision) -> str:

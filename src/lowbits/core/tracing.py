@@ -1,4 +1,4 @@
-"""What compilers need to be told."""
+"""What compilers, transforms and tracers need to be told."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from functools import cache, wraps
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 import torch
+from torch.utils import _python_dispatch
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -14,22 +15,36 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def is_traced() -> bool:
-    """Say whether only plain expressions will do: a compiler, or a transform of torch.func."""
-    return torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
+def needs_plain_ops() -> bool:
+    """Say whether only operations on fresh tensors will do, and nothing may be kept between calls.
+
+    For compilers, tracers, transforms of torch.func, and whatever intercepts operations.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or is_transformed()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._len_torch_dispatch_stack() > 0
+    )
+
+
+def is_transformed() -> bool:
+    """Say whether torch.func transforms what is computed: grad, vmap, jvp, ..."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def constant(function: Callable[P, R]) -> Callable[P, R]:
     """Call a function once for each of its arguments; a compiler takes the result as a constant.
 
     For tables, and for what a compiler cannot look up itself, such as a device's properties.
-    Results are made outside of inference mode: they are used in autograd's backward as well.
+    Results are ordinary tensors wherever the first call is: in inference mode, in an export that
+    computes on fake tensors.
     """
     cached = cache(function)
 
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        with torch.inference_mode(mode=False):
+        with torch.inference_mode(mode=False), _python_dispatch._disable_current_modes():
             return cached(*args, **kwargs)  # type: ignore[arg-type] # Hashable, as they are
 
     marked: Callable[P, R] = torch.compiler.assume_constant_result(call)  # type: ignore[no-untyped-call]

@@ -52,5 +52,9 @@ def default_reasons(components: Mapping[str, nn.Module]) -> dict[str, str]:
 
 def kept_in_fp32(module: nn.Module) -> tuple[str, ...]:
     """Return the names of modules that a model of diffusers or transformers keeps in float32."""
-    lists = (getattr(part, "_keep_in_fp32_modules", None) for part in module.modules())
+    lists = (
+        getattr(part, attribute, None)
+        for part in module.modules()
+        for attribute in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
+    )
     return tuple({name: None for names in lists for name in names or ()})

@@ -6,13 +6,14 @@ from typing import TYPE_CHECKING, ClassVar, Final, final
 
 import torch
 
+from lowbits.backends.gguf.codebook import GRIDS, has_package
 from lowbits.backends.gguf.mixes import MIXES, MixRule
 from lowbits.backends.gguf.quantize import BEST, QUANTIZERS, quantize
 from lowbits.backends.gguf.types import TYPES, GgufType
 from lowbits.core.backend import Packed, QuantBackend, Rows
 from lowbits.core.decode import decode_rows
 from lowbits.core.scheme import Override, Scheme
-from lowbits.errors import FormatError, suggestion
+from lowbits.errors import FormatError, NonFiniteWeightError, suggestion
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -31,26 +32,27 @@ def scheme_name(type_name: str) -> str:
 
 def _schemes() -> Iterator[Scheme]:
     for kind in TYPES.values():
-        yield _scheme(kind, scheme_name(kind.name), f"GGUF {kind.name}")
+        yield _scheme(kind, scheme_name(kind.name), f"GGUF {kind.name},")
     for name in BEST:
-        summary = f"GGUF {name}, codes searched for the least error"
+        summary = f"GGUF {name}, codes searched for the least error,"
         yield _scheme(TYPES[name], scheme_name(name) + _BEST, summary)
     for name, mix in MIXES.items():
         rules = (*mix.rules, MixRule("", mix.type_name))
         overrides = tuple(Override(r.pattern, scheme_name(r.type_name), r.first) for r in rules)
-        summary = f"GGUF {name}: {mix.type_name}, more for values and feed-forward outputs"
+        more = ", more bits for values and feed-forward outputs" if mix.rules else ""
+        summary = f"GGUF {name}: {mix.type_name}{more}; from"
         yield _scheme(TYPES[mix.type_name], scheme_name(name), summary, overrides)
 
 
 def _scheme(kind: GgufType, name: str, summary: str, mix: tuple[Override, ...] = ()) -> Scheme:
     return Scheme(
         name,
-        f"{summary}, {kind.bits:g} bits",
+        f"{summary} {kind.bits:g} bits",
         kind.code_bits,
         round(kind.block_bytes * 8 - kind.weights * kind.code_bits),
         (kind.weights,),
         row_multiple=kind.weights,
-        fallbacks=(scheme_name(kind.fallback),) if kind.fallback else (),
+        fallbacks=(scheme_name(kind.fallback),) if kind.fallback and not mix else (),
         can_quantize=kind.name in QUANTIZERS,
         mix=mix,
     )
@@ -74,6 +76,11 @@ class GgufBackend(QuantBackend):
         """Return the schemes of this backend."""
         return self._schemes
 
+    def unavailable(self, scheme: Scheme) -> str | None:
+        """Say that the grids of IQ1 to IQ3 need the gguf package, where it is not here."""
+        is_here = self._types[scheme.name].name not in GRIDS or has_package()
+        return None if is_here else "needs the tables of gguf; pip install 'lowbits[gguf]'"
+
     def probe(self) -> str | None:
         """Quantize a row with each type, and read it."""
         row = torch.linspace(-1, 1, 256).view(1, 256)
@@ -89,7 +96,7 @@ class GgufBackend(QuantBackend):
     def pack(self, weight: Tensor, scheme: Scheme) -> Packed:
         """Quantize rows of whole blocks."""
         effort = "best" if scheme.name.endswith(_BEST) else "ref"
-        qdata = self.encode(weight, self._types[scheme.name].name, effort=effort)
+        qdata = _encode(weight, self._types[scheme.name], effort)
         return Packed(scheme.name, (weight.shape[0], weight.shape[1]), {"qdata": qdata})
 
     def unpack(
@@ -122,15 +129,18 @@ class GgufBackend(QuantBackend):
 
         Raises:
             ConfigError: a type that can be decoded only.
-            FormatError: an unknown type, or rows of broken blocks.
+            FormatError: an unknown type, or a weight of another dtype or shape.
+            NonFiniteWeightError: it holds NaN or infinity, which some types cannot express.
         """
         kind = _known(type_name)
-        if weight.shape[-1] % kind.weights:
+        if weight.dtype != torch.float32 or weight.dim() != 2 or weight.shape[1] % kind.weights:
             raise FormatError(
-                f"{type_name} takes rows of whole blocks of {kind.weights}, got {weight.shape[-1]}"
+                f"{type_name} is made of float32 (rows, row_length) in whole blocks of "
+                f"{kind.weights}; got {weight.dtype} {tuple(weight.shape)}"
             )
-        data = quantize(weight.reshape(-1, kind.weights), type_name, effort=effort)
-        return data.view(weight.shape[0], -1)
+        if not weight.isfinite().all():
+            raise NonFiniteWeightError("the weight holds values that are NaN or infinite")
+        return _encode(weight, kind, effort)
 
     def decode(
         self,
@@ -153,14 +163,20 @@ class GgufBackend(QuantBackend):
         kind = _known(type_name)
         size = torch.Size(shape)
         expected = size.numel() // kind.weights * kind.block_bytes
-        if data.numel() != expected or size[-1] % kind.weights:
+        is_whole = size and size.numel() and size[-1] % kind.weights == 0
+        if not is_whole or data.numel() != expected or data.dtype != torch.uint8:
             raise FormatError(
-                f"{type_name} of shape {tuple(shape)} takes {expected} bytes in rows of whole "
-                f"blocks of {kind.weights}; got {data.numel()} bytes"
+                f"{type_name} of shape {tuple(shape)} takes {expected} bytes (uint8) in rows of "
+                f"whole blocks of {kind.weights}; got {data.numel()} of {data.dtype}"
             )
         grid = (size[:-1].numel(), size[-1])
         qdata = data.reshape(grid[0], -1)
         return self.unpack(Packed(scheme_name(type_name), grid, {"qdata": qdata}), dtype).view(size)
+
+
+def _encode(weight: Tensor, kind: GgufType, effort: str) -> Tensor:
+    blocks = weight.reshape(-1, kind.weights)
+    return quantize(blocks, kind.name, effort=effort).view(weight.shape[0], -1)
 
 
 def _known(type_name: str) -> GgufType:

@@ -7,6 +7,7 @@ the ``gguf`` package when such a type is first decoded.
 
 from __future__ import annotations
 
+import importlib.util
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -23,6 +24,9 @@ IQ4_VALUES: Final = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53
 #: float4 e2m1, doubled to be whole; source: OCP Microscaling Formats 1.0, ``kvalues_mxfp4``.
 E2M1_VALUES: Final = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
 
+#: Types whose grids are in the ``gguf`` package.
+GRIDS: Final = ("IQ3_S", "IQ3_XXS", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S")
+
 #: How much IQ1 shifts its grid up or down, in units of an eighth.
 _EIGHTH: Final = 0.125
 
@@ -30,8 +34,8 @@ _EIGHTH: Final = 0.125
 @constant
 def _nibble_tables(values: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
     """Return the values of the low, and of the high codes of every two bytes: int16, 2 x 128 KB."""
-    table = torch.tensor(values, dtype=torch.int8)
-    pairs = torch.arange(2**16)
+    table = torch.tensor(values, dtype=torch.int8, device="cpu")
+    pairs = torch.arange(2**16, device="cpu")
     low = torch.stack([table[pairs & 15], table[pairs >> 8 & 15]], 1)
     high = torch.stack([table[pairs >> 4 & 15], table[pairs >> 12]], 1)
     first, second = (t.view(torch.int16).view(-1).to(device) for t in (low, high))
@@ -109,7 +113,7 @@ def _grid_table(type_name: str, device: torch.device) -> Tensor:
 @constant
 def _sign_table(device: torch.device) -> Tensor:
     """Return eight signs for each of the 128 codes: an even number of them is negative."""
-    bits = torch.tensor(list(_codec("IQ2_XXS").ksigns), dtype=torch.uint8)
+    bits = torch.tensor(list(_codec("IQ2_XXS").ksigns), dtype=torch.uint8, device="cpu")
     return _signs_of(bits).to(device)
 
 
@@ -119,6 +123,11 @@ def _grid(type_name: str, index: Tensor) -> Tensor:
 
 def _signs(code: Tensor) -> Tensor:
     return _look_up(_sign_table(code.device), code)
+
+
+def has_package() -> bool:
+    """Say whether the ``gguf`` package is here; does not import it."""
+    return importlib.util.find_spec("gguf") is not None
 
 
 def _codec(type_name: str) -> Any:

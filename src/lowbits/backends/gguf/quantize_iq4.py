@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 import torch
 
+from lowbits.backends.gguf.codebook import IQ4_VALUES
 from lowbits.backends.gguf.quantize_fit import search_levels
 from lowbits.backends.gguf.quantize_search import (
     as_bytes,
@@ -25,8 +26,6 @@ from lowbits.backends.gguf.quantize_search import (
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-LEVELS: Final = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 
 #: What the largest weight of a group is stretched to, in order.
 _STRETCHES: Final = (127.0, *(float(step - 127) for step in range(-7, 8)))
@@ -59,7 +58,7 @@ def quantize_iq4_xs(blocks: Tensor) -> Tensor:
 
 def _search(x: Tensor) -> Tensor:
     """Find the scale of every group with the least squared error, weighed by the square."""
-    levels = torch.tensor(LEVELS, dtype=torch.float32, device=x.device)
+    levels = torch.tensor(IQ4_VALUES, dtype=torch.float32, device=x.device)
     table = levels[_codes(x.device).int()]
     return search_levels(x, x.square(), lambda scaled: _nearest(scaled.mul_(2), table), _STRETCHES)
 
@@ -69,7 +68,7 @@ def _codes(device: torch.device) -> Tensor:
 
     The middle between two levels is a whole number of halves, and has the higher one's code.
     """
-    levels = torch.tensor(LEVELS, device=device)
+    levels = torch.tensor(IQ4_VALUES, device=device)
     middles = levels[1:] + levels[:-1]
     doubled = torch.arange(-256, 256, device=device)
     return (doubled.unsqueeze(1) >= middles).sum(1).float()
