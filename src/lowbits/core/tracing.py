@@ -23,7 +23,6 @@ def needs_plain_ops() -> bool:
     return (
         torch.compiler.is_compiling()
         or is_transformed()
-        or torch._C._get_tracing_state() is not None
         or torch._C._len_torch_dispatch_stack() > 0
     )
 
