@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from pipelines import PIPELINES
 from safetensors.torch import load_file, save_model
 from schemes import LAYOUTS
@@ -170,3 +170,22 @@ def test_a_model_that_its_handle_let_go_is_not_saved_either(tmp_path: Path) -> N
         model.save_pretrained(tmp_path)
     lowbits.dequantize(model)
     model.save_pretrained(tmp_path)
+
+
+def test_a_model_inside_of_another_module_is_not_saved_either(tmp_path: Path) -> None:
+    wrapper = nn.ModuleDict({"inner": PIPELINES["flux"].build().transformer})
+    handle = lowbits.quantize(wrapper, "bnb-nf4")
+    inner: Any = wrapper["inner"]
+    with pytest.raises(errors.PatchError, match="reads as random weights"):
+        inner.save_pretrained(tmp_path)
+    handle.restore()
+    inner.save_pretrained(tmp_path)
+
+
+def test_adapters_of_a_packed_model_are_saved(tmp_path: Path) -> None:
+    base = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    model = get_peft_model(base, LoraConfig(r=4, target_modules=["0"]))
+    lowbits.quantize(model, "torchao-int8")
+    model.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    assert all("lora_" in name for name in saved)
