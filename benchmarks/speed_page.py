@@ -13,8 +13,6 @@ from typing import Any
 from paired import machine_line, number, table
 
 Row = dict[str, Any]
-#: Columns of the layer table: dtype of the inputs, tokens.
-CASES = (("float32", 1), ("float32", 64), ("float32", 512), ("bfloat16", 1), ("bfloat16", 64))
 MIB = 1 << 20
 
 
@@ -26,12 +24,15 @@ def three(row: Row | None) -> str:
 
 
 def layers(data: Row) -> str:
-    """Return the table of layers, a scheme a row for each shape."""
+    """Return the table of layers: a scheme a row for each shape, a case a column."""
     found = {(r["shape"], r["scheme"], r["dtype"], r["tokens"]): r for r in data["rows"]}
     peers = {(r["shape"], r["scheme"]): r["upstream"] for r in data["rows"]}
-    header = ("layer", "scheme", "upstream", *(f"{dtype}, {tokens}" for dtype, tokens in CASES))
+    cases = sorted(
+        {(r["dtype"], r["tokens"]) for r in data["rows"]}, key=lambda c: (c[0][0] != "f", c)
+    )
+    header = ("layer", "scheme", "upstream", *(f"{dtype}, {tokens}" for dtype, tokens in cases))
     rows = [
-        [shape, f"`{scheme}`", peer, *(three(found.get((shape, scheme, *case))) for case in CASES)]
+        [shape, f"`{scheme}`", peer, *(three(found.get((shape, scheme, *case))) for case in cases)]
         for (shape, scheme), peer in peers.items()
     ]
     return table(header, rows)
@@ -87,7 +88,7 @@ def gguf(data: Row) -> str:
 def main() -> None:
     """Print each table that there is a report for, and where it was measured."""
     folder = Path(sys.argv[1])
-    for name, make in (("layers", layers), ("model", models), ("gguf", gguf)):
+    for name, make in (("layers", layers), ("shapes", layers), ("model", models), ("gguf", gguf)):
         path = folder / f"bench_{name}.json"
         if path.exists():
             data = json.loads(path.read_text(encoding="utf-8"))

@@ -32,22 +32,24 @@ def scheme_name(type_name: str) -> str:
 
 def _schemes() -> Iterator[Scheme]:
     for kind in TYPES.values():
-        yield _scheme(kind, scheme_name(kind.name), f"GGUF {kind.name},")
+        fate = "" if kind.name in QUANTIZERS else "; decoded only"
+        blocks = f", blocks of {kind.weights}" if kind.weights > 1 else ""
+        yield _scheme(kind, scheme_name(kind.name), f"GGUF {kind.name}{blocks}{fate}")
     for name in BEST:
-        summary = f"GGUF {name}, codes searched for the least error,"
+        summary = f"GGUF {name}, searched longer for less error"
         yield _scheme(TYPES[name], scheme_name(name) + _BEST, summary)
     for name, mix in MIXES.items():
         rules = (*mix.rules, MixRule("", mix.type_name))
         overrides = tuple(Override(r.pattern, scheme_name(r.type_name), r.first) for r in rules)
         more = ", more bits for values and feed-forward outputs" if mix.rules else ""
-        summary = f"GGUF {name}: {mix.type_name}{more}; from"
+        summary = f"GGUF {name}: {mix.type_name}{more}"
         yield _scheme(TYPES[mix.type_name], scheme_name(name), summary, overrides)
 
 
 def _scheme(kind: GgufType, name: str, summary: str, mix: tuple[Override, ...] = ()) -> Scheme:
     return Scheme(
         name,
-        f"{summary} {kind.bits:g} bits",
+        summary,
         kind.code_bits,
         round(kind.block_bytes * 8 - kind.weights * kind.code_bits),
         (kind.weights,),

@@ -37,11 +37,6 @@ class GgufType:
     decode: Callable[[Tensor, Tensor], None]
     fallback: str | None = None
 
-    @property
-    def bits(self) -> float:
-        """Bits of a weight, scales included."""
-        return self.block_bytes * 8 / self.weights
-
 
 #: By name. Numbers, sizes: ``ggml_type`` in ggml.h, ``block_*`` in ggml-common.h. Fallbacks are
 #: llama.cpp's (``tensor_type_fallback``), which keeps at least the bits of the type asked for.
