@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn import functional
 
-from lowbits.core.memory import PART_WEIGHTS, scratch
+from lowbits.core.memory import PART_WEIGHTS, PRODUCT_WEIGHTS, scratch
 from lowbits.core.tracing import is_transformed, needs_plain_ops
 from lowbits.errors import PatchError
 
@@ -116,7 +116,10 @@ def _linear_eager(x: Tensor, packed: Packed, bias: Tensor | None, backend: Quant
 
 
 def linear_by_rows(x: Tensor, packed: Packed, bias: Tensor | None, backend: QuantBackend) -> Tensor:
-    """Compute a linear layer on a CPU, a part of the weight that stays in the cache at a time.
+    """Compute a linear layer on a CPU, a part of the weight at a time.
+
+    Few inputs: a part that stays in the cache. Many: a part as large as the inputs, since a product
+    copies its inputs into an order of its own for each part; 70 % slower at 4096 rows otherwise.
 
     Args:
         x: ``(..., row_length)``, in the dtype that the product runs in.
@@ -127,7 +130,8 @@ def linear_by_rows(x: Tensor, packed: Packed, bias: Tensor | None, backend: Quan
     rows, row_length = packed.shape
     flat = x.reshape(-1, row_length)
     result = flat.new_empty(flat.shape[0], rows)
-    step = packed.rows_at_once(max(1, PART_WEIGHTS // row_length))
+    part_weights = max(PART_WEIGHTS, min(flat.numel(), PRODUCT_WEIGHTS))
+    step = packed.rows_at_once(max(1, part_weights // row_length))
     for start in range(0, rows, step):
         stop = min(start + step, rows)
         weight = scratch("weight", (stop - start, row_length), x.dtype)

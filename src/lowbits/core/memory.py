@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 #: torch, more for memory: libraries make three to five copies of what they quantize.
 PART_WEIGHTS: Final = 1 << 20
 
+#: Weights of a part that is multiplied at once, at most: 64 MB of float32.
+PRODUCT_WEIGHTS: Final = 1 << 24
+
 _scratch = threading.local()
 
 
