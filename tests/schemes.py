@@ -26,9 +26,11 @@ LAYOUTS = (
 
 
 def every_scheme() -> list[ParameterSet]:
-    """Return all built-in schemes' names; those that are not among `LAYOUTS` are slow."""
+    """Return the built-in schemes that store weights; those not among `LAYOUTS` are slow."""
     return [
-        pytest.param(info.name, marks=() if info.name in LAYOUTS else pytest.mark.slow)
-        for info in lowbits.schemes()
-        if info.backend not in ("-", "toy") and info.can_quantize
+        pytest.param(scheme.name, marks=() if scheme.name in LAYOUTS else pytest.mark.slow)
+        for info in lowbits.backends()
+        if info.name != "toy"
+        for scheme in lowbits.backend(info.name).schemes()
+        if scheme.can_quantize and not scheme.mix
     ]

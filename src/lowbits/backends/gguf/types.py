@@ -38,8 +38,8 @@ class GgufType:
     fallback: str | None = None
 
 
-#: By name. Numbers, sizes: ``ggml_type`` in ggml.h, ``block_*`` in ggml-common.h. Fallbacks are
-#: llama.cpp's (``tensor_type_fallback``), which keeps at least the bits of the type asked for.
+#: By name. Numbers, sizes: ``ggml_type`` in ggml.h, ``block_*`` in ggml-common.h. Fallbacks of
+#: K types are llama.cpp's (``tensor_type_fallback``): no type falls back to one of fewer bits.
 TYPES: Final = {
     kind.name: kind
     for kind in (
@@ -67,8 +67,8 @@ TYPES: Final = {
         GgufType("TQ2_0", 35, 1.58, 256, 66, uniform.tq2_0, "Q4_0"),
         GgufType("TQ1_0", 34, 1.58, 256, 54, uniform.tq1_0, "Q4_0"),
         GgufType("MXFP4", 39, 4, 32, 17, codebook.mxfp4),
-        GgufType("NVFP4", 40, 4, 64, 36, codebook.nvfp4),
-        GgufType("Q1_0", 41, 1, 128, 18, uniform.q1_0),
-        GgufType("Q2_0", 42, 1.58, 64, 18, uniform.q2_0),
+        GgufType("NVFP4", 40, 4, 64, 36, codebook.nvfp4, "MXFP4"),
+        GgufType("Q1_0", 41, 1, 128, 18, uniform.q1_0, "Q4_0"),
+        GgufType("Q2_0", 42, 1.58, 64, 18, uniform.q2_0, "Q4_0"),
     )
 }
