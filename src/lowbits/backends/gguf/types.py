@@ -67,7 +67,7 @@ TYPES: Final = {
         GgufType("TQ2_0", 35, 1.58, 256, 66, uniform.tq2_0, "Q4_0"),
         GgufType("TQ1_0", 34, 1.58, 256, 54, uniform.tq1_0, "Q4_0"),
         GgufType("MXFP4", 39, 4, 32, 17, codebook.mxfp4),
-        GgufType("NVFP4", 40, 4, 64, 36, codebook.nvfp4, "MXFP4"),
+        GgufType("NVFP4", 40, 4, 64, 36, codebook.nvfp4, "IQ4_NL"),
         GgufType("Q1_0", 41, 1, 128, 18, uniform.q1_0, "Q4_0"),
         GgufType("Q2_0", 42, 1.58, 64, 18, uniform.q2_0, "Q4_0"),
     )
