@@ -88,7 +88,13 @@ def gguf(data: Row) -> str:
 def main() -> None:
     """Print each table that there is a report for, and where it was measured."""
     folder = Path(sys.argv[1])
-    for name, make in (("layers", layers), ("shapes", layers), ("model", models), ("gguf", gguf)):
+    for name, make in (
+        ("layers", layers),
+        ("shapes", layers),
+        ("convolution", layers),
+        ("model", models),
+        ("gguf", gguf),
+    ):
         path = folder / f"bench_{name}.json"
         if path.exists():
             data = json.loads(path.read_text(encoding="utf-8"))
