@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import torch
+
+from lowbits.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -51,6 +54,22 @@ def storage_bytes(tensors: Iterable[Tensor]) -> int:
         key = (tensor.device, storage.data_ptr()) if storage.data_ptr() else id(tensor)
         sizes[key] = storage.nbytes() if tensor.device.type != "meta" else tensor.nbytes
     return sum(sizes.values())
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """View a tensor's bytes, without numpy, which torch can lack; the caller keeps the tensor.
+
+    Raises:
+        ConfigError: it is not contiguous, or not on the CPU.
+    """
+    if tensor.device.type != "cpu" or not tensor.is_contiguous():
+        raise ConfigError(
+            f"expected a contiguous tensor on the CPU, got {tuple(tensor.shape)} with strides "
+            f"{tensor.stride()} on {tensor.device}"
+        )
+    if not tensor.nbytes:
+        return memoryview(bytearray())
+    return memoryview((ctypes.c_ubyte * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")
 
 
 def available_host_bytes() -> int | None:

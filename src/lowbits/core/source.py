@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import weakref
 from abc import ABC, abstractmethod
 from collections import defaultdict
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Final, final
 
@@ -14,6 +14,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
+from lowbits.core.memory import bytes_of
 from lowbits.errors import ConfigError, SourceUnavailableError
 
 if TYPE_CHECKING:
@@ -27,6 +28,15 @@ KEEP_SOURCE: Final = ("auto", "memory", "file", "none")
 AUTO_MEMORY_SHARE: Final = 0.6
 
 _COMPARE_BYTES: Final = 1 << 24
+
+
+@dataclass(frozen=True)
+class Extent:
+    """Where bytes lie in a file: `nbytes` of them, from byte `offset` on."""
+
+    path: Path
+    offset: int
+    nbytes: int
 
 
 class Source(ABC):
@@ -185,12 +195,10 @@ def read_tensor(path: Path, key: str) -> Tensor:
 
 
 def digest(tensor: Tensor) -> bytes:
-    """Return the BLAKE2b digest of a CPU tensor's bytes; without numpy, which torch can lack."""
+    """Return the BLAKE2b digest of a CPU tensor's bytes."""
+    # Named: the view does not keep what it shows.
     tensor = tensor.contiguous()
-    data = (
-        (ctypes.c_ubyte * tensor.nbytes).from_address(tensor.data_ptr()) if tensor.nbytes else b""
-    )
-    return hashlib.blake2b(data, digest_size=16).digest()
+    return hashlib.blake2b(bytes_of(tensor), digest_size=16).digest()
 
 
 def _same_bits(stored: Tensor, weight: Tensor) -> bool:
