@@ -1,0 +1,1 @@
+"""Moving weights between disk, host and device, while a model runs."""

@@ -1,0 +1,495 @@
+"""What is asked of the operating system: aligned and page-locked memory, file reads, disk space.
+
+The one file that knows which system it runs on. Windows and macOS lack `os.preadv`, ``O_DIRECT``
+or `os.posix_fadvise`: where a call is missing, a portable one takes its place.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import logging
+import mmap
+import os
+import re
+import shutil
+import tempfile
+import threading
+import weakref
+from functools import partial
+from io import FileIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Self, final
+
+import torch
+
+from lowbits.core.memory import available_host_bytes, bytes_of
+from lowbits.core.source import Extent
+from lowbits.errors import (
+    CancelledError,
+    ConfigError,
+    FormatError,
+    InsufficientMemoryError,
+    LowbitsError,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from torch import Tensor
+
+    _ShouldStop = Callable[[], bool] | None
+
+#: What ``O_DIRECT`` asks of file offsets, lengths and addresses: no disk in use has larger blocks.
+ALIGNMENT: Final = 4096
+
+# Larger ones are no faster and save little CPU time (per GB 0.11 s with 1 MiB, 0.07 s with 16 MiB,
+# 0.05 s with 64 MiB), but a cancelled read ends with its chunk.
+_CHUNK_BYTES: Final = 16 << 20
+_WINDOW_BYTES: Final = 8 << 20
+
+_MOUNTS: Final = Path("/proc/mounts")
+_MEMORY_FILE_SYSTEMS: Final = frozenset({"tmpfs", "ramfs", "devtmpfs"})
+# Kept across reboots, hence on a disk where /tmp is not.
+_DISK_TEMP: Final = Path("/var/tmp")  # noqa: S108 - only names the place: mkdtemp makes the file's
+
+_cuda: Any = torch.cuda  # parts of it are not typed
+
+_logger = logging.getLogger(__name__)
+
+
+def aligned_empty(nbytes: int, alignment: int = ALIGNMENT) -> Tensor:
+    """Return uninitialised host memory whose address is a multiple of `alignment`.
+
+    Costs ``nbytes + alignment`` bytes of address space, so that a part of it can be returned; the
+    pages that are never written cost no memory. It is an ordinary tensor, also when it is made
+    under ``torch.inference_mode``.
+
+    Returns:
+        ``(nbytes,)`` uint8 on the CPU.
+    """
+    with torch.inference_mode(mode=False):
+        memory = torch.empty(nbytes + alignment, dtype=torch.uint8, device="cpu")
+        start = -memory.data_ptr() % alignment
+        return memory[start : start + nbytes]
+
+
+@final
+class Reader:
+    """Reads parts of files into host memory; each file is opened once, and stays open.
+
+    Any number of threads may read at once. With `direct`, the system's page cache is passed by
+    (``O_DIRECT``): that costs a third of the CPU time or less, and takes no memory from others, but
+    each read waits for the disk. It is for files that are larger than the free memory. Costs one
+    window of 8 MiB for each thread that reads directly from, or to, addresses that are not aligned.
+
+    Args:
+        direct: whether to pass the page cache by. Where a file system refuses, and where the
+            system has no ``O_DIRECT``, the file is read as usual: `is_direct` tells.
+        immutable: whether a file must stay as it was when it was opened; not for a `ScratchFile`,
+            to which units are appended meanwhile.
+    """
+
+    def __init__(self, *, direct: bool = False, immutable: bool = True) -> None:
+        self._direct, self._immutable = direct, immutable
+        self._files: dict[Path, _File] | None = {}
+        self._lock = threading.Lock()
+        self._windows = threading.local()
+
+    def read(self, extent: Extent, out: Tensor, should_stop: _ShouldStop = None) -> None:
+        """Fill `out` with the bytes of an extent.
+
+        A direct read has no detour where ``out.data_ptr() - extent.offset`` is a multiple of
+        `ALIGNMENT`; elsewhere the bytes are copied once more, out of a window.
+
+        Args:
+            extent: what to read.
+            out: ``(extent.nbytes,)`` uint8, contiguous, on the CPU; overwritten. After an error it
+                holds anything.
+            should_stop: asked before each chunk of at most 16 MiB.
+
+        Raises:
+            CancelledError: `should_stop` said so.
+            FormatError: the file cannot be read, ends before the extent does, or has another size
+                or date than when it was opened.
+            ConfigError: `out` is not such a tensor.
+        """
+        if out.dtype != torch.uint8 or out.nbytes != extent.nbytes:
+            raise ConfigError(
+                f"out: expected {extent.nbytes} values of uint8, got {out.numel()} of {out.dtype}"
+            )
+        what = f"{extent.nbytes} bytes at offset {extent.offset} of {extent.path}"
+        try:
+            file = self._file(extent.path)
+            got = self._fill(file, out, extent.offset, should_stop)
+            if got < extent.nbytes:
+                raise FormatError(f"expected {what}, got {got}: it was truncated, or is another")
+            if self._immutable and file.stamp() != file.first_stamp:
+                raise FormatError(f"{extent.path} was changed since it was opened: load it again")
+        except OSError as error:
+            raise FormatError(f"cannot read {what}: {error}") from error
+
+    def is_direct(self, path: Path) -> bool:
+        """Return whether a file is read past the page cache; certain after the first read."""
+        return self._file(path).is_direct
+
+    def close(self) -> None:
+        """Close all files, each when the last read that is under way has ended."""
+        with self._lock:
+            self._files = None
+            self._windows = threading.local()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _file(self, path: Path) -> _File:
+        with self._lock:
+            if self._files is None:
+                raise LowbitsError(f"cannot read {path}: the reader was closed")
+            if path not in self._files:
+                self._files[path] = _File(path, direct=self._direct)
+            return self._files[path]
+
+    def _fill(self, file: _File, out: Tensor, offset: int, should_stop: _ShouldStop) -> int:
+        """Return how many bytes there were: fewer than asked for only at the file's end."""
+        view, address, done = bytes_of(out), out.data_ptr(), 0
+        while done < len(view):
+            if should_stop is not None and should_stop():
+                raise CancelledError(f"a read of {file.path} was cancelled")
+            got = self._read_some(file, view[done:], address + done, offset + done)
+            if not got:
+                break
+            done += got
+        return done
+
+    def _read_some(self, file: _File, view: memoryview, address: int, offset: int) -> int:
+        """Read the largest piece that can be had in one way; 0 at the file's end."""
+        if not file.is_direct:
+            return file.read_at(view[:_CHUNK_BYTES], offset)
+        if address % ALIGNMENT != offset % ALIGNMENT:
+            return self._read_window(file, address, len(view), offset)
+        whole_blocks = len(view) // ALIGNMENT * ALIGNMENT
+        to_next_block = -offset % ALIGNMENT
+        if to_next_block or not whole_blocks:
+            nbytes = min(to_next_block or len(view), len(view))
+            return self._read_window(file, address, nbytes, offset)
+        return file.read_at(view[: min(_CHUNK_BYTES, whole_blocks)], offset)
+
+    def _read_window(self, file: _File, address: int, nbytes: int, offset: int) -> int:
+        """Read whole blocks aside, and copy what was asked for."""
+        if "window" not in self._windows.__dict__:
+            self._windows.window = aligned_empty(_WINDOW_BYTES)
+        window: Tensor = self._windows.window
+        skipped = offset % ALIGNMENT
+        wanted = min(_WINDOW_BYTES, _rounded_up(skipped + nbytes))
+        got = file.read_at(bytes_of(window)[:wanted], offset - skipped)
+        copied = max(0, min(nbytes, got - skipped))
+        # Not a slice assignment: this one lets other threads run meanwhile.
+        ctypes.memmove(address, window.data_ptr() + skipped, copied)
+        return copied
+
+
+@final
+class _File:
+    """One open file. It is closed with the last reference to it.
+
+    So no read that is under way can lose its descriptor, whose number another file may get.
+    """
+
+    def __init__(self, path: Path, *, direct: bool) -> None:
+        self.path = path
+        self._raw, self.is_direct = _open(path, direct=direct)
+        weakref.finalize(self, self._raw.close)
+        self._lock = threading.Lock()
+        self.first_stamp = self.stamp()
+        if not self.is_direct:
+            self._expect_sequential_reads()
+
+    def read_at(self, view: memoryview, offset: int) -> int:
+        """Read into `view` what one call of the system gives; 0 at the file's end."""
+        if not hasattr(os, "preadv"):
+            with self._lock:
+                self._raw.seek(offset)
+                return self._raw.readinto(view)
+        was_direct = self.is_direct
+        try:
+            return os.preadv(self._raw.fileno(), [view], offset)
+        except OSError as error:
+            if error.errno != errno.EINVAL or not was_direct:
+                raise
+        self._leave_direct()
+        return os.preadv(self._raw.fileno(), [view], offset)
+
+    def stamp(self) -> tuple[int, int]:
+        """Return what a write changes: the size, and the time of the last one in nanoseconds."""
+        status = os.fstat(self._raw.fileno())
+        return status.st_size, status.st_mtime_ns
+
+    def _leave_direct(self) -> None:
+        """Read through the page cache from now on: some file systems refuse at the first read."""
+        import fcntl
+
+        descriptor = self._raw.fileno()
+        flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
+        fcntl.fcntl(descriptor, fcntl.F_SETFL, flags & ~os.O_DIRECT)
+        # After the flag: a thread that sees False must not meet a refusal any more.
+        self.is_direct = False
+        self._expect_sequential_reads()
+
+    def _expect_sequential_reads(self) -> None:
+        # Linux reads twice as far ahead then.
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._raw.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
+
+
+def _open(path: Path, *, direct: bool) -> tuple[FileIO, bool]:
+    """Return an unbuffered file, and whether it passes the page cache by."""
+    flag: int = getattr(os, "O_DIRECT", 0)
+    if direct and flag and hasattr(os, "preadv"):
+        try:
+            return FileIO(path, opener=lambda name, flags: os.open(name, flags | flag)), True
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+    return FileIO(path), False
+
+
+@final
+class ScratchFile:
+    """Tensors' bytes in a file that is gone at the end: a place for weights that have no other.
+
+    Costs `nbytes` of disk space. Removed by `close`, when the object is collected, and when the
+    interpreter exits; not by a forked child, which may exit first. What a killed process leaves is
+    a folder ``lowbits-*``. One thread at a time may append; readers read whenever they want, and
+    on Windows are closed first.
+
+    Args:
+        directory: where to put it; by default what `scratch_directory` returns.
+
+    Raises:
+        ConfigError: no file can be made there.
+    """
+
+    def __init__(self, directory: str | Path | None = None) -> None:
+        parent = scratch_directory() if directory is None else Path(directory)
+        try:
+            folder = Path(tempfile.mkdtemp(prefix="lowbits-", dir=parent))
+            self.path = folder / "units"
+            self._raw = FileIO(self.path, "x")
+        except OSError as error:
+            raise ConfigError(f"cannot make a file in {parent}: {error}; set TMPDIR") from error
+        self.nbytes = 0
+        self._remove = weakref.finalize(self, _remove_scratch, self._raw, self.path, os.getpid())
+
+    def append(self, parts: Iterable[tuple[int, Tensor]], nbytes: int) -> Extent:
+        """Write one unit, from the next multiple of `ALIGNMENT` on, without a copy of the data.
+
+        Args:
+            parts: for each tensor its offset in the unit; contiguous, on the CPU, of any dtype.
+                What lies between them reads as zeros, and so does the file up to the next multiple
+                of `ALIGNMENT` after the unit, so that whole blocks can be read.
+            nbytes: size of the unit.
+
+        Raises:
+            InsufficientMemoryError: the disk has too little space, or refused a write. The file is
+                as it was before the call.
+            ConfigError: a part is not such a tensor, or does not lie in the unit.
+        """
+        if not self._remove.alive:
+            raise LowbitsError(f"cannot write to {self.path}: it was closed")
+        end = self.nbytes + _rounded_up(nbytes)
+        require_space(self.path.parent, end - self.nbytes)
+        try:
+            for offset, tensor in parts:
+                self._write(tensor, offset, nbytes)
+            self._raw.truncate(end)
+        except BaseException as error:
+            self._raw.truncate(self.nbytes)
+            if isinstance(error, OSError):
+                raise InsufficientMemoryError(
+                    f"cannot write {nbytes} bytes to {self.path}: {error}; set TMPDIR to a folder "
+                    "on a larger disk"
+                ) from error
+            raise
+        extent = Extent(self.path, self.nbytes, nbytes)
+        self.nbytes = end
+        return extent
+
+    def close(self) -> None:
+        """Remove the file and its folder."""
+        self._remove()
+
+    def _write(self, tensor: Tensor, offset: int, limit: int) -> None:
+        view, done = bytes_of(tensor), 0
+        if not 0 <= offset <= limit - len(view):
+            raise ConfigError(f"{len(view)} bytes at offset {offset} exceed a unit of {limit}")
+        self._raw.seek(self.nbytes + offset)
+        while done < len(view):
+            done += self._raw.write(view[done : done + _CHUNK_BYTES])
+
+
+def _remove_scratch(raw: FileIO, path: Path, owner: int) -> None:
+    raw.close()
+    if os.getpid() != owner:
+        return
+    try:
+        path.unlink(missing_ok=True)
+        path.parent.rmdir()
+    except OSError as error:
+        _logger.warning("cannot remove %s: %s", path.parent, error)
+
+
+def scratch_directory() -> Path:
+    """Return where large temporary files go: ``TMPDIR`` if set, else a usual place on a disk.
+
+    Many systems keep ``/tmp`` in memory, where a file would take what it is to save.
+    """
+    named = os.environ.get("TMPDIR")
+    if named:
+        return Path(named)
+    usual = Path(tempfile.gettempdir())
+    for place in (usual, _DISK_TEMP):
+        if place.is_dir() and not is_in_memory(place):
+            return place
+    _logger.warning("%s is kept in memory: set TMPDIR to a folder on a disk", usual)
+    return usual
+
+
+def is_in_memory(path: Path) -> bool:
+    """Return whether Linux keeps the files of a folder in memory; elsewhere, and in doubt, False.
+
+    Source: ``/proc/mounts``, proc(5); blanks in its names are octal escapes, fstab(5).
+    """
+    if not _MOUNTS.exists():
+        return False
+    path, depth, kind = path.resolve(), 0, ""
+    for line in _MOUNTS.read_text(errors="surrogateescape").splitlines():
+        escaped, file_system = line.split(" ")[1:3]
+        point = Path(re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), escaped))
+        # The last of several at one point hides the others.
+        if path.is_relative_to(point) and len(point.parts) >= depth:
+            depth, kind = len(point.parts), file_system
+    return kind in _MEMORY_FILE_SYSTEMS
+
+
+def require_space(directory: Path, nbytes: int) -> None:
+    """Raise `InsufficientMemoryError` where a disk has less free space than `nbytes`."""
+    free = shutil.disk_usage(directory).free
+    if free < nbytes:
+        raise InsufficientMemoryError(
+            f"{directory} has {free / 2**30:.2f} GiB of free space, and {nbytes / 2**30:.2f} GiB "
+            "are needed: set TMPDIR to a folder on a larger disk"
+        )
+
+
+@final
+class PinnedSlab:
+    """Page-locked host memory: an accelerator copies it while the program goes on.
+
+    Costs host memory that cannot be swapped out, until `release`, or until the slab is collected.
+    Whoever holds the slab waits for copies first: memory that is no longer locked must not be in
+    use by one. Views of the tensor stay valid as ordinary memory.
+
+    Attributes:
+        tensor: uint8 on the CPU, uninitialised; gone after `release`.
+    """
+
+    def __init__(self, tensor: Tensor, unlock: Callable[[], None] | None = None) -> None:
+        self.tensor = tensor
+        self._unlock = weakref.finalize(self, unlock or (lambda: None))
+        # The end of the process unlocks all, faster; the device may be shut down by then.
+        self._unlock.atexit = False
+
+    def release(self) -> None:
+        """Unlock the memory, and drop the tensor."""
+        self._unlock()
+        self.__dict__.pop("tensor", None)
+
+
+def pinned_empty(nbytes: int) -> PinnedSlab:
+    """Return page-locked host memory, uninitialised.
+
+    With CUDA and ROCm, once the device is initialised, it costs `nbytes` rounded up to a page.
+    Elsewhere, and where registering fails, torch's allocator makes it: that rounds up to a power
+    of two, and keeps the memory for the next request.
+
+    Raises:
+        InsufficientMemoryError: nothing here can lock memory, or not that much.
+    """
+    try:
+        slab = _registered(nbytes) if nbytes and _cuda.is_initialized() else None
+        with torch.inference_mode(mode=False):
+            return slab or PinnedSlab(
+                torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=True)
+            )
+    except (OSError, RuntimeError) as error:
+        raise InsufficientMemoryError(
+            f"cannot lock {nbytes / 2**30:.2f} GiB of host memory: {error}"
+        ) from error
+
+
+def _registered(nbytes: int) -> PinnedSlab | None:
+    """Lock memory of this size, or return None."""
+    # Shared, as mmap's default is: of a private page that the program writes to after a fork it
+    # gets a copy, and the device goes on with the other.
+    memory = mmap.mmap(-1, nbytes)
+    with torch.inference_mode(mode=False):
+        tensor = torch.frombuffer(memory, dtype=torch.uint8)
+    address = tensor.data_ptr()
+    if not _succeeds("cudaHostRegister", address, nbytes, 0):
+        return None
+    # The mapping goes along: locked memory must not be unmapped.
+    return PinnedSlab(tensor, partial(_unregister, address, memory))
+
+
+def _unregister(address: int, _mapping: mmap.mmap) -> None:
+    # Not in a forked child, which has neither the device nor the lock.
+    if _cuda.is_initialized():
+        _succeeds("cudaHostUnregister", address)
+
+
+def _succeeds(name: str, *args: int) -> bool:
+    """Call the CUDA (or HIP) runtime; a failure is logged."""
+    code = int(getattr(_cuda.cudart(), name)(*args))
+    if code:
+        _logger.warning("%s failed with error %d", name, code)
+        _forget_device_error()
+    return not code
+
+
+def _forget_device_error() -> None:
+    """Let one kernel fail: the runtime reports its last error to the next launch, whatever it is.
+
+    Torch has no binding of ``cudaGetLastError``, which its own check after a launch calls.
+    """
+    try:
+        torch.zeros(1, device="cuda")
+    except RuntimeError as error:
+        _logger.debug("reported, as expected: %s", error)
+
+
+def drop_cached_pages(path: Path) -> bool:
+    """Make the next read of a file come from the disk; return False where nothing can do that.
+
+    For measurements. Pages that a process has mapped stay in memory.
+    """
+    if not hasattr(os, "posix_fadvise"):
+        return False
+    with path.open("rb") as file:
+        # Only what is on the disk already can be dropped.
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    return True
+
+
+def file_is_larger_than_memory(nbytes: int) -> bool:
+    """Return whether a file of this size would not stay in the free memory; unknown: False."""
+    free = available_host_bytes()
+    return free is not None and nbytes > free
+
+
+def _rounded_up(nbytes: int) -> int:
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
