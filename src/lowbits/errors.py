@@ -13,7 +13,8 @@
     |   |- NotPatchedError
     |   |- NonFiniteWeightError (ValueError)
     |   `- SourceUnavailableError             full-precision weights cannot be had again
-    |- InsufficientMemoryError (MemoryError)
+    |- StreamError (RuntimeError)             a streamed unit cannot go on: .unit and .state
+    |- InsufficientMemoryError (MemoryError)  .needed_bytes, .available_bytes, .device
     |- CancelledError
     `- FormatError (ValueError)               bytes that are not what they claim to be
 
@@ -93,8 +94,51 @@ class SourceUnavailableError(PatchError):
     """The full-precision weights of a packed layer cannot be had again."""
 
 
+class StreamError(LowbitsError, RuntimeError):
+    """A streamed unit, or the streamer, is in a state that does not allow what was asked."""
+
+    def __init__(self, message: str, unit: str = "", state: str = "") -> None:
+        super().__init__(message, unit, state)
+
+    @property
+    def unit(self) -> str:
+        """The unit that it is about; empty where it is about the streamer."""
+        return str(self.args[1])
+
+    @property
+    def state(self) -> str:
+        """The state that the unit, or the streamer, was in; empty where none is to be told."""
+        return str(self.args[2])
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
 class InsufficientMemoryError(LowbitsError, MemoryError):
     """An operation that would not fit, refused before it began."""
+
+    def __init__(
+        self, message: str, needed_bytes: int = 0, available_bytes: int = 0, device: str = ""
+    ) -> None:
+        super().__init__(message, needed_bytes, available_bytes, device)
+
+    @property
+    def needed_bytes(self) -> int:
+        """What it would take at least; 0 where that is not known."""
+        return int(self.args[1])
+
+    @property
+    def available_bytes(self) -> int:
+        """What there is, or may be used."""
+        return int(self.args[2])
+
+    @property
+    def device(self) -> str:
+        """Whose memory it is; empty where that is not known."""
+        return str(self.args[3])
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 class CancelledError(LowbitsError):
