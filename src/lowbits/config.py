@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -12,6 +13,8 @@ from lowbits.progress import CancelToken, ProgressCallback
 
 if TYPE_CHECKING:
     import torch  # not at run time: a command line's help needs the texts and not torch
+
+_SIZE: Final = re.compile(r"(\d+(?:\.\d+)?)\s*(?:([kKMGT])(i?))?B?")
 
 _FP16_LORA: Final = " (fp16 LoRA)"
 
@@ -68,6 +71,30 @@ class LowbitsConfig:
             raise ConfigError(f"skip: got the string {self.skip!r}, expected a sequence of globs")
         if self.compute_dtype is not None and not self.compute_dtype.is_floating_point:
             raise ConfigError(f"compute_dtype: got {self.compute_dtype}, expected a floating dtype")
+
+
+def parse_size(value: int | str, option: str) -> int:
+    """Return a size in bytes: ``6_000_000_000``, ``"6GB"`` (1e9), ``"6GiB"`` (2**30), ``"512 MB"``.
+
+    Args:
+        value: of the option.
+        option: its name, for the message.
+
+    Raises:
+        ConfigError: not a size.
+
+    Example:
+        >>> parse_size("1.5KiB", "budget")
+        1536
+    """
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        return value
+    match = _SIZE.fullmatch(value.strip()) if isinstance(value, str) else None
+    if match is None:
+        raise ConfigError(f"{option}: got {value!r}, expected bytes or a size as '6GB' or '512MiB'")
+    number, prefix, binary = match.groups()
+    power = "KMGT".index(prefix.upper()) + 1 if prefix else 0
+    return int(float(number) * (1024 if binary else 1000) ** power)
 
 
 def scheme_name(value: str) -> str:

@@ -182,8 +182,9 @@ def test_without_prefetch_one_slot_is_enough() -> None:
         assert plan.predicted_s == plan.compute_s + plan.transfer_s == 26.0
 
 
-def test_slots_are_added_while_they_are_worth_it() -> None:
-    assert plan_of([1] * 30, 6, bandwidth=1.0).depth == 2
+def test_other_depths_than_three_have_to_be_worth_it() -> None:
+    assert plan_of([1] * 30, 6, bandwidth=1.0).depth == 3
+    assert plan_of([1] * 30, 2, bandwidth=1.0).depth == 2
     # Copies slower than their units in the first half, faster in the second: the more slots, the
     # longer the lead.
     compute = [1.0] * 19 + [1.5] * 19

@@ -6,6 +6,7 @@ exact function that does not keep the dequantized weight; else the fastest that 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -151,14 +152,18 @@ class _FrozenLinear(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, bias: Tensor | None, packed: Packed, backend: QuantBackend
     ) -> Tensor:
-        ctx.packed, ctx.backend = packed, backend
+        # Saved one by one: a streamer takes saved tensors away, and reads them again for backward.
+        ctx.save_for_backward(*packed.tensors.values())
+        ctx.names, ctx.empty, ctx.backend = [*packed.tensors], replace(packed, tensors={}), backend
         return _linear_eager(x, packed, bias, backend)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         grad_x = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad_x = grad @ ctx.backend.unpack(ctx.packed, grad.dtype)
+            tensors = dict(zip(ctx.names, ctx.saved_tensors, strict=True))
+            packed = replace(ctx.empty, tensors=tensors)
+            grad_x = grad @ ctx.backend.unpack(packed, grad.dtype)
         if ctx.needs_input_grad[1]:
             grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
         return grad_x, grad_bias, None, None

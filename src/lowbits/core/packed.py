@@ -30,7 +30,7 @@ from lowbits.core.proxy import WeightProxy
 from lowbits.errors import FormatError, PatchError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
 LAYOUT_VERSION: Final = 1
 
@@ -189,14 +189,25 @@ def packed_weight(layer: PackedLayer, name: str = "weight") -> Packed:
     Raises:
         FormatError: something cast the stored integers, so that the weight is lost.
     """
-    layout, parameters = layer.lowbits_layouts[name], layer._parameters
-    tensors = {}
-    for field in layout.fields:
-        tensor = cast("Tensor", parameters[field.parameter])
+    layout = layer.lowbits_layouts[name]
+    return _reinterpreted(layout, _stored_tensors(layer, layout))
+
+
+def _stored_tensors(layer: PackedLayer, layout: Layout) -> list[Tensor]:
+    tensors = [cast("Tensor", layer._parameters[field.parameter]) for field in layout.fields]
+    for field, tensor in zip(layout.fields, tensors, strict=True):
         if tensor.dtype != field.storage_dtype:
             raise FormatError(_cast_message(layout, field, tensor))
-        tensors[field.name] = tensor if tensor.dtype == field.dtype else tensor.view(field.dtype)
-    return Packed(layout.scheme, layout.rows, tensors, layout.row_sliceable)
+    return tensors
+
+
+def _reinterpreted(layout: Layout, tensors: Sequence[Tensor]) -> Packed:
+    """Return stored tensors in the dtypes that their values have."""
+    values = {
+        field.name: tensor if tensor.dtype == field.dtype else tensor.view(field.dtype)
+        for field, tensor in zip(layout.fields, tensors, strict=True)
+    }
+    return Packed(layout.scheme, layout.rows, values, layout.row_sliceable)
 
 
 def dequantized(
@@ -214,8 +225,12 @@ def read_weight(layer: PackedLayer, name: str = "weight") -> Tensor:
         # A compiler cannot look into the proxy; it drops what is not used.
         return dequantized(layer, name)
     layout = layer.lowbits_layouts[name]
-    packed = packed_weight(layer, name)
-    return WeightProxy(packed, layout.backend, layout.shape, _marker(layer, name))
+    tensors = _stored_tensors(layer, layout)
+
+    def read() -> Packed:
+        return _reinterpreted(layout, tensors)
+
+    return WeightProxy(read, layout.scheme, layout.backend, layout.shape, _marker(layer, name))
 
 
 def stored_bytes(layer: PackedLayer, name: str = "weight") -> int:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from lowbits.core.backend import Packed, QuantBackend
 
 #: Attributes and methods that the wrapper's own metadata answers.
-_METADATA: Final = frozenset(
+METADATA: Final = frozenset(
     """
     shape dtype device layout ndim requires_grad is_leaf is_cuda is_cpu is_xpu is_mps
     is_meta is_sparse is_quantized is_nested is_mkldnn grad grad_fn names nbytes itemsize
@@ -42,23 +42,34 @@ class WeightProxy(torch.Tensor):
 
     _is_param = True  # isinstance(proxy, nn.Parameter), as the weight it stands for
 
-    _packed: Packed
+    _read: Callable[[], Packed]
+    _scheme: str
     _backend: QuantBackend
     _guard: weakref.ref[WeightProxy]
 
     @staticmethod
     def __new__(
         cls: type[WeightProxy],
-        packed: Packed,
+        read: Callable[[], Packed],
+        scheme: str,
         backend: QuantBackend,
         shape: torch.Size,
         marker: torch.Tensor,
     ) -> WeightProxy:
-        """Make a proxy of this shape, with the marker's dtype and device."""
+        """Make a proxy of this shape, with the marker's dtype and device.
+
+        Args:
+            cls: this class.
+            read: gives what is stored; called when values are needed, for it may be elsewhere.
+            scheme: name of the scheme that it is stored in.
+            backend: the scheme's codec.
+            shape: of the weight.
+            marker: a tensor of the proxy's dtype and device.
+        """
         proxy: WeightProxy = torch.Tensor._make_wrapper_subclass(
             cls, shape, dtype=marker.dtype, device=marker.device, requires_grad=False
         )
-        proxy._packed, proxy._backend = packed, backend
+        proxy._read, proxy._scheme, proxy._backend = read, scheme, backend
         # torch.utils.swap_tensors asks no override, but refuses what is weakly referenced.
         proxy._guard = weakref.ref(proxy)
         return proxy
@@ -70,14 +81,12 @@ class WeightProxy(torch.Tensor):
         """Return the weight as an ordinary tensor; a copy."""
         with torch._C.DisableTorchFunctionSubclass():
             shape, dtype = self.shape, self.dtype
-        return self._backend.unpack(self._packed, dtype).view(shape)
+        return self._backend.unpack(self._read(), dtype).view(shape)
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override] # torch names one option
         with torch._C.DisableTorchFunctionSubclass():
             shape, dtype, device = tuple(self.shape), self.dtype, self.device
-        return (
-            f"WeightProxy({self._packed.scheme}, shape={shape}, dtype={dtype}, device='{device}')"
-        )
+        return f"WeightProxy({self._scheme}, shape={shape}, dtype={dtype}, device='{device}')"
 
     @classmethod
     def __torch_function__(
@@ -88,9 +97,9 @@ class WeightProxy(torch.Tensor):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         """Answer metadata, refuse writes, dequantize for the rest."""
-        name, is_write = _describe(func)
+        name, is_write = describe_call(func)
         kwargs = dict(kwargs or {})
-        written = _written(args, kwargs) if is_write else kwargs.get("out")
+        written = written_argument(args, kwargs) if is_write else kwargs.get("out")
         proxy = _find(written)
         if proxy is not None:
             raise PatchError(_refusal(name, proxy))
@@ -101,7 +110,7 @@ class WeightProxy(torch.Tensor):
                 return args[0]
             if name == "__repr__":
                 return repr(args[0])
-            if name in _METADATA and not (name == "type" and len(args) > 1):
+            if name in METADATA and not (name == "type" and len(args) > 1):
                 with torch._C.DisableTorchFunctionSubclass():
                     return func(*args, **kwargs)
         dense = {id(p): p.dequantized() for p in tree_leaves((args, kwargs)) if type(p) is cls}
@@ -127,9 +136,9 @@ class _ReadOnlyView(torch.Tensor):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        name, is_write = _describe(func)
+        name, is_write = describe_call(func)
         kwargs = dict(kwargs or {})
-        written = _written(args, kwargs) if is_write else kwargs.get("out")
+        written = written_argument(args, kwargs) if is_write else kwargs.get("out")
         if any(isinstance(leaf, cls) for leaf in tree_leaves(written)):
             raise PatchError(_refusal(name, None))
         views = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, cls)]
@@ -153,7 +162,7 @@ def _read_only(result: Any, copies: Iterable[torch.Tensor]) -> Any:
         return tree_map(guard, result)
 
 
-def _written(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+def written_argument(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """Return what a writing function writes into: its first argument, by position or by name."""
     return args[0] if args else next(iter(kwargs.values()), None)
 
@@ -162,8 +171,11 @@ def _find(written: Any) -> WeightProxy | None:
     return next((leaf for leaf in tree_leaves(written) if isinstance(leaf, WeightProxy)), None)
 
 
-def _describe(func: Callable[..., Any]) -> tuple[str, bool]:
-    """Return the name of the attribute or function that is asked for, and whether it writes."""
+def describe_call(func: Callable[..., Any]) -> tuple[str, bool]:
+    """Return the name of the attribute or function asked for by a `__torch_function__`.
+
+    Also whether it writes into its first argument.
+    """
     name = getattr(func, "__name__", "")
     if name in ("__get__", "__set__", "__delete__"):
         return getattr(getattr(func, "__self__", None), "__name__", name), name != "__get__"
@@ -173,9 +185,7 @@ def _describe(func: Callable[..., Any]) -> tuple[str, bool]:
 
 
 def _refusal(name: str, proxy: WeightProxy | None) -> str:
-    stored = (
-        f"a weight stored as {proxy._packed.scheme}" if proxy is not None else "a packed weight"
-    )
+    stored = f"a weight stored as {proxy._scheme}" if proxy is not None else "a packed weight"
     return (
         f"cannot apply {name!r} to {stored}: it is read only. To change the weight, call "
         "lowbits.restore(target) first; for a copy of its values, weight.clone()"

@@ -1,0 +1,82 @@
+"""Standing between a module and whoever calls it, until told to go.
+
+Forward hooks would run inside what ``module.compile()`` compiles, and break its graph. A subclass
+with a ``__call__`` of its own stays outside, whichever comes first.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from functools import cache
+from typing import TYPE_CHECKING, Any, Final, cast
+
+from torch import nn
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+_KEY: Final = "_lowbits_interceptor"
+
+
+class Interceptor(ABC):
+    """Runs a module's calls, and its conversions (``.to()``, ``.half()``)."""
+
+    @abstractmethod
+    def call(
+        self, forward: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> Any:
+        """Return ``forward(*args, **kwargs)``."""
+
+    @abstractmethod
+    def convert(self, function: Callable[..., Any]) -> None:
+        """Convert the module's tensors by a function of torch's, as ``.to()`` and others do."""
+
+
+class Intercepted(nn.Module):
+    """A mix-in in front of a module's own class; copies and pickles do not have it."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Let the interceptor run the call."""
+        interceptor = self.__dict__.get(_KEY)
+        if interceptor is None:
+            return super().__call__(*args, **kwargs)
+        return interceptor.call(super().__call__, args, kwargs)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:  # noqa: FBT001, FBT002 - torch's signature
+        interceptor = self.__dict__.get(_KEY)
+        if interceptor is None:
+            return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        interceptor.convert(fn)
+        return self
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        made: Any = super().__reduce_ex__(protocol)
+        function, arguments, state = made[:3]
+        base = type(self).__mro__[2]
+        arguments = tuple(base if value is type(self) else value for value in arguments)
+        state = {key: value for key, value in state.items() if key != _KEY}
+        return (function, arguments, state, *made[3:])
+
+
+def intercept(module: nn.Module, interceptor: Interceptor) -> None:
+    """Let an interceptor run a module's calls from now on; it keeps its class's name."""
+    module.__dict__[_KEY] = interceptor
+    module.__class__ = _intercepted(cast("Any", type(module)))
+
+
+def release(module: nn.Module) -> None:
+    """Undo `intercept`."""
+    module.__class__ = type(module).__mro__[2]
+    del module.__dict__[_KEY]
+
+
+def interceptor_of(module: nn.Module) -> Interceptor | None:
+    """Return what runs a module's calls, if anything does."""
+    found: Interceptor | None = module.__dict__.get(_KEY)
+    return found
+
+
+@cache
+def _intercepted(base: type[nn.Module]) -> type[nn.Module]:
+    """Return the same class each time, for compilers."""
+    return type(base.__name__, (Intercepted, base), {"__module__": base.__module__})

@@ -1,0 +1,115 @@
+"""Who may use the device's weight budget now: the models of one pipeline take turns.
+
+[Note: one forward at a time]
+All models of an arbiter share one lock, which is held for the whole of a model's forward: buffers
+belong to one forward, and a second thread waits for its turn. Order of locks: the arbiter's, then a
+transfer's queue; a transfer's thread never takes the arbiter's.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from typing import TYPE_CHECKING, Final, final
+
+from lowbits.streaming.stage import Stage
+
+if TYPE_CHECKING:
+    from lowbits.streaming.component import Component
+    from lowbits.streaming.device_ops import DeviceOps
+
+#: Turns that are looked at for models that alternate: twice each.
+_TURNS: Final = 4
+#: Forwards in a turn, at most, of models that alternate within a step: guidance makes two.
+_SHORT_TURN: Final = 2
+
+
+@final
+class Arbiter:
+    """The weight budget of one device, and the stages that take turns in it.
+
+    Whoever is called has the whole budget: the others give way, unless all fit together. Two that
+    alternate step by step become one stage, and share one ring.
+
+    Attributes:
+        budget_bytes: what all weights on the device may take, at any time.
+        ops: of the device.
+        method: ``"queue"``, ``"async"`` or ``"auto"``.
+        depth: slots of a ring; None: what the simulator finds best.
+    """
+
+    def __init__(
+        self, ops: DeviceOps, budget_bytes: int, *, method: str, depth: int | None
+    ) -> None:
+        """Prepare; the device is not touched."""
+        self.lock = threading.RLock()
+        self.budget_bytes, self.ops, self.method, self.depth = budget_bytes, ops, method, depth
+        self._stages: dict[int, Stage] = {}
+        self._turns: deque[tuple[Stage, int]] = deque(maxlen=_TURNS)
+
+    @property
+    def is_ahead(self) -> bool:
+        """Whether units are copied ahead of their use."""
+        return self.method != "queue"
+
+    def add(self, component: Component) -> None:
+        """Let a component take part; it is attached."""
+        self._stages[id(component)] = Stage([component], self.ops, self.method, self.depth)
+
+    def remove(self, component: Component) -> None:
+        """Take a component off the device for good; others of its stage stay as they are."""
+        stage = self._stages.pop(id(component))
+        stage.close()
+        rest = [other for other in stage.components if other is not component]
+        for other in rest:
+            self.add(other)
+
+    def stage_of(self, component: Component) -> Stage:
+        """Return the stage that a component belongs to."""
+        return self._stages[id(component)]
+
+    def enter(self, component: Component) -> Stage:
+        """Bring a component's stage to the device, and return it; others may give way.
+
+        Raises:
+            InsufficientMemoryError: the budget is too small for it.
+        """
+        stage = self.stage_of(component)
+        if stage.plan is None:
+            stage = self._join(stage)
+            active = [other for other in self.stages() if other.plan is not None]
+            if stage.nbytes + sum(other.device_bytes for other in active) > self.budget_bytes:
+                for other in active:
+                    other.park()
+                active = []
+            taken = sum(other.device_bytes for other in active)
+            stage.activate(self.budget_bytes - taken)
+        return stage
+
+    def shrink(self, stage: Stage) -> None:
+        """Make a stage take less of the device from now on, and give cached memory back."""
+        stage.shrink()
+        self.ops.release_cached()
+
+    def stages(self) -> list[Stage]:
+        """Return the stages, each once."""
+        return list({id(stage): stage for stage in self._stages.values()}.values())
+
+    def _join(self, stage: Stage) -> Stage:
+        """Note whose turn it is; make one stage of two whose turns are short and alternate."""
+        self._turns.append((stage, stage.timing.passes))
+        if len(self._turns) < _TURNS:
+            return stage
+        (a, a_passes), (b, b_passes), (a_again, a_now), (b_again, b_now) = self._turns
+        if a is not a_again or b is not b_again or a is b:
+            return stage
+        joined = Stage([*a.components, *b.components], self.ops, self.method, self.depth)
+        is_short = max(a_now - a_passes, b_now - b_passes) <= _SHORT_TURN
+        if not is_short or joined.minimum_bytes > self.budget_bytes:
+            return stage
+        for old in (a, b):
+            old.close()
+        for component in joined.components:
+            self._stages[id(component)] = joined
+        self._turns.clear()
+        return joined

@@ -1,0 +1,232 @@
+"""One model whose weights are streamed: its units, its base, and what came to it later."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, final
+
+import torch
+from torch import nn
+
+from lowbits.streaming.layout import Holder, ModelLayout, held_tensors, relaid
+from lowbits.streaming.stored import Stored
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import Tensor
+
+    from lowbits.streaming.tiers import Tier
+
+
+@final
+class Component:
+    """A model that is streamed.
+
+    Attributes:
+        root: the model.
+        name: of the model in a pipeline, for messages; may be empty.
+        tier: where its masters are.
+        units: in the order in which they are registered.
+        base: what no unit holds.
+    """
+
+    def __init__(
+        self, name: str, root: nn.Module, layout: ModelLayout, tier: Tier, device: torch.device
+    ) -> None:
+        """Prepare; nothing is changed before `attach`."""
+        self.name, self.root, self.tier = name, root, tier
+        self.units: list[Stored] = []
+        self.base: Stored
+        self._device, self._layout = device, layout
+        self._loose = [_Loose(holder, tensor) for holder, tensor in layout.loose]
+        self._extras: list[_Loose] = []
+        self._tree = _Tree(root)
+
+    @property
+    def entries(self) -> tuple[Stored, ...]:
+        """The units, then the base."""
+        return (*self.units, self.base)
+
+    @property
+    def loose_bytes(self) -> int:
+        """Bytes on the device that are neither a unit's nor the base's."""
+        tensors = [loose.held() for loose in (*self._loose, *self._extras)]
+        return sum({id(t): t.nbytes for t in tensors if t is not None}.values())
+
+    def attach(self) -> None:
+        """Move all bytes into masters, and let modules hold stand-ins.
+
+        Whatever is raised, the model is as it was. Needs one unit's bytes on top of the masters'.
+        """
+        done: list[Stored] = []
+        try:
+            for unit in (*self._layout.units, self._layout.base):
+                done.append(Stored(unit, self.tier.store(unit), self._device))
+                done[-1].let_go()
+            for loose in self._loose:
+                loose.move(self._device)
+        except BaseException:
+            for entry in done:
+                entry.take_back()
+            for loose in self._loose:
+                loose.give_back()
+            raise
+        self.units, self.base = done[:-1], done[-1]
+        for entry in self.entries:
+            entry.hide()
+
+    def detach(self) -> None:
+        """Give every original its bytes back, bit for bit, and modules their originals.
+
+        Raises:
+            FormatError: a file cannot be read any more; the model is streamed still.
+        """
+        done: list[Stored] = []
+        try:
+            for entry in self.entries:
+                done.append(entry)
+                entry.take_back()
+        except BaseException:
+            for entry in done:
+                entry.let_go()
+            raise
+        for entry in self.entries:
+            entry.reveal()
+        for loose in self._loose:
+            loose.give_back()
+        homes = [place.device for entry in self.entries for place in entry.unit.places]
+        for extra in self._extras if homes else ():
+            extra.move(homes[0])
+
+    def notice_new(self) -> bool:
+        """Move what was added to the model since the last look; return whether anything was.
+
+        A LoRA's factors stay on the device: they are small, and an optimizer may hold them.
+        """
+        if not self._tree.has_changed():
+            return False
+        known = {id(h.module): set[str]() for entry in self.entries for h in _holders(entry)}
+        for entry in self.entries:
+            for holder in _holders(entry):
+                known[id(holder.module)].add(holder.name)
+        for loose in self._loose:
+            known.setdefault(id(loose.holder.module), set()).add(loose.holder.name)
+        self._extras = [
+            _Loose(holder, tensor)
+            for holder, tensor in held_tensors(self.root)
+            if holder.name not in known.get(id(holder.module), ())
+        ]
+        for extra in self._extras:
+            extra.move(self._device)
+        return True
+
+    def dtypes(self) -> set[torch.dtype]:
+        """Return the dtypes of all tensors."""
+        return {place.dtype for entry in self.entries for place in entry.unit.places} | {
+            loose.tensor.dtype for loose in (*self._loose, *self._extras)
+        }
+
+    def cast(self, dtypes: Mapping[torch.dtype, torch.dtype], module: nn.Module) -> None:
+        """Convert the tensors of a module, in their masters; units that change are laid out anew.
+
+        The device holds nothing of the component while this runs.
+
+        Args:
+            dtypes: the new dtype for each old one.
+            module: the root, or a part of it: other modules keep theirs.
+        """
+        parts = {id(part) for part in module.modules()}
+
+        def is_cast(holder: Holder, dtype: torch.dtype) -> bool:
+            return id(holder.module) in parts and dtypes.get(dtype, dtype) != dtype
+
+        for number, entry in enumerate(self.entries):
+            changed = [p for p in entry.unit.places if is_cast(p.holders[0], p.dtype)]
+            if not changed:
+                continue
+            entry.take_back()
+            for place in changed:
+                place.original.data = place.original.data.to(dtypes[place.dtype])
+            unit = relaid(entry.unit)
+            new = Stored(unit, self.tier.store(unit), self._device)
+            new.let_go()
+            new.hide()
+            if number < len(self.units):
+                self.units[number] = new
+            else:
+                self.base = new
+        for loose in (*self._loose, *self._extras):
+            if is_cast(loose.holder, loose.tensor.dtype):
+                loose.cast(dtypes[loose.tensor.dtype])
+
+
+def _holders(entry: Stored) -> list[Holder]:
+    return [holder for holder, _ in entry.unit.holders()]
+
+
+@final
+class _Loose:
+    """A tensor that is moved by itself, and stays where it is moved to."""
+
+    def __init__(self, holder: Holder, tensor: Tensor) -> None:
+        self.holder, self.tensor, self._device = holder, tensor, tensor.device
+
+    def held(self) -> Tensor | None:
+        """Return the tensor that the module has now."""
+        return self.holder.slots.get(self.holder.name)
+
+    def move(self, device: torch.device) -> None:
+        """Move it; the object stays the same where torch can do that."""
+        self._set(self.tensor.detach().to(device))
+
+    def cast(self, dtype: torch.dtype) -> None:
+        """Convert it; where it was replaced on its device, there too."""
+        held = self.held()
+        self.tensor.data = self.tensor.data.to(dtype)
+        if held is not None and held is not self.tensor:
+            self._set(held.detach().to(dtype))
+
+    def give_back(self) -> None:
+        """Move it back to where it was."""
+        if self.holder.slots.get(self.holder.name) is not self.tensor:
+            self.holder.slots[self.holder.name] = self.tensor
+        elif self.tensor.device != self._device:
+            self.tensor.data = self.tensor.data.to(self._device)
+
+    def _set(self, value: Tensor) -> None:
+        if torch._has_compatible_shallow_copy_type(self.tensor, value):
+            self.tensor.data = value
+        elif isinstance(self.tensor, nn.Parameter):
+            grad = self.tensor.requires_grad
+            self.holder.slots[self.holder.name] = nn.Parameter(value, requires_grad=grad)
+        else:
+            self.holder.slots[self.holder.name] = value
+
+
+@final
+class _Tree:
+    """Notices that modules, or tensors, were added to a model or taken away."""
+
+    def __init__(self, root: nn.Module) -> None:
+        self._root = root
+        self._look()
+
+    def _look(self) -> None:
+        self._seen = [
+            (m._modules, list(m._modules.values()), m._parameters, len(m._parameters), m._buffers,
+             len(m._buffers))
+            for m in self._root.modules()
+        ]  # fmt: skip
+
+    def has_changed(self) -> bool:
+        """Say whether the model is another one than at the last call."""
+        # Modules compare by identity, so that this is a loop in C: it runs before every pass.
+        is_same = all(
+            list(modules.values()) == children
+            and len(parameters) == n_parameters
+            and len(buffers) == n_buffers
+            for modules, children, parameters, n_parameters, buffers, n_buffers in self._seen
+        )
+        if not is_same:
+            self._look()
+        return not is_same

@@ -1,0 +1,226 @@
+"""What a streamer asks of a device: memory, copies, and the order between copies and compute.
+
+[Note: stream order]
+Copies run on one stream of their own, in the order in which they were asked for. A slot is written
+only after an event that was recorded on the compute stream behind its last use (`copy_after`), and
+read only after an event that was recorded behind the copy (`compute_after`). Buffers live as long
+as the streamer, so that no allocator has to know about the second stream.
+"""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any, ClassVar, final
+
+import torch
+
+from lowbits.core.memory import available_host_bytes
+from lowbits.streaming.host import aligned_empty
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class DeviceOps(ABC):
+    """A device as the streamer sees it.
+
+    Events are whatever `mark_computed` and `mark_copied` return; None stands for one that has
+    happened already.
+    """
+
+    #: Whether copies run beside compute on the device itself, ordered by events, so that the host
+    #: never waits for them. Where they do not, whoever calls `copy` waits until it is done.
+    has_streams: ClassVar[bool]
+    #: Whether a thread of its own may copy to the device while another one computes on it.
+    copies_in_threads: ClassVar[bool] = True
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def empty(self, nbytes: int) -> Tensor:
+        """Return a new 1-D uint8 tensor on the device, from the stream current now.
+
+        An ordinary tensor under ``torch.inference_mode`` too, which it outlives.
+        """
+        with torch.inference_mode(mode=False):
+            return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+
+    @abstractmethod
+    def copy(self, target: Tensor, source: Tensor) -> None:
+        """Copy bytes from the host to the device, behind the copies asked for before."""
+
+    @abstractmethod
+    def mark_computed(self) -> Any:
+        """Return an event behind everything that the current compute stream was given."""
+
+    @abstractmethod
+    def mark_copied(self) -> Any:
+        """Return an event behind every copy so far."""
+
+    @abstractmethod
+    def copy_after(self, event: Any) -> None:
+        """Make later copies wait for an event of `mark_computed`."""
+
+    @abstractmethod
+    def compute_after(self, event: Any) -> None:
+        """Make what the current compute stream is given from now on wait for a copy."""
+
+    @abstractmethod
+    def host_after(self, event: Any) -> None:
+        """Wait, on the host, for an event."""
+
+    @abstractmethod
+    def seconds(self, start: Any, end: Any) -> float | None:
+        """Return the seconds between two events of `mark_computed`, or of `mark_copied`.
+
+        None where they have not happened yet.
+        """
+
+    @abstractmethod
+    def free_bytes(self) -> int | None:
+        """Return the bytes of device memory that are free now; None if unknown."""
+
+    @abstractmethod
+    def release_cached(self) -> None:
+        """Give memory that an allocator keeps for later back to the device."""
+
+
+class SynchronousOps(DeviceOps):
+    """A device without streams: whoever copies waits, so that every event is a time gone by."""
+
+    has_streams = False
+
+    def seconds(self, start: float, end: float) -> float:
+        """Return the difference."""
+        return end - start
+
+    def copy(self, target: Tensor, source: Tensor) -> None:
+        """Copy, and return when it is done."""
+        target.copy_(source)
+
+    def mark_computed(self) -> float:
+        """Return the time."""
+        return time.perf_counter()
+
+    def mark_copied(self) -> float:
+        """Return the time."""
+        return time.perf_counter()
+
+    def copy_after(self, event: Any) -> None:
+        """Nothing is pending."""
+
+    def compute_after(self, event: Any) -> None:
+        """Nothing is pending."""
+
+    def host_after(self, event: Any) -> None:
+        """Nothing is pending."""
+
+
+@final
+class CpuOps(SynchronousOps):
+    """The CPU: its memory is the host's, and a thread copies, or reads, beside compute."""
+
+    def empty(self, nbytes: int) -> Tensor:
+        """Return memory that files can be read into without a detour."""
+        return aligned_empty(nbytes)
+
+    def free_bytes(self) -> int | None:
+        """Return what the machine, and the cgroup, have left."""
+        return available_host_bytes()
+
+    def release_cached(self) -> None:
+        """Nothing is cached."""
+
+
+@final
+class UnifiedOps(SynchronousOps):
+    """An accelerator without streams of its own (MPS): copies wait, in the thread that computes."""
+
+    copies_in_threads = False
+
+    def free_bytes(self) -> int | None:
+        """Return what is free: its memory is the host's."""
+        return available_host_bytes()
+
+    def release_cached(self) -> None:
+        """Give cached memory back."""
+        torch.accelerator.empty_cache()
+
+
+@final
+class AcceleratorOps(DeviceOps):
+    """A device with streams, by torch's device-agnostic interface: CUDA, ROCm, XPU.
+
+    See [Note: stream order].
+    """
+
+    has_streams = True
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        # One stream for all copies of this streamer: a second one would fight for the same link.
+        self._stream = torch.Stream(device)
+
+    def copy(self, target: Tensor, source: Tensor) -> None:
+        """Copy on the copy stream.
+
+        Source has to be page-locked to run beside compute, and stay as it is until the event of
+        the next `mark_copied`.
+        """
+        with self._stream:
+            # Without non_blocking the host would wait; `mark_copied` orders the readers instead.
+            target.copy_(source, non_blocking=True)
+
+    def mark_computed(self) -> torch.Event:
+        """Record an event on the compute stream."""
+        return self._record(torch.accelerator.current_stream(self.device))
+
+    def mark_copied(self) -> torch.Event:
+        """Record an event on the copy stream."""
+        return self._record(self._stream)
+
+    def _record(self, stream: torch.Stream) -> torch.Event:
+        event = torch.Event(self.device, enable_timing=True)
+        event.record(stream)
+        return event
+
+    def seconds(self, start: torch.Event, end: torch.Event) -> float | None:
+        """Ask the device, if it has come past both."""
+        if not (start.query() and end.query()):
+            return None
+        return start.elapsed_time(end) / 1000
+
+    def copy_after(self, event: torch.Event | None) -> None:
+        """Make the copy stream wait: without it, a slot would be overwritten in use."""
+        if event is not None:
+            self._stream.wait_event(event)
+
+    def compute_after(self, event: torch.Event | None) -> None:
+        """Make the compute stream wait: without it, a slot would be read half written."""
+        if event is not None:
+            torch.accelerator.current_stream(self.device).wait_event(event)
+
+    def host_after(self, event: torch.Event | None) -> None:
+        """Block until an event has happened: before staging memory is written again."""
+        if event is not None:
+            event.synchronize()
+
+    def free_bytes(self) -> int | None:
+        """Return the free memory of the device, and what torch's allocator keeps unused."""
+        free, _ = torch.accelerator.get_memory_info(self.device)
+        cached = torch.accelerator.memory_reserved(self.device)
+        return int(free + cached - torch.accelerator.memory_allocated(self.device))
+
+    def release_cached(self) -> None:
+        """Give cached memory back to the device."""
+        torch.accelerator.empty_cache()
+
+
+def device_ops(device: torch.device) -> DeviceOps:
+    """Return the operations of a device: the only place that chooses by its type."""
+    if device.type == "cpu":
+        return CpuOps(device)
+    if device.type == "mps":
+        return UnifiedOps(device)
+    return AcceleratorOps(device)

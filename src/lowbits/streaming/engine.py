@@ -1,0 +1,291 @@
+"""One streamed model at work: between its callers and its modules."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final, final
+
+import torch
+from torch import nn
+
+from lowbits.core.interception import Interceptor, intercept, interceptor_of, release
+from lowbits.errors import AlreadyPatchedError, PatchError, StreamError
+from lowbits.streaming.component import Component
+from lowbits.streaming.layout import UNCALLED, held_tensors, lay_out
+from lowbits.streaming.plan import UnitCost, make_plan
+from lowbits.streaming.stats import StreamStats, make_stats
+from lowbits.streaming.tiers import Tier
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from lowbits.streaming.arbiter import Arbiter
+    from lowbits.streaming.stage import Stage
+
+#: Units that should fit beside each other, where the model can be cut so.
+_DEPTH: Final = 3
+
+#: Hooks of diffusers that move or convert weights themselves.
+_FOREIGN_HOOKS: Final = ("group_offloading", "lazy_prefetch_group_offloading", "layerwise_casting")
+
+_ADVICE: Final = (
+    "lowbits: every block is streamed already, or the pass cannot be run again (gradients, "
+    "training mode, a cache hook). Use a smaller budget (gpu_weights=), a smaller picture or "
+    "batch, or VAE tiling"
+)
+
+_WHOLE_COMPILE: Final = (
+    "the blocks of a model that lowbits streams are compiled one by one, not the whole: "
+    "model.compile_repeated_blocks(fullgraph=True), or block.compile(fullgraph=True) for each"
+)
+
+
+def _outside_of_graphs(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Keep a method out of what is compiled; what it calls may be compiled by itself."""
+    disabled: Callable[..., Any] = torch.compiler.disable(  # type: ignore[no-untyped-call]
+        method, recursive=False, reason=_WHOLE_COMPILE
+    )
+    return disabled
+
+
+@final
+class Engine:
+    """A model that is streamed, from now until `detach`.
+
+    Attributes:
+        name: of the model in a pipeline; may be empty.
+        root: the model.
+    """
+
+    def __init__(self, name: str, root: nn.Module, arbiter: Arbiter, location: str) -> None:
+        """Begin: all or nothing.
+
+        Args:
+            name: for messages.
+            root: is changed in place.
+            arbiter: has the device's budget.
+            location: one of `lowbits.streaming.tiers.LOCATIONS`.
+        """
+        self.name, self.root = name, root
+        self._arbiter = arbiter
+        self._is_running = False
+        self._recoveries = 0
+        _require_streamable(root)
+        device = arbiter.ops.device
+        layout = lay_out(
+            root, budget_bytes=arbiter.budget_bytes, depth=_DEPTH if arbiter.is_ahead else 1
+        )
+        # Before anything moves: does the smallest plan fit?
+        make_plan(
+            [UnitCost(unit.nbytes, 0.0) for unit in layout.units],
+            range(len(layout.units)),
+            bandwidth=1.0,
+            budget_bytes=arbiter.budget_bytes,
+            fixed_bytes=layout.fixed_bytes,
+            depth=arbiter.depth,
+            prefetch=arbiter.is_ahead,
+            device=str(device),
+        )
+        tier = Tier(location, layout.nbytes, arbiter.ops)
+        self._component = Component(name, root, layout, tier, device)
+        try:
+            self._component.attach()
+        except BaseException:
+            tier.close()
+            raise
+        arbiter.add(self._component)
+        self._calls = self._intercept()
+
+    def _intercept(self) -> list[nn.Module]:
+        """Stand before the model, its children, which some callers call alone, and its units."""
+        units = {id(e.unit.module): n for n, e in enumerate(self._component.units)}
+        modules = [self.root, *_callable_children(self.root)]
+        modules += [entry.unit.module for entry in self._component.units]
+        unique = list({id(module): module for module in modules}.values())
+        for module in unique:
+            intercept(
+                module, _Call(self, module, units.get(id(module)), is_root=module is self.root)
+            )
+        return unique
+
+    def detach(self) -> None:
+        """Give the model back as it was."""
+        with self._arbiter.lock:
+            if self._is_running:
+                raise StreamError("a streamed model cannot be detached inside its own forward")
+            self._arbiter.remove(self._component)
+            try:
+                self._component.detach()
+            except BaseException:
+                self._arbiter.add(self._component)
+                raise
+            for module in self._calls:
+                release(module)
+            self._component.tier.close()
+
+    def run(
+        self,
+        call: _Call,
+        forward: Callable[..., Any],
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+    ) -> Any:
+        """Run the forward of the model, or of one of its modules."""
+        with self._arbiter.lock:
+            if self._is_running:
+                return self._run_part(call, forward, args, kwargs)
+            self._is_running = True
+            try:
+                return self._run_first(call, forward, args, kwargs)
+            finally:
+                self._is_running = False
+
+    def _run_part(
+        self,
+        call: _Call,
+        forward: Callable[..., Any],
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+    ) -> Any:
+        if call.unit is None:
+            return forward(*args, **kwargs)
+        entry = self._component.units[call.unit]
+        stage = self._arbiter.stage_of(self._component)
+        return stage.run_unit(entry, forward, args, kwargs)
+
+    def _run_first(
+        self,
+        call: _Call,
+        forward: Callable[..., Any],
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+    ) -> Any:
+        """Run what was called from outside, once more with fewer residents if memory runs out."""
+        while True:
+            stage = self._enter()
+            is_pass = call.is_root and stage.begins_with(self._component)
+            if is_pass:
+                stage.begin_pass()
+            try:
+                result = self._run_part(call, forward, args, kwargs)
+            except torch.OutOfMemoryError as error:
+                if not self._may_repeat(call, stage):
+                    error.add_note(_ADVICE)
+                    raise
+            else:
+                if is_pass:
+                    stage.end_pass()
+                return result
+            # Here the traceback is gone, and with it what the frames of the failed pass held.
+            self._arbiter.shrink(stage)
+            self._recoveries += 1
+
+    def _enter(self) -> Stage:
+        is_larger = self._component.notice_new()
+        stage = self._arbiter.enter(self._component)
+        if is_larger:
+            stage.replan()
+        return stage
+
+    def _may_repeat(self, call: _Call, stage: Stage) -> bool:
+        """Say whether a pass that ran out of memory may run again: nothing remembers the first."""
+        has_cache = any(
+            name not in _FOREIGN_HOOKS and "cache" in name
+            for module in self.root.modules()
+            for name in _diffusers_hooks(module)
+        )
+        is_pure = not (torch.is_grad_enabled() or self.root.training or has_cache)
+        return is_pure and call.is_root and stage.can_shrink
+
+    def convert(self, module: nn.Module, function: Callable[..., Any]) -> None:
+        """Do what ``module.to(dtype)`` asks for; refuse what ``module.to(device)`` does.
+
+        Raises:
+            PatchError: another device than the one that the model computes on.
+            StreamError: called inside the model's forward.
+        """
+        device = self._arbiter.ops.device
+        dtypes = {}
+        for dtype in self._component.dtypes():
+            probe = function(torch.empty(0, dtype=dtype, device=device))
+            if probe.device != torch.empty(0, device=device).device:
+                raise PatchError(
+                    f"cannot move a streamed {type(self.root).__name__} to {probe.device}: its "
+                    f"blocks are copied to {device} as it runs. Undo the streaming first "
+                    "(LayerStreamer.detach, handle.restore), or stream to that device "
+                    "(handle.reconfigure)"
+                )
+            if probe.dtype != dtype:
+                dtypes[dtype] = probe.dtype
+        if not dtypes:
+            return
+        with self._arbiter.lock:
+            if self._is_running:
+                raise StreamError("a streamed model cannot be converted inside its own forward")
+            stage = self._arbiter.stage_of(self._component)
+            stage.park()
+            self._component.cast(dtypes, module)
+            stage.renumber()
+
+    def stats(self) -> StreamStats:
+        """Return what was done so far."""
+        component, arbiter = self._component, self._arbiter
+        with arbiter.lock:
+            stage = arbiter.stage_of(component)
+            stage.timing.resolve()
+            return make_stats(component, stage, arbiter, self._recoveries)
+
+
+@final
+class _Call(Interceptor):
+    """Stands before one module of a streamed model."""
+
+    def __init__(
+        self, engine: Engine, module: nn.Module, unit: int | None, *, is_root: bool
+    ) -> None:
+        self.unit, self.is_root = unit, is_root
+        self._engine, self._module = engine, module
+
+    @_outside_of_graphs
+    def call(
+        self, forward: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> Any:
+        """Run the forward with its weights on the device."""
+        return self._engine.run(self, forward, args, kwargs)
+
+    def convert(self, function: Callable[..., Any]) -> None:
+        """Convert masters instead of what modules hold."""
+        self._engine.convert(self._module, function)
+
+
+def _require_streamable(root: nn.Module) -> None:
+    for name, module in root.named_modules():
+        where = name or type(root).__name__
+        if interceptor_of(module) is not None:
+            raise AlreadyPatchedError(
+                f"{where} is streamed already: detach its streamer, or restore its handle, first"
+            )
+        foreign = [hook for hook in _diffusers_hooks(module) if hook in _FOREIGN_HOOKS]
+        if "_hf_hook" in module.__dict__ or foreign:
+            raise PatchError(
+                f"{where} has hooks of accelerate or diffusers that move its weights "
+                f"({', '.join(foreign) or '_hf_hook'}): remove them first "
+                "(pipe.remove_all_hooks(), accelerate.hooks.remove_hook_from_module): two cannot "
+                "decide where they are"
+            )
+    for holder, tensor in held_tensors(root):
+        if tensor.is_meta and tensor.numel():
+            raise PatchError(
+                f"{holder.name} of a {type(holder.module).__name__} has no bytes (the meta "
+                "device): load the weights before streaming"
+            )
+
+
+def _diffusers_hooks(module: nn.Module) -> tuple[str, ...]:
+    """Return the names of a module's hooks in diffusers' registry, without importing diffusers."""
+    registry = module.__dict__.get("_diffusers_hook")
+    return tuple(registry.hooks) if registry is not None else ()
+
+
+def _callable_children(root: nn.Module) -> list[nn.Module]:
+    """Return the children that may be called by themselves: ``vae.decode`` never calls the VAE."""
+    return [child for child in root.children() if not isinstance(child, UNCALLED)]

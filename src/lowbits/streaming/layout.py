@@ -1,0 +1,298 @@
+"""What is moved at once, and where each of its tensors lies in one flat run of bytes."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final, final
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+
+#: Start of each tensor in a unit: what kernels read fastest, and as aligned as torch's own memory.
+ALIGNMENT: Final = 256
+
+#: What a module may own itself and still be split: its own tensors stay on the device for good.
+_OWN_SHARE: Final = 0.1
+
+#: Lists of blocks that hold less of the model than this are not worth a copy of their own.
+_SMALL_SHARE: Final = 0.02
+
+#: Classes of tensors that are nothing but their bytes.
+_PLAIN: Final = (Tensor, nn.Parameter, nn.Buffer)
+
+_CONTAINERS: Final = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
+#: Containers that are never called: only what they hold is.
+UNCALLED: Final = (nn.ModuleList, nn.ModuleDict)
+
+
+@final
+@dataclass(frozen=True)
+class Holder:
+    """Where a module keeps a tensor: in its Parameters, or in its buffers."""
+
+    module: nn.Module
+    name: str
+    is_parameter: bool
+
+    @property
+    def slots(self) -> dict[str, Tensor | None]:
+        """The module's own dictionary."""
+        module = self.module
+        return module._parameters if self.is_parameter else module._buffers  # type: ignore[return-value]
+
+
+@final
+@dataclass
+class Place:
+    """One tensor of a unit.
+
+    Attributes:
+        original: the object that the model had; given back at the end, the same object.
+        device: it lay there.
+        shape: of the tensor.
+        stride: of the tensor, where its memory has no holes, else that of a contiguous one.
+        dtype: of the tensor.
+        offset: of its first byte in the unit, a multiple of `ALIGNMENT`.
+        holders: the modules that hold it; tied weights have several.
+    """
+
+    original: Tensor
+    device: torch.device
+    shape: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    offset: int
+    holders: list[Holder]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor, without padding."""
+        return self.shape.numel() * self.dtype.itemsize
+
+    def view(self, flat: Tensor) -> Tensor:
+        """Return the tensor that lies at this place of a unit's bytes; shares their memory."""
+        part = flat[self.offset : self.offset + self.nbytes].view(self.dtype)
+        return part.as_strided(self.shape, self.stride)
+
+
+@final
+@dataclass(eq=False)
+class Unit:
+    """What is moved at once: one block, a part of a block, or what is left of the model.
+
+    Attributes:
+        name: dotted name of its module.
+        module: is called to use the unit.
+        places: its tensors, in the order of their modules.
+        nbytes: of all places, padding included.
+    """
+
+    name: str
+    module: nn.Module
+    places: list[Place] = field(default_factory=list)
+    nbytes: int = 0
+
+    def holders(self) -> Iterator[tuple[Holder, int]]:
+        """Yield each holder, and the number of its place."""
+        for number, place in enumerate(self.places):
+            for holder in place.holders:
+                yield holder, number
+
+
+@final
+@dataclass(frozen=True)
+class ModelLayout:
+    """A model as units, and the base: what belongs to no unit and stays on the device.
+
+    Attributes:
+        units: in the order in which their modules are registered.
+        base: all other tensors that are nothing but their bytes.
+        loose: what is moved one by one, and never streamed: markers of packed layers, which have no
+            bytes, and tensors of other libraries' classes.
+    """
+
+    units: tuple[Unit, ...]
+    base: Unit
+    loose: tuple[tuple[Holder, Tensor], ...]
+
+    @property
+    def fixed_bytes(self) -> int:
+        """Bytes that stay on the device."""
+        return self.base.nbytes + sum({id(t): t.nbytes for _, t in self.loose}.values())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors, padding included."""
+        return self.fixed_bytes + sum(unit.nbytes for unit in self.units)
+
+
+def lay_out(root: nn.Module, *, budget_bytes: int, depth: int) -> ModelLayout:
+    """Cut a model into units that can be streamed within a budget.
+
+    Blocks of `ModuleList`, `ModuleDict` and `Sequential` are units. Where the base and ``depth``
+    times the largest unit do not fit, large units are split into their children, and large modules
+    of the base become units, until they fit or nothing can be split any more.
+
+    Args:
+        root: the model; not changed.
+        budget_bytes: for all weights on the device.
+        depth: units that should fit beside each other.
+    """
+    cut = _Cut(root)
+    while cut.refine(budget_bytes, depth):
+        pass
+    return cut.layout
+
+
+class _Cut:
+    """A choice of modules that are units, refined step by step."""
+
+    def __init__(self, root: nn.Module) -> None:
+        self.root = root
+        self.names = {id(module): name for name, module in root.named_modules()}
+        least = _tree_bytes(root) * _SMALL_SHARE
+        self.layout = self._lay_out(_blocks(root, least))
+
+    def refine(self, budget_bytes: int, depth: int) -> bool:
+        """Make the largest units smaller, or else the base; return False where nothing helps."""
+        units = self.layout.units
+        largest = max((unit.nbytes for unit in units), default=0)
+        room = budget_bytes - self.layout.fixed_bytes
+        if depth * largest <= room or budget_bytes >= self.layout.nbytes:
+            return False
+        chosen: list[nn.Module] = []
+        for unit in units:
+            is_large = depth * unit.nbytes > room
+            chosen += _parts(unit.module) if is_large else [unit.module]
+        if len(chosen) == len(units):
+            leaf = self._promoted(largest, depth)
+            chosen += [leaf] if leaf is not None else []
+        if len(chosen) == len(units):
+            return False
+        self.layout = self._lay_out(chosen)
+        return True
+
+    def _promoted(self, largest: int, depth: int) -> nn.Module | None:
+        """Return the module of the base that makes most room by becoming a unit."""
+        sizes: dict[int, int] = defaultdict(int)
+        modules: dict[int, nn.Module] = {}
+        for place in self.layout.base.places:
+            if len(place.holders) == 1:
+                module = place.holders[0].module
+                modules[id(module)] = module
+                sizes[id(module)] += padded(place.nbytes)
+        gains = {
+            key: size - depth * max(0, size - largest)
+            for key, size in sizes.items()
+            if not _has_children(modules[key])
+        }
+        best = max(gains, key=gains.__getitem__, default=None)
+        return modules[best] if best is not None and gains[best] > 0 else None
+
+    def _lay_out(self, chosen: Sequence[nn.Module]) -> ModelLayout:
+        """Give every tensor to the one unit that holds it, or to the base."""
+        order = {id(module): number for number, module in enumerate(self.root.modules())}
+        modules = sorted({id(m): m for m in chosen}.values(), key=lambda m: order[id(m)])
+        units = [Unit(self.names[id(module)], module) for module in modules]
+        base = Unit("", self.root)
+        owners: dict[int, Unit] = {}
+        for unit in units:
+            for module in unit.module.modules():
+                # What two units hold is shared: it belongs to neither.
+                owners[id(module)] = base if id(module) in owners else unit
+        holders: dict[int, list[Holder]] = defaultdict(list)
+        tensors: dict[int, Tensor] = {}
+        loose = []
+        for holder, tensor in held_tensors(self.root):
+            if not tensor.numel() or type(tensor) not in _PLAIN:
+                loose.append((holder, tensor))
+                continue
+            tensors[id(tensor)] = tensor
+            holders[id(tensor)].append(holder)
+        for key, tensor in tensors.items():
+            homes = {
+                id(home): home for home in (owners.get(id(h.module), base) for h in holders[key])
+            }
+            _append(homes.popitem()[1] if len(homes) == 1 else base, tensor, holders[key])
+        return ModelLayout(tuple(unit for unit in units if unit.places), base, tuple(loose))
+
+
+def relaid(unit: Unit) -> Unit:
+    """Return a unit laid out anew, for originals whose dtype has changed."""
+    new = Unit(unit.name, unit.module)
+    for place in unit.places:
+        _append(new, place.original, place.holders)
+    return new
+
+
+def held_tensors(root: nn.Module) -> Iterator[tuple[Holder, Tensor]]:
+    """Yield every Parameter and buffer of a model with each module that holds it."""
+    for module in root.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                yield Holder(module, name, is_parameter=True), parameter
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                yield Holder(module, name, is_parameter=False), buffer
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Say whether a tensor's memory has no holes: in which order of dimensions does not matter."""
+    dense: bool = torch.ops.aten.is_non_overlapping_and_dense.default(tensor)
+    return dense
+
+
+def padded(nbytes: int) -> int:
+    """Round up to `ALIGNMENT`."""
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+
+def _append(unit: Unit, tensor: Tensor, holders: list[Holder]) -> None:
+    dense = tensor if is_dense(tensor) else torch.empty(tensor.shape, device="meta")
+    place = Place(
+        tensor, tensor.device, tensor.shape, dense.stride(), tensor.dtype, unit.nbytes, holders
+    )
+    unit.places.append(place)
+    unit.nbytes += padded(place.nbytes)
+
+
+def _blocks(module: nn.Module, least: float) -> list[nn.Module]:
+    """Return the elements of the outermost containers of a model, but of small ones."""
+    if isinstance(module, _CONTAINERS):
+        return _callable(module) if _tree_bytes(module) > least else []
+    return [block for child in module.children() for block in _blocks(child, least)]
+
+
+def _callable(module: nn.Module) -> list[nn.Module]:
+    """Return what is called of a module's children: of a list of lists, what the lists hold."""
+    found: list[nn.Module] = []
+    for child in module.children():
+        found += _callable(child) if isinstance(child, UNCALLED) else [child]
+    return [child for child in found if _tree_bytes(child)]
+
+
+def _parts(module: nn.Module) -> list[nn.Module]:
+    """Return the modules that a unit is split into: itself, where it cannot be."""
+    own = sum(tensor.nbytes for tensor in _own_tensors(module))
+    parts = _callable(module)
+    # torch.nn.MultiheadAttention computes with its children's weights, and does not call them.
+    if not parts or own > _OWN_SHARE * _tree_bytes(module):
+        return [module]
+    return parts
+
+
+def _has_children(module: nn.Module) -> bool:
+    return any(True for _ in module.children())
+
+
+def _own_tensors(module: nn.Module) -> Iterable[Tensor]:
+    tensors = (*module._parameters.values(), *module._buffers.values())
+    return [tensor for tensor in tensors if tensor is not None]
+
+
+def _tree_bytes(module: nn.Module) -> int:
+    return sum({id(t): t.nbytes for m in module.modules() for t in _own_tensors(m)}.values())

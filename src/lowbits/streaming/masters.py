@@ -1,0 +1,162 @@
+"""The bytes of a unit as they are kept for good, on the host or in a file.
+
+Masters are only read while a model runs: what the device holds is a copy, and is never copied back.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, ClassVar, final
+
+import torch
+
+from lowbits.core.source import Extent
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from torch import Tensor
+
+    from lowbits.streaming.host import Reader, ScratchFile
+    from lowbits.streaming.layout import Place, Unit
+
+
+class Master(ABC):
+    """The bytes of one unit.
+
+    Attributes:
+        host_bytes: of host memory that it takes.
+        is_pinned: whether that memory is page-locked.
+    """
+
+    host_bytes: int = 0
+    is_pinned: ClassVar[bool] = False
+
+    @property
+    @abstractmethod
+    def version(self) -> int:
+        """Changes with every write: copies of another version are stale."""
+
+    @abstractmethod
+    def read(self, start: int, out: Tensor, should_stop: Callable[[], bool] | None = None) -> None:
+        """Fill a 1-D uint8 CPU tensor with the unit's bytes from ``start`` on."""
+
+    @abstractmethod
+    def tensor(self, place: Place) -> Tensor:
+        """Return one tensor, on the CPU; it may share the master's memory."""
+
+    @abstractmethod
+    def copy(self, place: Place) -> Tensor:
+        """Return one tensor in memory of its own, on the CPU."""
+
+    @abstractmethod
+    def remains(self, place: Place) -> Tensor:
+        """Return what an original holds while its bytes are here; takes no memory."""
+
+    @abstractmethod
+    def write(self, place: Place, value: Tensor) -> None:
+        """Replace one tensor, given in its shape and dtype."""
+
+
+@final
+class HostMaster(Master):
+    """A unit's bytes in host memory: costs them."""
+
+    def __init__(self, unit: Unit, flat: Tensor, *, is_pinned: bool = False) -> None:
+        """Copy a unit's tensors.
+
+        Args:
+            unit: its originals are read.
+            flat: 1-D uint8 CPU tensor of its size; kept, written.
+            is_pinned: whether it is page-locked.
+        """
+        self.flat, self.is_pinned = flat, is_pinned  # type: ignore[misc] # the class's is the default
+        self.host_bytes = flat.nbytes
+        for place in unit.places:
+            place.view(flat).copy_(place.original.detach())
+
+    @property
+    def version(self) -> int:
+        """Count writes through every alias that shares the tensor's version."""
+        return self.flat._version
+
+    def read(self, start: int, out: Tensor, should_stop: Callable[[], bool] | None = None) -> None:  # noqa: ARG002 - part of the interface
+        """Copy."""
+        out.copy_(self.flat[start : start + out.numel()])
+
+    def tensor(self, place: Place) -> Tensor:
+        """Return the tensor itself: writes into it reach the master, and count."""
+        return place.view(self.flat)
+
+    def copy(self, place: Place) -> Tensor:
+        """Return a clone."""
+        return place.view(self.flat).clone()
+
+    def remains(self, place: Place) -> Tensor:
+        """Return the tensor itself."""
+        return place.view(self.flat)
+
+    def write(self, place: Place, value: Tensor) -> None:
+        """Copy a value in."""
+        place.view(self.flat).copy_(value)
+
+
+@final
+class FileMaster(Master):
+    """A unit's bytes in files: costs no memory."""
+
+    def __init__(
+        self,
+        pieces: Sequence[tuple[int, Extent]],
+        reader: Reader,
+        scratch: Callable[[], ScratchFile],
+    ) -> None:
+        """Keep where the bytes are.
+
+        Args:
+            pieces: where each run of the unit's bytes begins in the unit, and lies in a file.
+            reader: reads them.
+            scratch: gives the file that written tensors go to.
+        """
+        self._pieces, self._reader, self._scratch = list(pieces), reader, scratch
+        self._writes = 0
+
+    @property
+    def version(self) -> int:
+        """Count writes."""
+        return self._writes
+
+    def read(self, start: int, out: Tensor, should_stop: Callable[[], bool] | None = None) -> None:
+        """Read the runs of bytes that the asked one touches."""
+        stop = start + out.numel()
+        for offset, extent in self._pieces:
+            first, last = max(start, offset), min(stop, offset + extent.nbytes)
+            if first < last:
+                part = Extent(extent.path, extent.offset + first - offset, last - first)
+                self._reader.read(part, out[first - start : last - start], should_stop)
+
+    def tensor(self, place: Place) -> Tensor:
+        """Read one tensor into new memory."""
+        with torch.inference_mode(mode=False):
+            flat = torch.empty(place.nbytes, dtype=torch.uint8)
+        self.read(place.offset, flat)
+        return flat.view(place.dtype).as_strided(place.shape, place.stride)
+
+    def copy(self, place: Place) -> Tensor:
+        """Read one tensor into new memory."""
+        return self.tensor(place)
+
+    def remains(self, place: Place) -> Tensor:
+        """Return an empty tensor: whoever computes with it is told by its shape."""
+        with torch.inference_mode(mode=False):
+            return torch.empty(0, dtype=place.dtype)
+
+    def write(self, place: Place, value: Tensor) -> None:
+        """Write one tensor to the scratch file; what it was read from stays as it is."""
+        dense = torch.empty_strided(place.shape, place.stride, dtype=place.dtype)
+        dense.copy_(value)
+        run = dense.as_strided((dense.numel(),), (1,)).view(torch.uint8)
+        extent = self._scratch().append([(0, run)], run.nbytes)
+        # Later pieces are read over earlier ones.
+        self._pieces.append((place.offset, extent))
+        self._writes += 1

@@ -1,0 +1,72 @@
+"""In which order a model calls its units: guessed, traced, then verified at every pass."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, final
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+
+@final
+class CallOrder:
+    """The order that the next pass is expected to have.
+
+    The first pass is traced. Later ones are compared with it: a unit that is called out of turn is
+    reported, and an order that two passes in a row have is expected from then on.
+
+    Attributes:
+        expected: numbers of units, in order; a unit that is called twice is there twice.
+        is_traced: whether a pass has confirmed it.
+    """
+
+    def __init__(self, guess: Sequence[int]) -> None:
+        self.expected = tuple(guess)
+        self.is_traced = False
+        self._position = 0
+        self._trace: list[int] = []
+        self._deviation: tuple[int, ...] | None = None
+
+    def begin(self) -> None:
+        """Begin a pass; an unfinished one is forgotten."""
+        self._position = 0
+        self._trace = []
+
+    def enter(self, unit: int) -> bool:
+        """Note that a unit is called; return whether it was its turn."""
+        self._trace.append(unit)
+        count = len(self.expected)
+        for ahead in range(count):
+            at = (self._position + ahead) % count
+            if self.expected[at] == unit:
+                self._position = at + 1
+                return ahead == 0
+        return False
+
+    def closes(self, unit: int) -> bool:
+        """Say whether calling a unit begins a new pass, where nothing else says so."""
+        return (
+            bool(self._trace)
+            and self._trace[0] == unit
+            and (len(self._trace) >= len(self.expected) or not self.is_traced)
+        )
+
+    def upcoming(self) -> Iterator[int]:
+        """Yield the units that come next, into the next pass, as many as a pass has."""
+        count = len(self.expected)
+        for ahead in range(count):
+            yield self.expected[(self._position + ahead) % count]
+
+    def end(self) -> bool:
+        """End a pass that was completed; return whether another order is expected from now on."""
+        trace = tuple(self._trace)
+        self.begin()
+        if not trace or trace == self.expected:
+            self.is_traced = self.is_traced or bool(trace)
+            self._deviation = None
+            return False
+        if self.is_traced and trace != self._deviation:
+            self._deviation = trace
+            return False
+        self.expected, self._deviation, self.is_traced = trace, None, True
+        return True

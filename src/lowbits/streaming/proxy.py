@@ -1,0 +1,170 @@
+"""What a streamed weight reads as while it is not on the device.
+
+Outside the forward of its unit a weight has no bytes on the device. Much code looks at it all the
+same: for its dtype, its device, its shape; to save it, to load another value, to merge an adapter.
+A stand-in answers as the weight would on the device, reads the master where values are needed, and
+hands every write to the master, so that the next copy has it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final, final
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from lowbits.core.proxy import METADATA, describe_call, written_argument
+from lowbits.errors import StreamError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from lowbits.streaming.layout import Place
+    from lowbits.streaming.masters import Master
+
+_STORAGE: Final = frozenset(("data_ptr", "untyped_storage", "storage", "_typed_storage"))
+
+
+@final
+class StreamedTensor(torch.Tensor):
+    """A streamed Parameter or buffer, as it is seen between two uses of its unit."""
+
+    _place: Place
+    _master: Master
+    _count_read: Callable[[], None]
+
+    @staticmethod
+    def __new__(
+        cls: type[StreamedTensor],
+        place: Place,
+        master: Master,
+        device: torch.device,
+        count_read: Callable[[], None],
+    ) -> StreamedTensor:
+        """Make the stand-in of one place of a unit.
+
+        Args:
+            cls: this class.
+            place: of the tensor.
+            master: holds its bytes; asked at each read.
+            device: that the unit computes on: what the stand-in says it lies on.
+            count_read: called whenever values are read that the unit should have had.
+        """
+        original = place.original
+        proxy: StreamedTensor = torch.Tensor._make_wrapper_subclass(
+            cls,
+            place.shape,
+            strides=place.stride,
+            dtype=place.dtype,
+            device=device,
+            requires_grad=original.requires_grad,
+        )
+        proxy._place, proxy._master, proxy._count_read = place, master, count_read
+        if isinstance(original, nn.Parameter):
+            proxy._is_param = True  # isinstance(proxy, nn.Parameter), as what it stands for
+        return proxy
+
+    def __init__(self, *_: object) -> None:
+        super().__init__()
+
+    def on_host(self) -> torch.Tensor:
+        """Return the master's tensor, on the CPU; it may share the master's memory."""
+        return self._master.tensor(self._place)
+
+    def on_device(self) -> torch.Tensor:
+        """Return a copy of the master's tensor where the stand-in says that it is."""
+        with torch._C.DisableTorchFunctionSubclass():
+            device = self.device
+        self._count_read()
+        return self.on_host().to(device, copy=True)
+
+    def store(self, value: torch.Tensor) -> None:
+        """Replace the master's tensor."""
+        place = self._place
+        if value.shape != place.shape or value.dtype != place.dtype:
+            raise StreamError(
+                f"cannot set a streamed weight of {place.dtype} {tuple(place.shape)} to "
+                f"{value.dtype} {tuple(value.shape)}; detach the streamer first"
+            )
+        self._master.write(place, value.detach())
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
+        copied = self._plain(self.on_host().clone())
+        memo[id(self)] = copied
+        return copied
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        plain: Any = self._plain(self.on_host())
+        return plain.__reduce_ex__(protocol)
+
+    def _plain(self, values: torch.Tensor) -> torch.Tensor:
+        """Return an ordinary Parameter, or buffer, of these values."""
+        original = self._place.original
+        if isinstance(original, nn.Parameter):
+            return nn.Parameter(values, requires_grad=original.requires_grad)
+        return values
+
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override] # torch names one option
+        with torch._C.DisableTorchFunctionSubclass():
+            shape, dtype, device = tuple(self.shape), self.dtype, self.device
+        return f"StreamedTensor(shape={shape}, dtype={dtype}, device='{device}')"
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Answer metadata, hand writes to the master, read it for the rest."""
+        name, is_write = describe_call(func)
+        kwargs = dict(kwargs or {})
+        first = args[0] if args else None
+        if isinstance(first, StreamedTensor):
+            if name in _STORAGE:
+                raise StreamError(f"a streamed weight has no {name} between two uses of its block")
+            if name in _ANSWERS and not is_write:
+                return _ANSWERS[name](first)
+            if name == "data":
+                return first.store(args[1])
+            if name == "requires_grad_" or (name == "requires_grad" and is_write):
+                first._place.original.requires_grad_(*args[1:], **kwargs)
+                name = "requires_grad"
+            if name in METADATA and not (name == "type" and len(args) > 1):
+                with torch._C.DisableTorchFunctionSubclass():
+                    return func(*args, **kwargs)
+        return _compute(func, args, kwargs, writes=is_write)
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override] # torch declares a C function here
+        cls, func: Any, *_: Any, **__: Any
+    ) -> Any:
+        """Refuse what reaches the wrapper past `__torch_function__`: it has no storage."""
+        raise StreamError(f"{func} was called on a streamed weight outside its block's forward")
+
+
+#: Reads that are answered without the bytes on the device.
+_ANSWERS: Final[dict[str, Callable[[StreamedTensor], Any]]] = {
+    "data": lambda proxy: proxy,  # what is written into it reaches the master
+    "detach": lambda proxy: proxy.on_host().detach(),  # state dicts are made of it
+    "__repr__": repr,
+}
+
+
+def _compute(
+    func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], *, writes: bool
+) -> Any:
+    """Run a function of torch on values read from the masters, and store what it wrote."""
+    leaves = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, StreamedTensor)]
+    values = {id(leaf): leaf.on_device() for leaf in leaves}
+    written = written_argument(args, kwargs) if writes else kwargs.get("out")
+    targets = [leaf for leaf in tree_leaves(written) if isinstance(leaf, StreamedTensor)]
+    new_args, new_kwargs = tree_map(lambda x: values.get(id(x), x), (tuple(args), kwargs))
+    result = func(*new_args, **new_kwargs)
+    for target in targets:
+        target.store(values[id(target)])
+    # An in-place function returns what it was called on.
+    stand_ins = {id(values[id(target)]): target for target in targets}
+    return tree_map(lambda leaf: stand_ins.get(id(leaf), leaf), result)

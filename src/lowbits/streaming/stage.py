@@ -1,0 +1,281 @@
+"""The models that are on the device together: what is there, and what comes next."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final, final
+
+from lowbits.streaming.autograd import reread_for_backward
+from lowbits.streaming.order import CallOrder
+from lowbits.streaming.plan import StreamPlan, UnitCost, make_plan
+from lowbits.streaming.residency import Residency
+from lowbits.streaming.simulate import simulate
+from lowbits.streaming.timing import MethodTrial, Timing
+from lowbits.streaming.transfer import DirectTransfer, InlineTransfer, ThreadTransfer, Transfer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from lowbits.streaming.component import Component
+    from lowbits.streaming.device_ops import DeviceOps
+    from lowbits.streaming.stored import Stored
+
+#: A plan for what was measured replaces the first one where it is better by more than this.
+_GAIN: Final = 0.02
+
+#: Measured passes after which the plan is looked at once more.
+_MEASURED_PASSES: Final = 2
+
+
+@final
+class Stage:
+    """Some models on the device, as one order of units.
+
+    Costs, on the device, at most the budget that it was activated with.
+
+    Attributes:
+        components: the models.
+        plan: what is resident and what is streamed; None while nothing is on the device.
+        timing: what was measured.
+        peak_device_bytes: the most weight bytes that were on the device.
+    """
+
+    def __init__(
+        self, components: Sequence[Component], ops: DeviceOps, method: str, depth: int | None
+    ) -> None:
+        """Prepare; the device is not touched before `activate`."""
+        self.components = tuple(components)
+        self.plan: StreamPlan | None = None
+        self.timing = Timing(ops)
+        self.peak_device_bytes = 0
+        self._ops, self._depth = ops, depth
+        self._trial = MethodTrial() if method == "auto" else None
+        self.method = "async" if method == "auto" else method
+        self._parked_bytes = 0
+        self._limit_bytes: int | None = None
+        self._is_warm = False
+        self._budget_bytes = 0
+        self._transfer: Transfer | None = None
+        self._residency: Residency | None = None
+        self._number_entries()
+        self._order = CallOrder(range(self._n_units))
+
+    def _number_entries(self) -> None:
+        units = [entry for component in self.components for entry in component.units]
+        self._entries: list[Stored] = [*units, *(c.base for c in self.components)]
+        self._numbers = {id(entry): number for number, entry in enumerate(self._entries)}
+        self._n_units = len(units)
+
+    @property
+    def fixed_bytes(self) -> int:
+        """Bytes that stay on the device while the stage is active."""
+        loose = sum(component.loose_bytes for component in self.components)
+        bases = sum(component.base.unit.nbytes for component in self.components)
+        return bases + loose
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of everything."""
+        return self.fixed_bytes + sum(e.unit.nbytes for e in self._entries[: self._n_units])
+
+    @property
+    def device_bytes(self) -> int:
+        """Bytes on the device now."""
+        loose = sum(component.loose_bytes for component in self.components)
+        return loose + (self._residency.device_bytes if self._residency else 0)
+
+    @property
+    def copied_bytes(self) -> int:
+        """Bytes that were copied to the device so far."""
+        return self._parked_bytes + (self._residency.copied_bytes if self._residency else 0)
+
+    @property
+    def staging_bytes(self) -> int:
+        """Bytes of host memory that copies pass through."""
+        return self._transfer.staging_bytes if self._transfer else 0
+
+    def slots_of(self, component: Component) -> set[int]:
+        """Return which of a component's units are streamed, by their numbers there."""
+        slot_of = self.plan.slot_of if self.plan else {}
+        return {n for n, e in enumerate(component.units) if self._numbers[id(e)] in slot_of}
+
+    def begins_with(self, component: Component) -> bool:
+        """Say whether a pass begins with this component's forward."""
+        return self.components[0] is component
+
+    @property
+    def can_shrink(self) -> bool:
+        """Whether less of the device would do."""
+        return self.plan is not None and self.plan.device_bytes > self.minimum_bytes
+
+    def shrink(self) -> None:
+        """Halve what is above the smallest budget, for good; the residents that go are let go."""
+        assert self.plan
+        above = self.plan.device_bytes - self.minimum_bytes
+        self._budget_bytes = self._limit_bytes = self.minimum_bytes + above // 2
+        self._depth = None
+        self.replan()
+
+    @property
+    def minimum_bytes(self) -> int:
+        """The smallest budget that the stage can run in."""
+        largest = max((e.unit.nbytes for e in self._entries[: self._n_units]), default=0)
+        return self.fixed_bytes + largest
+
+    def activate(self, budget_bytes: int) -> None:
+        """Make a plan, and bring the bases to the device.
+
+        Raises:
+            InsufficientMemoryError: the budget is below `minimum_bytes`.
+        """
+        self._budget_bytes = min(budget_bytes, self._limit_bytes or budget_bytes)
+        self._use_plan(self._make_plan())
+
+    def _make_plan(self) -> StreamPlan:
+        if self._transfer is None:
+            self._transfer = self._make_transfer()
+        return make_plan(
+            [UnitCost(e.unit.nbytes, e.compute_s) for e in self._entries[: self._n_units]],
+            self._order.expected,
+            bandwidth=self.timing.bandwidth,
+            budget_bytes=self._budget_bytes,
+            fixed_bytes=self.fixed_bytes,
+            depth=self._depth,
+            prefetch=self.method == "async",
+            device=str(self._ops.device),
+        )
+
+    def _make_transfer(self) -> Transfer:
+        is_pinned = all(entry.master.is_pinned for entry in self._entries)
+        if self._ops.has_streams and is_pinned:
+            return DirectTransfer(self._ops)
+        if self.method == "queue" or not self._ops.copies_in_threads:
+            return InlineTransfer(self._ops)
+        return ThreadTransfer(self._ops)
+
+    def _use_plan(self, plan: StreamPlan) -> None:
+        assert self._transfer
+        residency = Residency(self._entries, plan, self._ops, self._transfer)
+        if self._residency is not None:
+            residency.inherit(self._residency)
+        is_new = self._residency is None
+        self._is_warm = False
+        self.plan, self._residency = plan, residency
+        if is_new:
+            for component in self.components:
+                base = component.base
+                base.show(residency.acquire(self._numbers[id(base)]))
+        self._note_peak()
+
+    def park(self) -> None:
+        """Take everything off the device; what others wrote into the bases is kept."""
+        if self._residency is None:
+            return
+        for component in self.components:
+            component.base.keep_changes()
+            component.base.hide()
+        self._is_warm = False
+        self._residency.drain()
+        self._parked_bytes += self._residency.copied_bytes
+        self._residency = self.plan = None
+        self.timing.forget_marks()
+        self._ops.release_cached()
+
+    def close(self) -> None:
+        """Park, and end the transfer's thread."""
+        self.park()
+        if self._transfer is not None:
+            self._transfer.close()
+            self._transfer = None
+
+    def renumber(self) -> None:
+        """Look at the components' units again, which have changed; only while parked."""
+        self._number_entries()
+
+    def set_method(self, method: str) -> None:
+        """Transfer in another way from now on."""
+        if method != self.method:
+            budget = self._budget_bytes
+            self.close()
+            self.method = method
+            self.activate(budget)
+
+    def begin_pass(self) -> None:
+        """Begin a pass: the order starts again, and what comes first is fetched."""
+        self._order.begin()
+        self.timing.begin_pass()
+
+    def end_pass(self) -> None:
+        """End a pass that was completed; see whether another plan is better now."""
+        is_other_order = self._order.end()
+        self.timing.end_pass()
+        self._is_warm = True
+        assert self._residency
+        for nbytes, seconds in self._residency.finished_copies():
+            self.timing.note_copy(nbytes, seconds)
+        if self._trial is not None and self.plan and self.plan.slot_bytes:
+            self._try_methods(self._trial)
+        if is_other_order:
+            self._use_plan(self._make_plan())
+            self._prefetch()
+        elif self.timing.passes == _MEASURED_PASSES and self.plan and self.plan.slot_bytes:
+            self._improve()
+
+    def _try_methods(self, trial: MethodTrial) -> None:
+        """Transfer in the way that is to be timed next, or has won."""
+        self.timing.resolve(wait=True)
+        self.set_method(trial.next(self.timing.walls[-1]))
+        if trial.is_over:
+            self._trial = None
+
+    def _improve(self) -> None:
+        """Plan again with what was measured, where that is worth moving residents."""
+        assert self.plan
+        costs = [entry.compute_s for entry in self._entries[: self._n_units]]
+        loads = [e.unit.nbytes / self.timing.bandwidth for e in self._entries[: self._n_units]]
+        now = simulate(
+            self._order.expected, costs, loads, self.plan.slot_of, prefetch=self.method == "async"
+        )
+        better = self._make_plan()
+        if better.predicted_s < (1 - _GAIN) * now.wall_s:
+            self._use_plan(better)
+
+    def replan(self) -> None:
+        """Plan again: something was added to the device."""
+        self._use_plan(self._make_plan())
+
+    def run_unit(
+        self,
+        entry: Stored,
+        forward: Callable[..., Any],
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+    ) -> Any:
+        """Run a unit's forward with its bytes on the device."""
+        residency, number = self._residency, self._numbers[id(entry)]
+        assert residency is not None
+        entry.check()
+        called = self._ops.mark_computed()
+        self._order.enter(number)
+        if self._is_warm and self.method == "async" and not residency.holds(number):
+            entry.misses += 1
+        tensors = residency.acquire(number)
+        started = self._ops.mark_computed()
+        self._note_peak()
+        entry.begin_use(tensors)
+        try:
+            self._prefetch()
+            with reread_for_backward(entry, tensors):
+                return forward(*args, **kwargs)
+        finally:
+            entry.end_use()
+            residency.release(number)
+            self.timing.note(entry, called, started, self._ops.mark_computed())
+            self._prefetch()
+
+    def _prefetch(self) -> None:
+        if self.method == "async" and self._residency is not None:
+            self._residency.prefetch(self._order.upcoming())
+            self._note_peak()
+
+    def _note_peak(self) -> None:
+        self.peak_device_bytes = max(self.peak_device_bytes, self.device_bytes)

@@ -1,0 +1,180 @@
+"""`LayerStreamer`: any module, in any amount of device memory."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final, Self, final
+
+import torch
+
+from lowbits.config import parse_size
+from lowbits.errors import AlreadyPatchedError, ConfigError, NotPatchedError, suggestion
+from lowbits.streaming.arbiter import Arbiter
+from lowbits.streaming.device_ops import DeviceOps, device_ops
+from lowbits.streaming.engine import Engine
+from lowbits.streaming.plan import DEEPEST
+from lowbits.streaming.tiers import LOCATIONS
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from types import TracebackType
+
+    from torch import nn
+
+    from lowbits.streaming.stats import StreamStats
+
+METHODS: Final = ("auto", "queue", "async")
+
+#: Left free by ``budget="auto"``: of the free memory, and at least so many bytes.
+_RESERVE_SHARE: Final = 0.1
+_RESERVE_BYTES: Final = 1 << 30
+
+
+@final
+class LayerStreamer:
+    """Runs a module whose weights do not fit on the device: they are copied there as it runs.
+
+    Works on any `torch.nn.Module`, in place: packed or not, on any device that torch knows. Blocks
+    of `ModuleList` and `Sequential` are moved one at a time; those that fit stay. Results are
+    bit-equal to the module's own. Until `attach` nothing is touched; `detach` gives every Parameter
+    back, the same object with the same bits.
+
+    While it is attached, weights outside the forward of their block read as stand-ins: right dtype,
+    device and shape at once, values from the master; what is written into them reaches the master.
+    State dicts, pickles and copies have ordinary tensors. Forwards of one module run one at a time:
+    other threads wait.
+
+    Costs: at most the budget on the device; on the host, or on the disk, the module's bytes once.
+
+    Example:
+        >>> import torch
+        >>> from lowbits import LayerStreamer
+        >>> model = torch.nn.Sequential(*(torch.nn.Linear(64, 64) for _ in range(8)))
+        >>> with LayerStreamer(model, device="cpu", budget="60KB", location="disk") as streamer:
+        ...     _ = model(torch.ones(1, 64))
+        ...     assert streamer.stats().peak_device_bytes <= 60_000
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        device: torch.device | str,
+        budget: int | str,
+        method: str = "async",
+        location: str = "auto",
+        depth: int | str = "auto",
+    ) -> None:
+        """Remember what to do; nothing is touched before `attach`.
+
+        Args:
+            module: is changed in place by `attach`, and owned by the caller.
+            device: that it computes on.
+            budget: bytes of weights on the device at any instant, a hard cap: an int, a string as
+                ``"6GB"`` or ``"6GiB"``, or ``"auto"``: what is free at `attach` but 10 %, and at
+                least 1 GiB.
+            method: ``"queue"`` copies a block, then computes it; ``"async"`` copies ahead into a
+                ring of slots; ``"auto"`` times two passes of each and keeps the faster.
+            location: of the weights: ``"cpu"`` is host memory, ``"shared"`` page-locked host
+                memory, which copies faster, ``"disk"`` a scratch file; ``"auto"``: shared within
+                40 % of the free host memory, else cpu, else disk; on a device whose memory is the
+                host's, disk.
+            depth: slots of the ring, 1 to 6; ``"auto"``: what a simulation finds best.
+
+        Raises:
+            ConfigError: a value that an option does not accept.
+        """
+        self.module = module
+        self.device = torch.device(device)
+        self._budget = budget if budget == "auto" else parse_size(budget, "budget")
+        self._method = _choice("method", method, METHODS)
+        self._location = _choice("location", location, LOCATIONS)
+        self._depth = _depth(depth)
+        self._engine: Engine | None = None
+
+    @property
+    def is_attached(self) -> bool:
+        """Whether the module is streamed by this object now."""
+        return self._engine is not None
+
+    def attach(self) -> Self:
+        """Begin to stream the module: its bytes move to where they stay.
+
+        All or nothing: whatever is raised, the module is as it was.
+
+        Returns:
+            This object.
+
+        Raises:
+            AlreadyPatchedError: the module, or a part of it, is streamed already.
+            PatchError: it has offload hooks of another library, or no bytes (the meta device).
+            InsufficientMemoryError: the budget, the host's memory or the disk is too small;
+                `needed_bytes` says how much would do.
+        """
+        if self._engine is not None:
+            raise AlreadyPatchedError("this streamer is attached already")
+        ops = device_ops(self.device)
+        budget = self._budget if isinstance(self._budget, int) else free_budget(ops)
+        arbiter = Arbiter(ops, budget, method=self._method, depth=self._depth)
+        self._engine = Engine("", self.module, arbiter, self._location)
+        return self
+
+    def detach(self) -> None:
+        """Stop streaming: every Parameter and buffer is the object that it was, bit for bit.
+
+        Raises:
+            NotPatchedError: it is not attached.
+            StreamError: called inside the module's forward.
+            FormatError: the scratch file cannot be read; the module is streamed still.
+        """
+        self._require_engine().detach()
+        self._engine = None
+
+    def stats(self) -> StreamStats:
+        """Return what was done since `attach`."""
+        return self._require_engine().stats()
+
+    def _require_engine(self) -> Engine:
+        if self._engine is None:
+            raise NotPatchedError("this streamer is not attached")
+        return self._engine
+
+    def __enter__(self) -> Self:
+        return self if self.is_attached else self.attach()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self.is_attached:
+            self.detach()
+
+
+def free_budget(ops: DeviceOps) -> int:
+    """Return what ``budget="auto"`` is now: what is free, but a reserve.
+
+    Raises:
+        ConfigError: the device does not say what is free.
+    """
+    free = ops.free_bytes()
+    if free is None:
+        raise ConfigError(f"budget: {ops.device} does not say what is free; give a size")
+    return max(0, free - max(_RESERVE_BYTES, int(_RESERVE_SHARE * free)))
+
+
+def _choice(field: str, value: str, allowed: Sequence[str]) -> str:
+    if value not in allowed:
+        raise ConfigError(
+            f"{field}: got {value!r}, expected one of {', '.join(allowed)}"
+            f"{suggestion(str(value), allowed)}"
+        )
+    return value
+
+
+def _depth(value: int | str) -> int | None:
+    if value == "auto":
+        return None
+    if not isinstance(value, int) or not 1 <= value <= DEEPEST:
+        raise ConfigError(f"depth: got {value!r}, expected 'auto' or 1 to {DEEPEST}")
+    return value

@@ -1,0 +1,123 @@
+"""What was measured: how long units compute, wait, and take to copy."""
+
+from __future__ import annotations
+
+from collections import deque
+from statistics import median
+from typing import TYPE_CHECKING, Any, Final, final
+
+if TYPE_CHECKING:
+    from lowbits.streaming.device_ops import DeviceOps
+    from lowbits.streaming.stored import Stored
+
+#: Bytes per second that a link is taken to move until copies were timed.
+_BANDWIDTH: Final = 8e9
+
+#: Share of the newest measurement in a running mean.
+_NEWEST: Final = 0.5
+
+#: A pass of so many times the usual is probably the driver moving device memory to the host.
+_SPILL_FACTOR: Final = 3.0
+
+_KEPT_PASSES: Final = 32
+
+#: Methods of the passes of a trial; the first one is traced, and does not count.
+_TRIAL: Final = ("async", "async", "async", "queue", "queue")
+
+
+@final
+class Timing:
+    """Running means, from events that may not have happened yet when they are noted.
+
+    Attributes:
+        passes: completed ones.
+        slow_passes: those that took more than three times the median.
+        walls: seconds of the last passes.
+        bandwidth: bytes that were copied per second.
+    """
+
+    def __init__(self, ops: DeviceOps) -> None:
+        self.passes = self.slow_passes = 0
+        self.walls: deque[float] = deque(maxlen=_KEPT_PASSES)
+        self.bandwidth = _BANDWIDTH
+        self._ops = ops
+        self._begin: Any = None
+        self._units: deque[tuple[Stored, Any, Any, Any]] = deque()
+        self._passes: deque[tuple[Any, Any]] = deque()
+
+    def begin_pass(self) -> None:
+        """Note the beginning of a pass."""
+        self._begin = self._ops.mark_computed()
+
+    def end_pass(self) -> None:
+        """Note the end of a completed pass, and look at what has happened meanwhile."""
+        self.passes += 1
+        self._passes.append((self._begin, self._ops.mark_computed()))
+        self.resolve()
+
+    def note(self, entry: Stored, called: Any, started: Any, done: Any) -> None:
+        """Note a use of a unit: when it was called, had its bytes, and was done."""
+        self._units.append((entry, called, started, done))
+
+    def note_copy(self, nbytes: int, seconds: float) -> None:
+        """Note a copy."""
+        if seconds > 0:
+            self.bandwidth = _mean(self.bandwidth, nbytes / seconds)
+
+    def forget_marks(self) -> None:
+        """Forget events that nobody will look at any more."""
+        self.resolve()
+        self._units.clear()
+        self._passes.clear()
+
+    def resolve(self, *, wait: bool = False) -> None:
+        """Read the events that have happened, the oldest first.
+
+        Args:
+            wait: for the last pass to end.
+        """
+        if wait and self._passes:
+            self._ops.host_after(self._passes[-1][1])
+        while self._units:
+            entry, called, started, done = self._units[0]
+            stall, compute = self._ops.seconds(called, started), self._ops.seconds(started, done)
+            if stall is None or compute is None:
+                break
+            self._units.popleft()
+            entry.stall_s += stall
+            entry.compute_s = _mean(entry.compute_s, compute) if entry.compute_s else compute
+        while self._passes:
+            wall = self._ops.seconds(*self._passes[0])
+            if wall is None:
+                break
+            self._passes.popleft()
+            if len(self.walls) > 2 and wall > _SPILL_FACTOR * median(self.walls):
+                self.slow_passes += 1
+            self.walls.append(wall)
+
+
+def _mean(old: float, new: float) -> float:
+    return old + _NEWEST * (new - old)
+
+
+@final
+class MethodTrial:
+    """Which way of transferring is faster: two passes of each, after the one that is traced.
+
+    The first pass of a way fills its ring, so that the better of two counts.
+    """
+
+    def __init__(self) -> None:
+        self._walls: list[tuple[str, float]] = []
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the winner is known."""
+        return len(self._walls) == len(_TRIAL)
+
+    def next(self, wall_s: float) -> str:
+        """Note the seconds of the pass that was asked for; return the method of the next one."""
+        self._walls.append((_TRIAL[len(self._walls)], wall_s))
+        if not self.is_over:
+            return _TRIAL[len(self._walls)]
+        return min(self._walls[1:], key=lambda timed: timed[1])[0]

@@ -1,0 +1,294 @@
+"""Copying a unit's bytes into a buffer on the device: beside compute, or before it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import threading
+import time
+import weakref
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final, final
+
+from lowbits.errors import InsufficientMemoryError, StreamError
+from lowbits.streaming.host import PinnedSlab, aligned_empty, pinned_empty
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
+
+    from lowbits.streaming.device_ops import DeviceOps
+    from lowbits.streaming.masters import HostMaster, Master
+
+logger = logging.getLogger("lowbits.streaming")
+
+#: Bytes of one copy: short enough that other copies, and a cancelled pass, do not wait for long.
+_CHUNK_BYTES: Final = 32 << 20
+
+#: Page-locked buffers that bytes pass through on their way from pageable memory, or a file.
+_STAGING_BUFFERS: Final = 2
+
+#: Seconds between two looks at whether a thread that is waited for is alive.
+_PATIENCE_S: Final = 1.0
+
+
+@final
+@dataclass
+class Load:
+    """One copy of a unit, under way or done.
+
+    Attributes:
+        unit: its name.
+        begun: event before the copy, where the device times it.
+        ready: event behind the copy, once it was given to the device.
+        error: what went wrong.
+        seconds: that the thread which copied was busy.
+    """
+
+    unit: str
+    begun: Any = None
+    ready: Any = None
+    error: BaseException | None = None
+    seconds: float = 0.0
+    issued: threading.Event = field(default_factory=threading.Event)
+
+
+class Transfer(ABC):
+    """A way of copying units to a device, one after the other."""
+
+    #: Bytes of page-locked memory, and of other host memory, that it takes for itself.
+    staging_bytes: int = 0
+
+    @abstractmethod
+    def start(self, unit: str, master: Master, target: Tensor, freed: Any) -> Load:
+        """Ask for a copy.
+
+        Args:
+            unit: for messages.
+            master: the bytes.
+            target: 1-D uint8 on the device, of the unit's size.
+            freed: event behind the last use of what target held before.
+        """
+
+    @abstractmethod
+    def wait(self, load: Load) -> None:
+        """Make compute wait for a copy; raise what went wrong with it."""
+
+    @abstractmethod
+    def settle(self, load: Load) -> None:
+        """Wait, on the host, until a copy is over, however it ends."""
+
+    def seconds(self, load: Load) -> float | None:
+        """Return what a copy took, waiting for its slot not counted; None while it is under way."""
+        return load.seconds if load.issued.is_set() and load.error is None else None
+
+    @abstractmethod
+    def close(self) -> None:
+        """Stop; copies under way are given up."""
+
+
+@final
+class DirectTransfer(Transfer):
+    """From page-locked memory straight to the device: the host only gives orders."""
+
+    def __init__(self, ops: DeviceOps) -> None:
+        self._ops = ops
+
+    def start(self, unit: str, master: Master, target: Tensor, freed: Any) -> Load:
+        """Put a copy on the device's copy stream, behind the slot's last use."""
+        source: HostMaster = master  # type: ignore[assignment] # pinned masters are host masters
+        self._ops.copy_after(freed)
+        begun = self._ops.mark_copied()
+        for start in range(0, target.numel(), _CHUNK_BYTES):
+            stop = min(start + _CHUNK_BYTES, target.numel())
+            self._ops.copy(target[start:stop], source.flat[start:stop])
+        return Load(unit, begun, self._ops.mark_copied())
+
+    def wait(self, load: Load) -> None:
+        """Put an order to wait on the compute stream; the host goes on."""
+        self._ops.compute_after(load.ready)
+
+    def settle(self, load: Load) -> None:
+        """Wait for the event."""
+        self._ops.host_after(load.ready)
+
+    def seconds(self, load: Load) -> float | None:
+        """Ask the device."""
+        return self._ops.seconds(load.begun, load.ready)
+
+    def close(self) -> None:
+        """Nothing to stop."""
+
+
+@final
+class InlineTransfer(Transfer):
+    """In the thread that asks: copy, then compute."""
+
+    def __init__(self, ops: DeviceOps) -> None:
+        self._filler = _Filler(ops)
+        self.staging_bytes = self._filler.staging_bytes
+
+    def start(self, unit: str, master: Master, target: Tensor, freed: Any) -> Load:
+        """Copy, and return when all of it was given to the device."""
+        load = Load(unit)
+        begin = time.perf_counter()
+        load.ready = self._filler.fill(master, target, freed, None)
+        load.seconds = time.perf_counter() - begin
+        load.issued.set()
+        return load
+
+    def wait(self, load: Load) -> None:
+        """Make compute wait for the last part of the copy."""
+        self._filler.ops.compute_after(load.ready)
+
+    def settle(self, load: Load) -> None:
+        """Wait for the event behind the last part."""
+        self._filler.ops.host_after(load.ready)
+
+    def close(self) -> None:
+        """Nothing to stop."""
+
+
+@final
+class ThreadTransfer(Transfer):
+    """In a thread of its own, one unit after the other: reading a file, or copying, blocks it.
+
+    Waiting is bounded: a thread that has died is noticed, and named.
+    """
+
+    def __init__(self, ops: DeviceOps) -> None:
+        self._filler = _Filler(ops)
+        self.staging_bytes = self._filler.staging_bytes
+        self._work = _Work()
+        self._finalizer = weakref.finalize(self, self._work.stop)
+        self._thread: threading.Thread | None = None
+        self._pid = os.getpid()
+
+    def start(self, unit: str, master: Master, target: Tensor, freed: Any) -> Load:
+        """Hand a copy to the thread, behind those that it was handed before."""
+        if self._thread is None or self._pid != os.getpid():
+            self._begin()
+        load = Load(unit)
+        filler, stopped = self._filler, self._work.stopped
+
+        def fill() -> None:
+            load.ready = filler.fill(master, target, freed, stopped.is_set)
+
+        self._work.jobs.put((load, fill))
+        return load
+
+    def wait(self, load: Load) -> None:
+        """Wait until the copy was given to the device, then make compute wait for it."""
+        self._await(load)
+        if load.error is not None:
+            raise StreamError(
+                f"cannot copy {load.unit!r} to the device: {load.error}", load.unit, "loading"
+            ) from load.error
+        self._filler.ops.compute_after(load.ready)
+
+    def settle(self, load: Load) -> None:
+        """Wait until the thread is done with it, and the device too."""
+        self._await(load)
+        self._filler.ops.host_after(load.ready)
+
+    def _await(self, load: Load) -> None:
+        while not load.issued.wait(_PATIENCE_S):
+            if self._thread is None or not self._thread.is_alive():
+                raise StreamError(
+                    f"the thread that copies {load.unit!r} has died", load.unit, "loading"
+                )
+
+    def _begin(self) -> None:
+        """Start the thread: at the first copy, and in a forked process, which has none."""
+        if self._pid != os.getpid():
+            self._work, self._pid = _Work(), os.getpid()
+            self._finalizer = weakref.finalize(self, self._work.stop)
+        # The thread holds the work, not this object: dropping the streamer ends it.
+        self._thread = threading.Thread(target=self._work.run, name="lowbits-stream", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop the thread, and wait until it has."""
+        self._finalizer()
+        if self._thread is not None and self._pid == os.getpid():
+            self._thread.join()
+        self._thread = None
+
+
+class _Work:
+    """What a thread has to do: a queue that ends with None."""
+
+    def __init__(self) -> None:
+        self.jobs: queue.SimpleQueue[tuple[Load, Callable[[], None]] | None] = queue.SimpleQueue()
+        self.stopped = threading.Event()
+
+    def stop(self) -> None:
+        """Give up what was not begun, and end the thread."""
+        self.stopped.set()
+        self.jobs.put(None)
+
+    def run(self) -> None:
+        """Do jobs until told to stop; what one raises is kept for whoever waits for it."""
+        while (job := self.jobs.get()) is not None:
+            load, fill = job
+            begin = time.perf_counter()
+            try:
+                fill()
+            except BaseException as error:  # noqa: BLE001 - raised again by `Transfer.wait`
+                load.error = error
+            load.seconds = time.perf_counter() - begin
+            load.issued.set()
+            del job, fill  # else the last unit's buffers live as long as the thread waits
+
+
+@final
+class _Filler:
+    """Brings a master's bytes into a buffer on the device.
+
+    On the CPU they are read where they belong. Elsewhere they pass through page-locked staging
+    buffers, each written again only after its last copy has left it.
+    """
+
+    def __init__(self, ops: DeviceOps) -> None:
+        self.ops = ops
+        self._slabs: list[PinnedSlab] = []  # memory is unlocked when its slab goes
+        self._staging: list[Tensor] = []
+        self._left: list[Any] = []
+        if ops.device.type != "cpu":
+            self._staging = [self._staging_buffer() for _ in range(_STAGING_BUFFERS)]
+            self._left = [None] * _STAGING_BUFFERS
+        self.staging_bytes = sum(buffer.nbytes for buffer in self._staging)
+
+    def fill(
+        self, master: Master, target: Tensor, freed: Any, should_stop: Callable[[], bool] | None
+    ) -> Any:
+        """Copy all of a unit; return an event behind the copy."""
+        # Else a slot would be overwritten while its last user computes.
+        self.ops.copy_after(freed)
+        if not self._staging:
+            master.read(0, target, should_stop)
+            return None
+        for number, start in enumerate(range(0, target.numel(), _CHUNK_BYTES)):
+            stop = min(start + _CHUNK_BYTES, target.numel())
+            which = number % _STAGING_BUFFERS
+            # Else the staging buffer would change under a copy that is still reading it.
+            self.ops.host_after(self._left[which])
+            staged = self._staging[which][: stop - start]
+            master.read(start, staged, should_stop)
+            self.ops.copy(target[start:stop], staged)
+            self._left[which] = self.ops.mark_copied()
+        return self.ops.mark_copied()
+
+    def _staging_buffer(self) -> Tensor:
+        """Return memory that copies to the device run fastest from; plain where none can be had."""
+        if self.ops.has_streams:
+            try:
+                self._slabs.append(pinned_empty(_CHUNK_BYTES))
+            except InsufficientMemoryError as error:
+                logger.warning("copies to %s will wait: %s", self.ops.device, error)
+            else:
+                return self._slabs[-1].tensor
+        return aligned_empty(_CHUNK_BYTES)
