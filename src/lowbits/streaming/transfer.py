@@ -257,7 +257,7 @@ class _Filler:
         self._slabs: list[PinnedSlab] = []  # memory is unlocked when its slab goes
         self._staging: list[Tensor] = []
         self._left: list[Any] = []
-        if ops.device.type != "cpu":
+        if ops.has_streams or ops.device.type != "cpu":
             self._staging = [self._staging_buffer() for _ in range(_STAGING_BUFFERS)]
             self._left = [None] * _STAGING_BUFFERS
         self.staging_bytes = sum(buffer.nbytes for buffer in self._staging)

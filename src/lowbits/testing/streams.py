@@ -91,15 +91,20 @@ class Step(NamedTuple):
 
 
 class StreamEvent:
-    """A point in a stream of `ThreadedOps`."""
+    """A point in a stream of `ThreadedOps`.
+
+    Attributes:
+        at_s: when it happened, on the clock of `time.perf_counter`.
+    """
 
     def __init__(self) -> None:
         self._happened = threading.Event()
         self._error: BaseException | None = None
+        self.at_s = 0.0
 
     def happen(self, error: BaseException | None = None) -> None:
         """Let those who wait go on, or fail."""
-        self._error = error
+        self._error, self.at_s = error, time.perf_counter()
         self._happened.set()
 
     def has_happened(self) -> bool:
@@ -277,6 +282,10 @@ class ThreadedOps(_CountedOps):
         if event is not None:
             event.wait()
 
+    def seconds(self, start: StreamEvent, end: StreamEvent) -> float | None:
+        """Return the difference, if both have happened."""
+        return end.at_s - start.at_s if start.has_happened() and end.has_happened() else None
+
     def release_cached(self) -> None:
         """Only log it: nothing is cached."""
         self.log.append(Step("release_cached"))
@@ -382,3 +391,10 @@ class VirtualOps(_CountedOps):
     def host_after(self, event: float | None) -> None:
         """Advance the host's clock."""
         self.host_s = max(self.host_s, event or 0.0)
+
+    def seconds(self, start: float, end: float) -> float:
+        """Return the difference: every event knows its time at once."""
+        return end - start
+
+    def release_cached(self) -> None:
+        """Nothing is cached."""
