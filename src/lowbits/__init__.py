@@ -33,6 +33,9 @@ if TYPE_CHECKING:
     from lowbits.core.scheme import SchemeInfo as SchemeInfo
     from lowbits.progress import CancelToken as CancelToken
     from lowbits.progress import ProgressEvent as ProgressEvent
+    from lowbits.streaming.stats import StreamStats as StreamStats
+    from lowbits.streaming.stats import UnitStats as UnitStats
+    from lowbits.streaming.streamer import LayerStreamer as LayerStreamer
 
     def backends() -> tuple[BackendInfo, ...]:
         """Return every backend, and whether it works here; see `lowbits.backends`."""
@@ -48,6 +51,8 @@ _HOMES = {
     "lowbits.core.report": "LayerReport Report",
     "lowbits.core.scheme": "BackendInfo Scheme SchemeInfo",
     "lowbits.progress": "CancelToken ProgressEvent",
+    "lowbits.streaming.stats": "StreamStats UnitStats",
+    "lowbits.streaming.streamer": "LayerStreamer",
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split()}
 

@@ -5,16 +5,17 @@ from __future__ import annotations
 import logging
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, final
 
 import torch
 from torch import nn
 
 from lowbits.config import LowbitsConfig
-from lowbits.core.convert import ConvertOptions, convert
-from lowbits.core.handle import Handle, allow_saving, find_handle
+from lowbits.core.convert import ConvertOptions, convert, stored_bytes_of
+from lowbits.core.handle import Handle, Placed, allow_saving, find_handle
+from lowbits.core.memory import storage_bytes
 from lowbits.core.packed import PackedLayer
 from lowbits.core.registry import DEFAULT
 from lowbits.core.scheme import NATIVE, SchemeInfo
@@ -29,7 +30,20 @@ from lowbits.errors import (
     suggestion,
 )
 from lowbits.integrations.configs import component_requests, is_pipeline_config, request_of
-from lowbits.integrations.diffusers import components_of, default_reasons, is_pipeline, kept_in_fp32
+from lowbits.integrations.diffusers import (
+    announce_device,
+    components_of,
+    default_reasons,
+    is_pipeline,
+    kept_in_fp32,
+)
+from lowbits.streaming.models import (
+    PlacedModels,
+    Placement,
+    ResidentModels,
+    StreamedModels,
+    tensors_of,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -49,6 +63,10 @@ def apply(  # noqa: PLR0913 - one place for every option
     skip: Sequence[str] = (),
     device: torch.device | str | None = None,
     compute_dtype: torch.dtype | None = None,
+    gpu_weights: int | str = "auto",
+    reserve: int | str = "auto",
+    swap: str = "auto",
+    location: str = "auto",
     keep_source: str = "auto",
     source: str | Path | None = None,
     progress: ProgressCallback | None = None,
@@ -70,6 +88,17 @@ def apply(  # noqa: PLR0913 - one place for every option
         skip: globs of layers that are left alone; they override rules.
         device: that the target runs on; None: the accelerator if there is one, else the CPU.
         compute_dtype: that packed layers multiply in; None: what is fast on their device.
+        gpu_weights: what weights may take of the device: ``"auto"`` keeps all of them there if they
+            fit beside reserve, and streams them otherwise; ``"all"`` keeps them or raises; a size,
+            as ``"6GB"``, is a hard cap, and what does not fit is streamed. On a CPU ``"auto"`` and
+            ``"all"`` stream nothing.
+        reserve: device memory that ``gpu_weights="auto"`` leaves free for activations: a size, or
+            ``"auto"``: 10 % of the device, at least 1 GiB, and 1 GiB more on Windows.
+        swap: how streamed weights are copied: ``"queue"``, a block before its use; ``"async"``,
+            ahead of it; ``"auto"`` times two passes of each and keeps the faster.
+        location: where streamed weights wait: ``"cpu"``, ``"shared"`` (page-locked) or ``"disk"``;
+            ``"auto"``: shared within 40 % of the free host memory, else cpu, else disk; on a CPU,
+            disk.
         keep_source: where originals are kept for `restore`: ``"memory"`` (host), ``"file"`` (only
             with source, byte for byte proven), ``"none"``, or ``"auto"``: file if proven, else
             memory if originals and packed weights fit in 60 % of what is free, else none.
@@ -87,13 +116,14 @@ def apply(  # noqa: PLR0913 - one place for every option
         NonFiniteWeightError: a weight holds NaN or infinity.
         SourceUnavailableError: ``keep_source="file"`` and a weight is not in the file.
         NoCapableBackendError: not one layer can be packed; `failures` says why.
+        InsufficientMemoryError: ``gpu_weights`` is too small; `needed_bytes` says what would do.
     """
     if isinstance(scheme, LowbitsConfig):
         config = scheme
     else:
         config = LowbitsConfig(
-            scheme, components, rules, skip, device, compute_dtype, keep_source, source, progress,
-            cancel,
+            scheme, components, rules, skip, device, compute_dtype, gpu_weights, reserve, swap,
+            location, keep_source, source, progress, cancel,
         )  # fmt: skip
     place = torch.device(config.device) if config.device is not None else default_device()
     return _apply(_modules_of(target), config, place)
@@ -105,10 +135,11 @@ def quantize(module: nn.Module, scheme: Any, **options: Any) -> Handle:
     Args:
         module: a `torch.nn.Module` or a diffusers pipeline; changed in place.
         scheme: as for `apply`.
-        options: those of `apply`, but ``device``.
+        options: those of `apply`, but ``device`` and what streams.
     """
-    if "device" in options:
-        raise ConfigError("device: quantize never moves a module; use lowbits.apply for that")
+    for option in ("device", "gpu_weights", "reserve", "swap", "location"):
+        if option in options:
+            raise ConfigError(f"{option}: quantize moves nothing; use lowbits.apply for that")
     return _apply(_modules_of(module), LowbitsConfig(scheme, **options), None)
 
 
@@ -195,32 +226,39 @@ def _apply(
     rules = {glob: request_of(value).scheme for glob, value in (config.rules or {}).items()}
     decisions = select(components, Selection(rules, config.skip, DEFAULT))
     _require_one(components, decisions)
+    placed = _placed(modules, config, device, stored_bytes_of(decisions))
+    is_streamed = isinstance(placed, StreamedModels)
     options = ConvertOptions(
         keep_source=config.keep_source,
         source=None if config.source is None else SourceFiles(config.source),
         device=device,
+        hold=torch.device("cpu") if is_streamed else None,
         progress=config.progress,
         cancel=config.cancel,
     )
-    before = _placements(modules, device)
+    homes = [] if is_streamed else _homes(modules, device)
     packed = {decision.component for decision in decisions if decision.scheme}
     touched = {c.name: c.module for c in components if c.scheme or c.name in packed}
     journals: defaultdict[str, Journal] = defaultdict(Journal)
     owned = None
     try:
         conversion = convert(decisions, options, journals)
-        reapply = _reapplier(modules, config, device)
-        owned = Handle(touched or modules, conversion.report, reapply, before)
-        for module, _ in before:
+        for module, _ in homes:
             module.to(device)
+        placed.attach()
+        report = conversion.report.noting(placed.notes)
+        target = _Target(modules, config, device)
+        owned = Handle(modules if is_streamed else touched or modules, report, target, placed)
+        owned.came_from(homes)
         owned.attach(journals)
         conversion.commit()
     except BaseException:
+        placed.detach()
         undo(list(journals.values()))
         if owned is not None:
             owned.detach()
-        for module, old in before:
-            module.to(old)
+        for module, home in homes:
+            module.to(home)
         raise
     # Who asked for it knows; what "auto" let go comes as a surprise.
     for warning in conversion.report.warnings if config.keep_source == "auto" else ():
@@ -228,18 +266,60 @@ def _apply(
     return owned
 
 
-def _reapplier(
-    modules: Mapping[str, nn.Module], config: LowbitsConfig, device: torch.device | None
-) -> Callable[[Handle, Any], Handle]:
-    """Return what `Handle.switch` calls; it keeps no module alive."""
-    references = {name: weakref.ref(module) for name, module in modules.items()}
+def _placed(
+    modules: Mapping[str, nn.Module],
+    config: LowbitsConfig,
+    device: torch.device | None,
+    nbytes: int,
+) -> PlacedModels:
+    """Decide whether models of some bytes, as they will be stored, stay on the device."""
+    if device is None:
+        return ResidentModels(modules, None)
+    placement = Placement(device, config.gpu_weights, config.reserve, config.swap, config.location)
+    held = storage_bytes(t for t in tensors_of(modules.values()) if _same_device(t.device, device))
+    budget = placement.budget(nbytes, held)
+    if budget is None:
+        return ResidentModels(modules, device)
+    return StreamedModels(modules, placement, budget, None if "" in modules else announce_device)
 
-    def reapply(owned: Handle, scheme: Any) -> Handle:
-        live = {name: reference() for name, reference in references.items()}
-        present = {name: module for name, module in live.items() if module is not None}
-        return _switch(owned, present, config, device, scheme)
 
-    return reapply
+@final
+class _Target:
+    """What a handle does to its target; keeps no module alive."""
+
+    def __init__(
+        self, modules: Mapping[str, nn.Module], config: LowbitsConfig, device: torch.device | None
+    ) -> None:
+        self._references = {name: weakref.ref(module) for name, module in modules.items()}
+        self._config, self._device = config, device
+
+    def _modules(self) -> dict[str, nn.Module]:
+        live = {name: reference() for name, reference in self._references.items()}
+        return {name: module for name, module in live.items() if module is not None}
+
+    def switch(self, owned: Handle, scheme: Any) -> Handle:
+        """Pack the target in another scheme, with the options in force."""
+        return _switch(owned, self._modules(), self._config, self._device, scheme)
+
+    def place_again(self, owned: Handle, placed: Placed, changes: Mapping[str, Any]) -> Placed:
+        """Place the target in another way, or as it was if that fails."""
+        if self._device is None:
+            raise ConfigError("lowbits.quantize never moves a module: use lowbits.apply for that")
+        config, modules = replace(self._config, **changes), self._modules()
+        placed.detach()
+        try:
+            nbytes = sum({id(t): t.nbytes for t in tensors_of(modules.values())}.values())
+            new = _placed(modules, config, self._device, nbytes)
+            homes = [] if isinstance(new, StreamedModels) else _homes(modules, self._device)
+            for module, _ in homes:
+                module.to(self._device)
+            new.attach()
+        except BaseException:
+            placed.attach()
+            raise
+        owned.came_from(homes)
+        self._config = config
+        return new
 
 
 def _switch(
@@ -335,7 +415,7 @@ def _require_one(components: Sequence[Component], decisions: Sequence[Decision])
     )
 
 
-def _placements(
+def _homes(
     modules: Mapping[str, nn.Module], device: torch.device | None
 ) -> list[tuple[nn.Module, torch.device]]:
     """Return the modules that have to move, and where they are now.

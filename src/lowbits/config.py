@@ -50,6 +50,24 @@ class LowbitsConfig:
     compute_dtype: torch.dtype | None = _option(
         None, "dtype that packed layers multiply in; default: what is fast on the device"
     )
+    gpu_weights: int | str = _option(
+        "auto",
+        "weights on the device, at most: a size as '6GB', 'all', or 'auto', which streams only "
+        "what does not fit",
+    )
+    reserve: int | str = _option(
+        "auto", "device memory that gpu_weights='auto' leaves free for activations"
+    )
+    swap: str = _option(
+        "auto",
+        "how streamed weights are copied: one by one, or ahead of their use",
+        ("auto", "queue", "async"),
+    )
+    location: str = _option(
+        "auto",
+        "where streamed weights wait: host memory, page-locked host memory, or a file",
+        ("auto", "cpu", "shared", "disk", "pageable", "pinned"),
+    )
     keep_source: str = _option(
         "auto", "where originals are kept for restore()", ("auto", "memory", "file", "none")
     )
@@ -67,13 +85,18 @@ class LowbitsConfig:
                     f"{item.name}: got {value!r}, expected one of {', '.join(choices)}"
                     f"{suggestion(str(value), choices)}"
                 )
+        for option, words in (("gpu_weights", ("auto", "all")), ("reserve", ("auto",))):
+            value = getattr(self, option)
+            if value not in words:
+                # The one place where a frozen field is set: sizes are ints from here on.
+                object.__setattr__(self, option, parse_size(value, option))
         if isinstance(self.skip, str):
             raise ConfigError(f"skip: got the string {self.skip!r}, expected a sequence of globs")
         if self.compute_dtype is not None and not self.compute_dtype.is_floating_point:
             raise ConfigError(f"compute_dtype: got {self.compute_dtype}, expected a floating dtype")
 
 
-def parse_size(value: int | str, option: str) -> int:
+def parse_size(value: Any, option: str) -> int:
     """Return a size in bytes: ``6_000_000_000``, ``"6GB"`` (1e9), ``"6GiB"`` (2**30), ``"512 MB"``.
 
     Args:

@@ -130,6 +130,10 @@ def run(  # noqa: PLR0913 - a parameter is an option
     compute_dtype: options.ComputeDtype = None,
     keep_source: options.KeepSource = "none",
     source: options.Source = None,
+    gpu_weights: options.GpuWeights = "auto",
+    reserve: options.Reserve = "auto",
+    swap: options.Swap = "auto",
+    location: options.Location = "auto",
 ) -> None:
     """Draw a picture with packed weights."""
     call = options.call_settings(settings, num_inference_steps=steps, height=height, width=width)
@@ -153,6 +157,10 @@ def run(  # noqa: PLR0913 - a parameter is an option
             skip=tuple(skip or ()),
             device=place,
             compute_dtype=getattr(torch, compute_dtype) if compute_dtype else None,
+            gpu_weights=gpu_weights,
+            reserve=reserve,
+            swap=swap,
+            location=location,
             keep_source=keep_source,
             source=source or (model if keep_source == "file" else None),
             progress=lambda event: bars.track("packing", event.done_bytes, event.total_bytes),
@@ -164,6 +172,7 @@ def run(  # noqa: PLR0913 - a parameter is an option
     to_image(pictures[0]).save(out)
     report = handle.report()
     typer.echo(report.table() if show_report else report.summary())
+    typer.echo(f"weights: {handle.stats()}")
     typer.echo(f"wrote {out}")
 
 

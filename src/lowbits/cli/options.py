@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 _PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 _PACKING = "Packing"
+_STREAMING = "Streaming"
 
 
 def _help(option: str, more: str = "") -> str:
@@ -118,6 +119,23 @@ Source = Annotated[
         rich_help_panel=_PACKING,
         help=_help("source", "Default: MODEL."),
     ),
+]
+
+GpuWeights = Annotated[
+    str,
+    typer.Option(metavar="SIZE", rich_help_panel=_STREAMING, help=_help("gpu_weights")),
+]
+Reserve = Annotated[
+    str,
+    typer.Option(metavar="SIZE", rich_help_panel=_STREAMING, help=_help("reserve")),
+]
+Swap = Annotated[
+    Literal["auto", "queue", "async"],
+    typer.Option(rich_help_panel=_STREAMING, help=_help("swap")),
+]
+Location = Annotated[
+    Literal["auto", "cpu", "shared", "disk", "pageable", "pinned"],
+    typer.Option(rich_help_panel=_STREAMING, help=_help("location")),
 ]
 
 Folder = Annotated[

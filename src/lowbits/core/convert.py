@@ -36,11 +36,13 @@ class ConvertOptions:
         keep_source: one of `lowbits.core.source.KEEP_SOURCE`.
         source: a safetensors file or folder that the weights came from.
         device: that quantizes and holds the result; None: the one each weight lies on.
+        hold: that holds the result, where it is not the one that quantizes.
     """
 
     keep_source: str = "auto"
     source: SourceFiles | None = None
     device: torch.device | None = None
+    hold: torch.device | None = None
     progress: ProgressCallback | None = None
     cancel: CancelToken | None = None
 
@@ -148,6 +150,12 @@ def _packed_bytes(decision: Decision) -> int:
     return decision.backend.packed_bytes(decision.scheme, rows, row_length)
 
 
+def stored_bytes_of(decisions: Sequence[Decision]) -> int:
+    """Return the bytes that all tensors will take once they are packed, tied ones once."""
+    sizes = {d.tie: _packed_bytes(d) if d.scheme else d.tensor.nbytes for d in decisions}
+    return sum(sizes.values())
+
+
 def _bytes_before(decisions: Sequence[Decision]) -> dict[int, int]:
     return {d.tie: d.tensor.nbytes for d in decisions}
 
@@ -207,6 +215,8 @@ def _pack_one(
             f"skip=({decision.path!r},), or repair the weight"
         ) from error
     layout, tensors = storage_form(decision.name, packed, backend, original.shape)
+    if options.hold is not None:
+        tensors = {name: tensor.to(options.hold) for name, tensor in tensors.items()}
     layout = replace(layout, compute_dtype=decision.compute_dtype, keeps_fp32=decision.keeps_fp32)
     kept = source or MemorySource(original)
     return packed_parameters(decision.name, layout, tensors, original, kept)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import weakref
 from collections import OrderedDict
-from typing import TYPE_CHECKING, Any, Final, final
+from typing import TYPE_CHECKING, Any, Final, Protocol, final
 
 from lowbits.core.packed import PackedLayer, read_weight
 from lowbits.core.surgery import Journal, undo
 from lowbits.errors import NotPatchedError, PatchError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
     from types import TracebackType
 
     import torch
@@ -23,6 +23,29 @@ if TYPE_CHECKING:
 _OWNED: Final = "_lowbits_handle"
 #: How diffusers and transformers call it.
 _SAVE: Final = "save_pretrained"
+
+
+class Placed(Protocol):
+    """How a target's weights are placed: on the device for good, or streamed."""
+
+    def stats(self) -> Any:
+        """Return `lowbits.StreamStats`."""
+
+    def attach(self) -> None:
+        """Place them."""
+
+    def detach(self) -> None:
+        """Leave them where they were."""
+
+
+class Target(Protocol):
+    """What a handle needs to do to its target, and cannot do itself."""
+
+    def switch(self, owned: Handle, scheme: Any) -> Handle:
+        """Pack the target in another scheme."""
+
+    def place_again(self, owned: Handle, placed: Placed, changes: Mapping[str, Any]) -> Placed:
+        """Place the target in another way, or as it was if that fails."""
 
 
 @final
@@ -39,13 +62,12 @@ class Handle:
         self,
         components: Mapping[str, nn.Module],
         report: Report,
-        reapply: Callable[[Handle, Any], Handle],
-        placement: Sequence[tuple[nn.Module, torch.device]] = (),
+        target: Target,
+        placed: Placed,
     ) -> None:
         self._components = {name: weakref.ref(module) for name, module in components.items()}
-        self._report = report
-        self._reapply = reapply
-        self._placement = [(weakref.ref(module), device) for module, device in placement]
+        self._report, self._target, self._placed = report, target, placed
+        self._homes: list[tuple[weakref.ref[nn.Module], torch.device]] = []
         self._hooks: list[RemovableHandle] = []
 
     def attach(self, journals: Mapping[str, Journal]) -> None:
@@ -78,6 +100,46 @@ class Handle:
         """Return what was done to each layer, byte by byte."""
         return self._report
 
+    def stats(self) -> Any:
+        """Return what streaming did, as `lowbits.StreamStats`: bytes moved, stalls, peak bytes.
+
+        Where nothing is streamed, only the bytes on the device are in it.
+        """
+        return self._placed.stats()
+
+    def came_from(self, homes: Sequence[tuple[nn.Module, torch.device]]) -> None:
+        """Remember where modules lay before they were moved: `restore` moves them back."""
+        known = {id(reference()) for reference, _ in self._homes}
+        self._homes += [(weakref.ref(m), device) for m, device in homes if id(m) not in known]
+
+    def reconfigure(
+        self,
+        *,
+        gpu_weights: int | str | None = None,
+        reserve: int | str | None = None,
+        swap: str | None = None,
+        location: str | None = None,
+    ) -> None:
+        """Place the weights in another way; what is packed stays as it is.
+
+        Args:
+            gpu_weights: as for `lowbits.apply`; what is None stays as it is.
+            reserve: as above.
+            swap: as above.
+            location: as above.
+
+        Raises:
+            NotPatchedError: the target was restored.
+            InsufficientMemoryError: it does not fit in that way; it is placed as it was.
+            ConfigError: a value that an option does not accept.
+        """
+        self._require_active("reconfigure")
+        asked = {
+            "gpu_weights": gpu_weights, "reserve": reserve, "swap": swap, "location": location,
+        }  # fmt: skip
+        changes = {option: value for option, value in asked.items() if value is not None}
+        self._placed = self._target.place_again(self, self._placed, changes)
+
     def restore(self) -> None:
         """Undo everything: bit-equal weights, the same classes, hooks and order as before.
 
@@ -89,9 +151,17 @@ class Handle:
             SourceUnavailableError: originals were not kept, or their file changed; nothing changes.
         """
         self._require_active("restore")
-        undo([part.journal for part in self._parts()])
+        journals = [part.journal for part in self._parts()]
+        for source in {id(s): s for journal in journals for s in journal.sources()}.values():
+            source.verify()  # before streaming ends: it is not begun again for nothing
+        self._placed.detach()
+        try:
+            undo(journals)
+        except BaseException:
+            self._placed.attach()
+            raise
         self.detach()
-        for reference, device in self._placement:
+        for reference, device in self._homes:
             module = reference()
             if module is not None:
                 module.to(device)
@@ -110,11 +180,15 @@ class Handle:
             LowbitsError: whatever applying raises; the target is then as it was, in its old scheme.
         """
         self._require_active("switch")
-        return self._reapply(self, scheme)
+        return self._target.switch(self, scheme)
 
     def release(self) -> None:
-        """Let the target go without restoring it: it stays packed, and has no handle."""
+        """Let the target go without restoring it: it stays packed, and has no handle.
+
+        It is not streamed any more: its weights are where they were before.
+        """
         self._require_active("release")
+        self._placed.detach()
         self.detach()
 
     def detach(self) -> None:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from dataclasses import asdict, dataclass
-from typing import Any, Final, final
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any, Final, final
 
 from lowbits.core.names import dotted
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 _HEADER: Final = (
     *("layer", "n", "kind", "shape", "scheme"),
@@ -59,6 +62,10 @@ class Report:
 
     layers: tuple[LayerReport, ...]
     warnings: tuple[str, ...] = ()
+
+    def noting(self, notes: Iterable[str]) -> Report:
+        """Return the same report with more warnings."""
+        return replace(self, warnings=(*self.warnings, *notes))
 
     @property
     def bytes_before(self) -> int:

@@ -7,12 +7,16 @@ somebody else did.
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, final
 
 from torch import nn
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
+
+    import torch
+
+    from lowbits.streaming.engine import Engine
 
 #: Names that diffusers' pipelines give to what runs at every step.
 _DENOISERS: Final = ("transformer", "unet", "prior", "decoder", "controlnet", "dit")
@@ -58,3 +62,42 @@ def kept_in_fp32(module: nn.Module) -> tuple[str, ...]:
         for attribute in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
     )
     return tuple({name: None for names in lists for name in names or ()})
+
+
+def announce_device(module: nn.Module, engine: Engine) -> Callable[[], None]:
+    """Let a pipeline find the device that a streamed component computes on.
+
+    Diffusers asks the ``_hf_hook`` of each component, as it does where accelerate moves weights,
+    and tells it when ``encode`` or ``decode`` is called in place of the model itself.
+
+    Returns:
+        What takes it back.
+    """
+    module._hf_hook = _Announcement(engine)  # type: ignore[assignment] # not a Parameter or module
+    return lambda: module.__dict__.pop("_hf_hook", None)
+
+
+@final
+class _Announcement:
+    """Answers diffusers; copies and pickles of the model have one that answers nothing."""
+
+    def __init__(self, engine: Engine | None = None) -> None:
+        self._engine = engine
+
+    @property
+    def execution_device(self) -> torch.device | None:
+        """The device that the model computes on."""
+        return self._engine.device if self._engine else None
+
+    def pre_forward(self, _: nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        """Bring the model to the device."""
+        if self._engine:
+            self._engine.enter()
+        return args, kwargs
+
+    def detach_hook(self, module: nn.Module) -> nn.Module:
+        """Change nothing: ``remove_all_hooks`` does not end the streaming."""
+        return module
+
+    def __reduce__(self) -> tuple[type[_Announcement], tuple[()]]:
+        return _Announcement, ()

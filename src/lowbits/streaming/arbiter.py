@@ -36,6 +36,7 @@ class Arbiter:
         ops: of the device.
         method: ``"queue"``, ``"async"`` or ``"auto"``.
         depth: slots of a ring; None: what the simulator finds best.
+        peak_bytes: the most weight bytes that were on the device.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class Arbiter:
     ) -> None:
         """Prepare; the device is not touched."""
         self.lock = threading.RLock()
+        self.peak_bytes = 0
         self.budget_bytes, self.ops, self.method, self.depth = budget_bytes, ops, method, depth
         self._stages: dict[int, Stage] = {}
         self._turns: deque[tuple[Stage, int]] = deque(maxlen=_TURNS)
@@ -54,7 +56,13 @@ class Arbiter:
 
     def add(self, component: Component) -> None:
         """Let a component take part; it is attached."""
-        self._stages[id(component)] = Stage([component], self.ops, self.method, self.depth)
+        self._stages[id(component)] = self._stage(component)
+
+    def _stage(self, *components: Component) -> Stage:
+        return Stage(components, self.ops, self.method, self.depth, self._note_peak)
+
+    def _note_peak(self) -> None:
+        self.peak_bytes = max(self.peak_bytes, sum(s.device_bytes for s in self.stages()))
 
     def remove(self, component: Component) -> None:
         """Take a component off the device for good; others of its stage stay as they are."""
@@ -77,12 +85,11 @@ class Arbiter:
         stage = self.stage_of(component)
         if stage.plan is None:
             stage = self._join(stage)
-            active = [other for other in self.stages() if other.plan is not None]
-            if stage.nbytes + sum(other.device_bytes for other in active) > self.budget_bytes:
-                for other in active:
+            others = [other for other in self.stages() if other is not stage]
+            if stage.nbytes + sum(other.device_bytes for other in others) > self.budget_bytes:
+                for other in others:
                     other.park()
-                active = []
-            taken = sum(other.device_bytes for other in active)
+            taken = sum(other.device_bytes for other in others)
             stage.activate(self.budget_bytes - taken)
         return stage
 
@@ -103,7 +110,7 @@ class Arbiter:
         (a, a_passes), (b, b_passes), (a_again, a_now), (b_again, b_now) = self._turns
         if a is not a_again or b is not b_again or a is b:
             return stage
-        joined = Stage([*a.components, *b.components], self.ops, self.method, self.depth)
+        joined = self._stage(*a.components, *b.components)
         is_short = max(a_now - a_passes, b_now - b_passes) <= _SHORT_TURN
         if not is_short or joined.minimum_bytes > self.budget_bytes:
             return stage

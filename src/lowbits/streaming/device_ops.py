@@ -81,6 +81,10 @@ class DeviceOps(ABC):
     def free_bytes(self) -> int | None:
         """Return the bytes of device memory that are free now; None if unknown."""
 
+    def total_bytes(self) -> int | None:
+        """Return the bytes of device memory that there are; None if unknown."""
+        return None
+
     @abstractmethod
     def release_cached(self) -> None:
         """Give memory that an allocator keeps for later back to the device."""
@@ -211,6 +215,10 @@ class AcceleratorOps(DeviceOps):
         free, _ = torch.accelerator.get_memory_info(self.device)
         cached = torch.accelerator.memory_reserved(self.device)
         return int(free + cached - torch.accelerator.memory_allocated(self.device))
+
+    def total_bytes(self) -> int:
+        """Return the memory of the device."""
+        return int(torch.accelerator.get_memory_info(self.device)[1])
 
     def release_cached(self) -> None:
         """Give cached memory back to the device."""

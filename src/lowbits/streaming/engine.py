@@ -10,7 +10,7 @@ from torch import nn
 from lowbits.core.interception import Interceptor, intercept, interceptor_of, release
 from lowbits.errors import AlreadyPatchedError, PatchError, StreamError
 from lowbits.streaming.component import Component
-from lowbits.streaming.layout import UNCALLED, held_tensors, lay_out
+from lowbits.streaming.layout import UNCALLED, ModelLayout, held_tensors, lay_out
 from lowbits.streaming.plan import UnitCost, make_plan
 from lowbits.streaming.stats import StreamStats, make_stats
 from lowbits.streaming.tiers import Tier
@@ -54,6 +54,8 @@ class Engine:
     Attributes:
         name: of the model in a pipeline; may be empty.
         root: the model.
+        component: its units and masters.
+        recoveries: passes that ran out of memory, and were run again.
     """
 
     def __init__(self, name: str, root: nn.Module, arbiter: Arbiter, location: str) -> None:
@@ -68,38 +70,23 @@ class Engine:
         self.name, self.root = name, root
         self._arbiter = arbiter
         self._is_running = False
-        self._recoveries = 0
-        _require_streamable(root)
-        device = arbiter.ops.device
-        layout = lay_out(
-            root, budget_bytes=arbiter.budget_bytes, depth=_DEPTH if arbiter.is_ahead else 1
-        )
-        # Before anything moves: does the smallest plan fit?
-        make_plan(
-            [UnitCost(unit.nbytes, 0.0) for unit in layout.units],
-            range(len(layout.units)),
-            bandwidth=1.0,
-            budget_bytes=arbiter.budget_bytes,
-            fixed_bytes=layout.fixed_bytes,
-            depth=arbiter.depth,
-            prefetch=arbiter.is_ahead,
-            device=str(device),
-        )
+        self.recoveries = 0
+        layout = require_fit(root, arbiter)
         tier = Tier(location, layout.nbytes, arbiter.ops)
-        self._component = Component(name, root, layout, tier, device)
+        self.component = Component(name, root, layout, tier, arbiter.ops.device)
         try:
-            self._component.attach()
+            self.component.attach()
         except BaseException:
             tier.close()
             raise
-        arbiter.add(self._component)
+        arbiter.add(self.component)
         self._calls = self._intercept()
 
     def _intercept(self) -> list[nn.Module]:
         """Stand before the model, its children, which some callers call alone, and its units."""
-        units = {id(e.unit.module): n for n, e in enumerate(self._component.units)}
+        units = {id(e.unit.module): n for n, e in enumerate(self.component.units)}
         modules = [self.root, *_callable_children(self.root)]
-        modules += [entry.unit.module for entry in self._component.units]
+        modules += [entry.unit.module for entry in self.component.units]
         unique = list({id(module): module for module in modules}.values())
         for module in unique:
             intercept(
@@ -112,15 +99,15 @@ class Engine:
         with self._arbiter.lock:
             if self._is_running:
                 raise StreamError("a streamed model cannot be detached inside its own forward")
-            self._arbiter.remove(self._component)
+            self._arbiter.remove(self.component)
             try:
-                self._component.detach()
+                self.component.detach()
             except BaseException:
-                self._arbiter.add(self._component)
+                self._arbiter.add(self.component)
                 raise
             for module in self._calls:
                 release(module)
-            self._component.tier.close()
+            self.component.tier.close()
 
     def run(
         self,
@@ -148,8 +135,8 @@ class Engine:
     ) -> Any:
         if call.unit is None:
             return forward(*args, **kwargs)
-        entry = self._component.units[call.unit]
-        stage = self._arbiter.stage_of(self._component)
+        entry = self.component.units[call.unit]
+        stage = self._arbiter.stage_of(self.component)
         return stage.run_unit(entry, forward, args, kwargs)
 
     def _run_first(
@@ -162,7 +149,7 @@ class Engine:
         """Run what was called from outside, once more with fewer residents if memory runs out."""
         while True:
             stage = self._enter()
-            is_pass = call.is_root and stage.begins_with(self._component)
+            is_pass = call.is_root and stage.begins_with(self.component)
             if is_pass:
                 stage.begin_pass()
             try:
@@ -177,11 +164,11 @@ class Engine:
                 return result
             # Here the traceback is gone, and with it what the frames of the failed pass held.
             self._arbiter.shrink(stage)
-            self._recoveries += 1
+            self.recoveries += 1
 
     def _enter(self) -> Stage:
-        is_larger = self._component.notice_new()
-        stage = self._arbiter.enter(self._component)
+        is_larger = self.component.notice_new()
+        stage = self._arbiter.enter(self.component)
         if is_larger:
             stage.replan()
         return stage
@@ -205,7 +192,7 @@ class Engine:
         """
         device = self._arbiter.ops.device
         dtypes = {}
-        for dtype in self._component.dtypes():
+        for dtype in self.component.dtypes():
             probe = function(torch.empty(0, dtype=dtype, device=device))
             if probe.device != torch.empty(0, device=device).device:
                 raise PatchError(
@@ -221,18 +208,25 @@ class Engine:
         with self._arbiter.lock:
             if self._is_running:
                 raise StreamError("a streamed model cannot be converted inside its own forward")
-            stage = self._arbiter.stage_of(self._component)
+            stage = self._arbiter.stage_of(self.component)
             stage.park()
-            self._component.cast(dtypes, module)
+            self.component.cast(dtypes, module)
             stage.renumber()
+
+    @property
+    def device(self) -> torch.device:
+        """The device that the model computes on."""
+        return self._arbiter.ops.device
 
     def stats(self) -> StreamStats:
         """Return what was done so far."""
-        component, arbiter = self._component, self._arbiter
-        with arbiter.lock:
-            stage = arbiter.stage_of(component)
-            stage.timing.resolve()
-            return make_stats(component, stage, arbiter, self._recoveries)
+        return make_stats([self], self._arbiter)
+
+    def enter(self) -> None:
+        """Bring the model to the device: for callers that compute with its own tensors."""
+        with self._arbiter.lock:
+            if not self._is_running:
+                self._enter()
 
 
 @final
@@ -255,6 +249,30 @@ class _Call(Interceptor):
     def convert(self, function: Callable[..., Any]) -> None:
         """Convert masters instead of what modules hold."""
         self._engine.convert(self._module, function)
+
+
+def require_fit(root: nn.Module, arbiter: Arbiter) -> ModelLayout:
+    """Return a model cut into units; nothing is changed.
+
+    Raises:
+        AlreadyPatchedError: it is streamed already.
+        PatchError: it has hooks that move its weights, or no bytes.
+        InsufficientMemoryError: the arbiter's budget is too small for it.
+    """
+    _require_streamable(root)
+    budget, depth = arbiter.budget_bytes, _DEPTH if arbiter.is_ahead else 1
+    layout = lay_out(root, budget_bytes=budget, depth=depth)
+    make_plan(
+        [UnitCost(unit.nbytes, 0.0) for unit in layout.units],
+        range(len(layout.units)),
+        bandwidth=1.0,
+        budget_bytes=budget,
+        fixed_bytes=layout.fixed_bytes,
+        depth=arbiter.depth,
+        prefetch=arbiter.is_ahead,
+        device=str(arbiter.ops.device),
+    )
+    return layout
 
 
 def _require_streamable(root: nn.Module) -> None:

@@ -143,8 +143,10 @@ def lay_out(root: nn.Module, *, budget_bytes: int, depth: int) -> ModelLayout:
         depth: units that should fit beside each other.
     """
     cut = _Cut(root)
-    while cut.refine(budget_bytes, depth):
-        pass
+    # Where so many do not fit beside each other, one at a time may.
+    for beside in (depth, 1):
+        while cut.refine(budget_bytes, beside):
+            pass
     return cut.layout
 
 

@@ -35,18 +35,31 @@ class Stage:
     Attributes:
         components: the models.
         plan: what is resident and what is streamed; None while nothing is on the device.
+        method: ``"queue"`` or ``"async"``.
         timing: what was measured.
-        peak_device_bytes: the most weight bytes that were on the device.
     """
 
     def __init__(
-        self, components: Sequence[Component], ops: DeviceOps, method: str, depth: int | None
+        self,
+        components: Sequence[Component],
+        ops: DeviceOps,
+        method: str,
+        depth: int | None,
+        note_peak: Callable[[], None],
     ) -> None:
-        """Prepare; the device is not touched before `activate`."""
+        """Prepare; the device is not touched before `activate`.
+
+        Args:
+            components: attached ones.
+            ops: of the device.
+            method: ``"queue"``, ``"async"`` or ``"auto"``.
+            depth: of the ring; None: what is fastest.
+            note_peak: called whenever more is on the device than before.
+        """
         self.components = tuple(components)
         self.plan: StreamPlan | None = None
         self.timing = Timing(ops)
-        self.peak_device_bytes = 0
+        self._note_peak = note_peak
         self._ops, self._depth = ops, depth
         self._trial = MethodTrial() if method == "auto" else None
         self.method = "async" if method == "auto" else method
@@ -276,6 +289,3 @@ class Stage:
         if self.method == "async" and self._residency is not None:
             self._residency.prefetch(self._order.upcoming())
             self._note_peak()
-
-    def _note_peak(self) -> None:
-        self.peak_device_bytes = max(self.peak_device_bytes, self.device_bytes)

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any, final
 from lowbits.core.report import format_bytes
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from lowbits.streaming.arbiter import Arbiter
-    from lowbits.streaming.component import Component
-    from lowbits.streaming.stage import Stage
+    from lowbits.streaming.engine import Engine
 
 
 @final
@@ -19,9 +20,9 @@ class UnitStats:
     """What was done with one unit.
 
     Attributes:
-        name: dotted name of its module, with the component in front; ``(base)`` is what no unit
-            holds.
+        name: dotted name of its module, with the component in front.
         nbytes: of its tensors, padding included.
+        is_base: whether it is what no unit of its model holds.
         is_resident: whether it stays on the device, by the plan in force.
         copies: how often it was copied to the device.
         stall_s: seconds that compute has waited for it.
@@ -31,6 +32,7 @@ class UnitStats:
 
     name: str
     nbytes: int
+    is_base: bool
     is_resident: bool
     copies: int
     stall_s: float
@@ -44,12 +46,12 @@ class StreamStats:
     """What streaming did since it was attached; memory in bytes, times in seconds.
 
     Attributes:
-        device: that the model computes on.
-        method: ``"queue"`` or ``"async"``.
-        location: where masters are: ``"cpu"``, ``"shared"`` or ``"disk"``.
-        depth: slots of the ring; 0 where everything is resident, or nothing ran yet.
+        device: that the models compute on.
         budget_bytes: cap on weights on the device.
         peak_device_bytes: the most weight bytes that were there at any time.
+        method: ``"queue"`` or ``"async"``; empty where nothing is streamed.
+        location: where masters are: ``"cpu"``, ``"shared"`` or ``"disk"``; empty as above.
+        depth: slots of the ring; 0 where everything is resident, or nothing ran yet.
         host_bytes: of host memory that masters take, and staging buffers.
         pinned_bytes: of those, page-locked.
         disk_bytes: of the scratch file.
@@ -57,33 +59,33 @@ class StreamStats:
         stall_s: that compute has waited for copies.
         misses: uses of units whose bytes were not on their way.
         recoveries: passes that ran out of memory, and were run again with fewer residents.
-        passes: completed forwards.
+        passes: completed forwards of models.
         slow_passes: those that took more than three times the median: on Windows, probably the
             driver moving device memory to the host. Use a smaller budget.
-        predicted_s: of a pass, by the plan.
-        actual_s: of the last pass; 0 before the first.
+        predicted_s: of a pass of each model on the device, by the plan.
+        actual_s: of their last passes; 0 before the first.
         units: one by one.
         notes: why something is another way than it was asked for.
     """
 
     device: str
-    method: str
-    location: str
-    depth: int
     budget_bytes: int
     peak_device_bytes: int
-    host_bytes: int
-    pinned_bytes: int
-    disk_bytes: int
-    copied_bytes: int
-    stall_s: float
-    misses: int
-    recoveries: int
-    passes: int
-    slow_passes: int
-    predicted_s: float
-    actual_s: float
-    units: tuple[UnitStats, ...]
+    method: str = ""
+    location: str = ""
+    depth: int = 0
+    host_bytes: int = 0
+    pinned_bytes: int = 0
+    disk_bytes: int = 0
+    copied_bytes: int = 0
+    stall_s: float = 0.0
+    misses: int = 0
+    recoveries: int = 0
+    passes: int = 0
+    slow_passes: int = 0
+    predicted_s: float = 0.0
+    actual_s: float = 0.0
+    units: tuple[UnitStats, ...] = ()
     notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
@@ -91,53 +93,74 @@ class StreamStats:
         return asdict(self)
 
     def __str__(self) -> str:
-        # The last one is the base.
-        resident = sum(unit.is_resident for unit in self.units[:-1])
+        if not self.method:
+            return f"{format_bytes(self.peak_device_bytes)} on {self.device}, all of it to stay"
+        units = [unit for unit in self.units if unit.nbytes and not unit.is_base]
+        resident = sum(unit.is_resident for unit in units)
         return (
             f"{format_bytes(self.peak_device_bytes)} of {format_bytes(self.budget_bytes)} on "
-            f"{self.device} at most; {resident} of {len(self.units) - 1} units resident, "
+            f"{self.device} at most; {resident} of {len(units)} units resident, "
             f"{self.location}, {self.method}, depth {self.depth}; "
             f"{format_bytes(self.copied_bytes)} copied in {self.passes} passes, "
             f"{self.stall_s:.3f} s waited, {self.misses} misses"
         )
 
 
-def make_stats(
-    component: Component, stage: Stage, arbiter: Arbiter, recoveries: int
-) -> StreamStats:
-    """Gather what is known of one streamed model."""
-    plan, timing, tier = stage.plan, stage.timing, component.tier
-    slot_of = stage.slots_of(component)
-    units = tuple(
+def resident_stats(device: str, nbytes: int) -> StreamStats:
+    """Return the figures of models that are on the device for good."""
+    return StreamStats(device=device, budget_bytes=nbytes, peak_device_bytes=nbytes)
+
+
+def make_stats(engines: Sequence[Engine], arbiter: Arbiter) -> StreamStats:
+    """Gather what is known of some streamed models; the caller holds no lock."""
+    with arbiter.lock:
+        stages = {
+            id(stage): stage for stage in (arbiter.stage_of(engine.component) for engine in engines)
+        }.values()
+        tiers = [engine.component.tier for engine in engines]
+        for stage in stages:
+            stage.timing.resolve()
+        units = tuple(unit for engine in engines for unit in _units_of(engine, arbiter))
+        staging = sum(stage.staging_bytes for stage in stages)
+        plans = [stage.plan for stage in stages if stage.plan]
+        return StreamStats(
+            device=str(arbiter.ops.device),
+            method=", ".join(dict.fromkeys(stage.method for stage in stages)),
+            location=", ".join(dict.fromkeys(tier.name for tier in tiers)),
+            depth=max((plan.depth for plan in plans), default=0),
+            budget_bytes=arbiter.budget_bytes,
+            peak_device_bytes=arbiter.peak_bytes,
+            host_bytes=staging + sum(tier.host_bytes for tier in tiers),
+            pinned_bytes=sum(tier.pinned_bytes for tier in tiers)
+            + (staging if arbiter.ops.has_streams else 0),
+            disk_bytes=sum(tier.disk_bytes for tier in tiers),
+            copied_bytes=sum(stage.copied_bytes for stage in stages),
+            stall_s=sum(unit.stall_s for unit in units),
+            misses=sum(unit.misses for unit in units),
+            recoveries=sum(engine.recoveries for engine in engines),
+            passes=sum(stage.timing.passes for stage in stages),
+            slow_passes=sum(stage.timing.slow_passes for stage in stages),
+            predicted_s=sum(plan.predicted_s for plan in plans),
+            actual_s=sum(s.timing.walls[-1] for s in stages if s.plan and s.timing.walls),
+            units=units,
+            notes=tuple(dict.fromkeys(note for tier in tiers for note in tier.notes)),
+        )
+
+
+def _units_of(engine: Engine, arbiter: Arbiter) -> list[UnitStats]:
+    component = engine.component
+    stage = arbiter.stage_of(component)
+    streamed = stage.slots_of(component)
+    return [
         UnitStats(
-            name=".".join(part for part in (component.name, entry.unit.name) if part) or "(base)",
+            name=".".join(part for part in (component.name, entry.unit.name) if part),
             nbytes=entry.unit.nbytes,
-            is_resident=plan is not None and number not in slot_of,
+            is_base=entry is component.base,
+            is_resident=stage.plan is not None and number not in streamed,
             copies=entry.copies,
             stall_s=entry.stall_s,
             misses=entry.misses,
             compute_s=entry.compute_s,
         )
         for number, entry in enumerate(component.entries)
-    )
-    return StreamStats(
-        device=str(arbiter.ops.device),
-        method=stage.method,
-        location=tier.name,
-        depth=len(plan.slot_bytes) if plan else 0,
-        budget_bytes=arbiter.budget_bytes,
-        peak_device_bytes=stage.peak_device_bytes,
-        host_bytes=tier.host_bytes + stage.staging_bytes,
-        pinned_bytes=tier.pinned_bytes + (stage.staging_bytes if arbiter.ops.has_streams else 0),
-        disk_bytes=tier.disk_bytes,
-        copied_bytes=stage.copied_bytes,
-        stall_s=sum(unit.stall_s for unit in units),
-        misses=sum(unit.misses for unit in units),
-        recoveries=recoveries,
-        passes=timing.passes,
-        slow_passes=timing.slow_passes,
-        predicted_s=plan.predicted_s if plan else 0.0,
-        actual_s=timing.walls[-1] if timing.walls else 0.0,
-        units=units,
-        notes=tuple(tier.notes),
-    )
+    ]

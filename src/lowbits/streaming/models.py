@@ -1,0 +1,216 @@
+"""Models that share a device's weight budget, as `lowbits.apply` puts them there."""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, final
+
+from lowbits.core.memory import storage_bytes
+from lowbits.core.report import format_bytes
+from lowbits.errors import InsufficientMemoryError
+from lowbits.streaming.arbiter import Arbiter
+from lowbits.streaming.device_ops import DeviceOps, device_ops
+from lowbits.streaming.engine import Engine, require_fit
+from lowbits.streaming.stats import StreamStats, make_stats, resident_stats
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+
+    import torch
+    from torch import Tensor, nn
+
+#: Left free for activations: a share of the device, at least this, and as much again on Windows,
+#: whose driver moves device memory to the host before it refuses.
+_RESERVE_SHARE: Final = 0.1
+_RESERVE_BYTES: Final = 1 << 30
+
+
+@final
+@dataclass(frozen=True)
+class Placement:
+    """Where weights are to be.
+
+    Attributes:
+        device: that computes.
+        gpu_weights: ``"auto"``, ``"all"``, or bytes.
+        reserve: left free by ``"auto"``: ``"auto"``, or bytes.
+        method: one of `lowbits.streaming.streamer.METHODS`.
+        location: one of `lowbits.streaming.tiers.LOCATIONS`.
+    """
+
+    device: torch.device
+    gpu_weights: int | str = "auto"
+    reserve: int | str = "auto"
+    method: str = "auto"
+    location: str = "auto"
+
+    def budget(self, nbytes: int, held_bytes: int) -> int | None:
+        """Return the bytes that weights may take on the device; None: they all stay there.
+
+        Args:
+            nbytes: of all weights as they will be stored.
+            held_bytes: of weights that are on the device now, and make room.
+
+        Raises:
+            InsufficientMemoryError: ``"all"`` does not fit.
+        """
+        if isinstance(self.gpu_weights, int):
+            return None if nbytes <= self.gpu_weights else self.gpu_weights
+        ops = device_ops(self.device)
+        free = ops.free_bytes()
+        # What is loaded fits: a copy on the disk would only be slower. Sizes ask for it.
+        if self.device.type == "cpu" or free is None:
+            return None
+        free += held_bytes
+        if self.gpu_weights == "all":
+            if nbytes > free:
+                raise InsufficientMemoryError(
+                    f"gpu_weights='all': weights take {format_bytes(nbytes)}, and "
+                    f"{format_bytes(free)} are free on {self.device}: pass gpu_weights='auto' or a "
+                    "size, or a smaller scheme",
+                    nbytes,
+                    free,
+                    str(self.device),
+                )
+            return None
+        room = max(0, free - self._reserve_bytes(ops, free))
+        return None if nbytes <= room else room
+
+    def _reserve_bytes(self, ops: DeviceOps, free: int) -> int:
+        if isinstance(self.reserve, int):
+            return self.reserve
+        share = int(_RESERVE_SHARE * (ops.total_bytes() or free))
+        extra = _RESERVE_BYTES if sys.platform == "win32" else 0
+        return max(_RESERVE_BYTES, share) + extra
+
+
+class PlacedModels(ABC):
+    """Models on their device, for good or in turns."""
+
+    @abstractmethod
+    def stats(self) -> StreamStats:
+        """Return what was done so far."""
+
+    @abstractmethod
+    def attach(self) -> None:
+        """Begin, or begin again, to place them; all or nothing."""
+
+    @abstractmethod
+    def detach(self) -> None:
+        """Leave them where they were."""
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Why something is another way than it was asked for."""
+        return self.stats().notes
+
+
+@final
+class ResidentModels(PlacedModels):
+    """Models that are on the device for good."""
+
+    def __init__(self, modules: Mapping[str, nn.Module], device: torch.device | None) -> None:
+        """Remember them; `lowbits.apply` moves them.
+
+        Args:
+            modules: by name; not kept alive.
+            device: that they are on; None: wherever that is.
+        """
+        self._modules = [weakref.ref(module) for module in modules.values()]
+        self._device = device
+
+    def stats(self) -> StreamStats:
+        """Return the bytes that they take now."""
+        live = [module for module in (reference() for reference in self._modules) if module]
+        tensors = tensors_of(live)
+        devices = dict.fromkeys(str(self._device or tensor.device) for tensor in tensors)
+        return resident_stats(", ".join(devices), storage_bytes(tensors))
+
+    def attach(self) -> None:
+        """Nothing to do."""
+
+    def detach(self) -> None:
+        """Nothing to do."""
+
+
+@final
+class StreamedModels(PlacedModels):
+    """Models that take turns in one budget."""
+
+    def __init__(
+        self,
+        modules: Mapping[str, nn.Module],
+        placement: Placement,
+        budget_bytes: int,
+        announce: Callable[[nn.Module, Engine], Callable[[], None]] | None = None,
+    ) -> None:
+        """Remember what to do; nothing is touched before `attach`.
+
+        Args:
+            modules: by name; changed in place.
+            placement: where weights are to be.
+            budget_bytes: that all of them may take on the device at any time.
+            announce: tells others that a model is streamed; returns what takes that back.
+        """
+        self._modules = {name: module for name, module in modules.items() if _has_tensors(module)}
+        self._placement, self._budget_bytes = placement, budget_bytes
+        self._arbiter: Arbiter | None = None
+        self._engines: dict[str, Engine] = {}
+        self._announce = announce
+        self._take_back: list[Callable[[], None]] = []
+
+    def attach(self) -> None:
+        """Begin to stream all of them, or none."""
+        where = self._placement
+        ops = device_ops(where.device)
+        self._arbiter = Arbiter(ops, self._budget_bytes, method=where.method, depth=None)
+        unique = {id(module): (name, module) for name, module in self._modules.items()}
+        _require_all_fit([module for _, module in unique.values()], self._arbiter)
+        try:
+            for name, module in unique.values():
+                engine = Engine(name, module, self._arbiter, where.location)
+                self._engines[name] = engine
+                if self._announce is not None:
+                    self._take_back.append(self._announce(module, engine))
+        except BaseException:
+            self.detach()
+            raise
+
+    def detach(self) -> None:
+        """Stop, the last one first."""
+        while self._take_back:
+            self._take_back.pop()()
+        for name in reversed(list(self._engines)):
+            self._engines[name].detach()
+            del self._engines[name]
+
+    def stats(self) -> StreamStats:
+        """Return what was done so far, all models together."""
+        assert self._arbiter
+        return make_stats(list(self._engines.values()), self._arbiter)
+
+
+def _require_all_fit(modules: Sequence[nn.Module], arbiter: Arbiter) -> None:
+    """Raise for the model that needs most, so that what it says will do for all of them."""
+    worst: InsufficientMemoryError | None = None
+    for module in modules:
+        try:
+            require_fit(module, arbiter)
+        except InsufficientMemoryError as error:
+            if worst is None or error.needed_bytes > worst.needed_bytes:
+                worst = error
+                worst.add_note(f"lowbits: of a {type(module).__name__}")
+    if worst is not None:
+        raise worst
+
+
+def tensors_of(modules: Iterable[nn.Module]) -> list[Tensor]:
+    """Return the Parameters and buffers of some models."""
+    return [t for module in modules for t in (*module.parameters(), *module.buffers())]
+
+
+def _has_tensors(module: nn.Module) -> bool:
+    return bool(tensors_of([module]))
