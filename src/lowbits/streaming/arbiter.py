@@ -88,7 +88,8 @@ class Arbiter:
             others = [other for other in self.stages() if other is not stage]
             if stage.nbytes + sum(other.device_bytes for other in others) > self.budget_bytes:
                 for other in others:
-                    other.park()
+                    if not other.uses:  # else it is its forward that calls this one
+                        other.park()
             taken = sum(other.device_bytes for other in others)
             stage.activate(self.budget_bytes - taken)
         return stage

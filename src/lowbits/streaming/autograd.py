@@ -54,9 +54,9 @@ def reread_for_backward(entry: Stored, tensors: Sequence[Tensor]) -> AbstractCon
 
     Args:
         entry: the unit.
-        tensors: its tensors on the device, by place.
+        tensors: its tensors on the device, by place, where they will be overwritten; else none.
     """
-    if not torch.is_grad_enabled():
+    if not (tensors and torch.is_grad_enabled()):
         return nullcontext()
     first = tensors[0]
     storage = first.untyped_storage().data_ptr()

@@ -152,6 +152,7 @@ class Engine:
             is_pass = call.is_root and stage.begins_with(self.component)
             if is_pass:
                 stage.begin_pass()
+            stage.uses += 1
             try:
                 result = self._run_part(call, forward, args, kwargs)
             except torch.OutOfMemoryError as error:
@@ -162,6 +163,8 @@ class Engine:
                 if is_pass:
                     stage.end_pass()
                 return result
+            finally:
+                stage.uses -= 1
             # Here the traceback is gone, and with it what the frames of the failed pass held.
             self._arbiter.shrink(stage)
             self.recoveries += 1

@@ -22,31 +22,55 @@ if TYPE_CHECKING:
 
 @final
 class _Slot:
-    """A buffer on the device: costs its bytes there from its first use on.
-
-    Attributes:
-        unit: number of the unit whose bytes it holds, or will hold when `load` is done.
-        version: of that unit's master when the copy was asked for.
-        users: forwards that are using it now.
-        freed: event behind its last use.
-    """
+    """A buffer on the device, made at its first use: costs its bytes from then on."""
 
     def __init__(self, nbytes: int) -> None:
         self.nbytes = nbytes
         self.buffer: Tensor | None = None
-        self.unit: int | None = None
+        self.homes: list[_Home] = []
+
+
+@final
+class _Home:
+    """Where the bytes of one unit lie when they are on the device, always at the same address.
+
+    Attributes:
+        number: of the unit.
+        slot: a resident's own, or one that it shares.
+        start: of its first byte in the slot.
+        stop: behind its last byte.
+        is_present: whether its bytes are there, or will be when `load` is done.
+        version: of the unit's master when the copy was asked for.
+        load: the last copy.
+        users: forwards that are using it now.
+        freed: event behind its last use.
+        tensors: by place; made at the first use.
+    """
+
+    def __init__(self, number: int, slot: _Slot, start: int, nbytes: int) -> None:
+        self.number, self.slot, self.start, self.stop = number, slot, start, start + nbytes
+        self.is_present = False
         self.version = 0
         self.load: Load | None = None
         self.users = 0
         self.freed: Any = None
+        self.tensors: list[Tensor] | None = None
+        slot.homes.append(self)
+
+    def rivals(self) -> list[_Home]:
+        """Return the other homes whose bytes this one's overwrite."""
+        return [
+            home
+            for home in self.slot.homes
+            if home is not self and home.start < self.stop and self.start < home.stop
+        ]
 
 
 @final
 class Residency:
     """The device's buffers, as a plan lays them out.
 
-    Every unit has one slot of its own choice: a resident its own, a streamed one that of its turn.
-    Its device tensors are made once, so that their addresses never change.
+    Every unit has one home, so that its device tensors are made once.
     """
 
     def __init__(
@@ -62,21 +86,24 @@ class Residency:
         """
         self._stored, self._ops, self._transfer = stored, ops, transfer
         self._ring = [_Slot(nbytes) for nbytes in plan.slot_bytes]
-        self._own = {
-            number: _Slot(entry.unit.nbytes)
-            for number, entry in enumerate(stored)
-            if number not in plan.slot_of
-        }
-        self._slots = self._own | {n: self._ring[slot] for n, slot in plan.slot_of.items()}
-        self._tensors: dict[tuple[int, int], list[Tensor]] = {}
-        self._held: dict[int, _Slot] = {}
-        self.copied_bytes = 0
+        self._homes: list[_Home] = []
+        for number, entry in enumerate(stored):
+            nbytes = entry.unit.nbytes
+            if number in plan.slot_of:
+                slot, start = self._ring[plan.slot_of[number]], 0
+            else:
+                slot, start = _Slot(nbytes), 0
+            self._homes.append(_Home(number, slot, start, nbytes))
+        self._streamed = frozenset(plan.slot_of)
+        self._held: dict[int, _Home] = {}
         self._under_way: list[tuple[int, Load]] = []
+        self.copied_bytes = 0
 
     @property
     def device_bytes(self) -> int:
         """Bytes of the buffers that were made."""
-        return sum(s.nbytes for s in (*self._ring, *self._own.values()) if s.buffer is not None)
+        slots = {id(home.slot): home.slot for home in self._homes}.values()
+        return sum(slot.nbytes for slot in slots if slot.buffer is not None)
 
     def inherit(self, old: Residency) -> None:
         """Take over those residents of another residency of the same units that stay residents.
@@ -84,13 +111,10 @@ class Residency:
         The other one is spent: its other buffers are let go.
         """
         old.drain()
-        for number, slot in old._own.items():
-            if number in self._own:
-                self._own[number] = self._slots[number] = slot
-                key = (number, id(slot))
-                if key in old._tensors:
-                    self._tensors[key] = old._tensors[key]
-        self._held = {n: slot for n, slot in old._held.items() if n in self._own}
+        for number, home in enumerate(old._homes):
+            if number not in old._streamed and number not in self._streamed:
+                self._homes[number] = home
+        self._held = {n: h for n, h in old._held.items() if self._homes[n] is h}
         self.copied_bytes = old.copied_bytes
 
     def finished_copies(self) -> list[tuple[int, float]]:
@@ -101,9 +125,17 @@ class Residency:
 
     def drain(self) -> None:
         """Wait until no copy is under way: before buffers are let go."""
-        for slot in (*self._ring, *self._own.values()):
-            if slot.load is not None:
-                self._transfer.settle(slot.load)
+        for home in self._homes:
+            if home.load is not None:
+                self._transfer.settle(home.load)
+
+    def holds(self, number: int) -> bool:
+        """Say whether a unit's bytes are on the device, or on their way."""
+        return self._is_fresh(self._homes[number])
+
+    def is_streamed(self, number: int) -> bool:
+        """Say whether a unit's bytes may be overwritten after its use."""
+        return number in self._streamed
 
     def acquire(self, number: int) -> list[Tensor]:
         """Return a unit's device tensors, by place; compute waits for their bytes.
@@ -112,95 +144,95 @@ class Residency:
             StreamError: its bytes could not be copied; or every slot is in use by units whose
                 forward calls this one.
         """
-        slot = self._slots[number]
-        if slot.users and slot.unit != number:
-            slot = self._spare(number)
-        if not self._is_fresh(slot, number):
-            self._start(slot, number)
-        assert slot.load
+        home = self._held.get(number) or self._homes[number]
+        if any(rival.users for rival in home.rivals()):
+            home = self._spare(home)
+        if not self._is_fresh(home):
+            self._start(home)
+        assert home.load
         try:
-            self._transfer.wait(slot.load)
+            self._transfer.wait(home.load)
         except BaseException:
-            slot.unit = None  # asked for again at the next use
+            home.is_present = False  # asked for again at the next use
             raise
-        slot.users += 1
-        self._held[number] = slot
-        return self._views(number, slot)
+        home.users += 1
+        self._held[number] = home
+        return self._tensors(home)
 
     def release(self, number: int) -> None:
         """Say that a unit's forward is over, or has failed."""
-        slot = self._held[number]
-        slot.users -= 1
-        if not slot.users:
-            slot.freed = self._ops.mark_computed()
+        home = self._held[number]
+        home.users -= 1
+        if not home.users:
+            home.freed = self._ops.mark_computed()
             del self._held[number]
+            if home is not self._homes[number]:
+                home.slot.homes.remove(home)
 
     def prefetch(self, upcoming: Iterable[int]) -> None:
         """Ask for copies of the units that come next, as far as slots are free.
 
-        A slot is free when its last user is done, and nothing that comes earlier is in it.
+        A place in a slot is free when its last user is done, and nothing that comes earlier is in
+        it.
         """
-        claimed: set[int] = set()
+        expected: set[int] = set()
         for number in upcoming:
-            slot = self._slots[number]
-            if number in self._own:
-                if not self._is_fresh(slot, number):
-                    self._start(slot, number)
-                continue
-            if not self._is_fresh(slot, number):
-                if slot.users or id(slot) in claimed:
+            home = self._homes[number]
+            if not self._is_fresh(home):
+                rivals = home.rivals()
+                if home.users or any(r.users or r.number in expected for r in rivals):
                     return
-                self._start(slot, number)
-            claimed.add(id(slot))
-            if len(claimed) == len(self._ring):
-                return
+                self._start(home)
+            expected.add(number)
 
-    def holds(self, number: int) -> bool:
-        """Say whether a unit's bytes are on the device, or on their way."""
-        return self._is_fresh(self._slots[number], number)
+    def _is_fresh(self, home: _Home) -> bool:
+        return home.is_present and home.version == self._stored[home.number].master.version
 
-    def _is_fresh(self, slot: _Slot, number: int) -> bool:
-        return slot.unit == number and slot.version == self._stored[number].master.version
-
-    def _start(self, slot: _Slot, number: int) -> None:
-        entry = self._stored[number]
+    def _start(self, home: _Home) -> None:
+        entry, slot = self._stored[home.number], home.slot
         if slot.buffer is None:
             slot.buffer = self._ops.empty(slot.nbytes)
+        rivals = home.rivals()
         # First: whatever is raised from here on, the old bytes count as overwritten.
-        slot.unit = None
-        slot.version = entry.master.version
-        slot.load = self._transfer.start(
-            entry.unit.name, entry.master, slot.buffer[: entry.unit.nbytes], slot.freed
-        )
-        slot.unit = number
-        self._under_way.append((entry.unit.nbytes, slot.load))
+        for overwritten in (home, *rivals):
+            overwritten.is_present = False
+        home.version = entry.master.version
+        freed = [h.freed for h in (home, *rivals) if h.freed is not None]
+        target = slot.buffer[home.start : home.stop]
+        home.load = self._transfer.start(entry.unit.name, entry.master, target, freed)
+        home.is_present = True
+        self._under_way.append((entry.unit.nbytes, home.load))
         entry.copies += 1
         self.copied_bytes += entry.unit.nbytes
 
-    def _spare(self, number: int) -> _Slot:
-        """Return a slot that nobody is using, for a unit whose own one is in use."""
-        needed = self._stored[number].unit.nbytes
+    def _spare(self, wanted: _Home) -> _Home:
+        """Return a home in a slot that nobody is using, for a unit whose own is in use."""
+        entry, nbytes = self._stored[wanted.number], wanted.stop - wanted.start
         for slot in self._ring:
-            if not slot.users and slot.nbytes >= needed:
-                return slot
-        users = ", ".join(repr(self._stored[n].unit.name) for n in self._held)
+            if slot.nbytes >= nbytes and not any(home.users for home in slot.homes):
+                return _Home(wanted.number, slot, 0, nbytes)
+        users = ", ".join(
+            repr(self._stored[number].unit.name)
+            for number in self._held
+            if self.is_streamed(number)
+        )
         raise StreamError(
-            f"{self._stored[number].unit.name!r} was called inside {users}, and there is no slot "
-            "left for it: stream with a larger budget, or a larger depth",
-            self._stored[number].unit.name,
+            f"{entry.unit.name!r} was called inside {users}, and there is no slot left for it: "
+            "stream with a larger budget, or a larger depth",
+            entry.unit.name,
             "waiting for a slot",
         )
 
-    def _views(self, number: int, slot: _Slot) -> list[Tensor]:
-        key = (number, id(slot))
-        if key not in self._tensors:
-            assert slot.buffer is not None
+    def _tensors(self, home: _Home) -> list[Tensor]:
+        if home.tensors is None:
+            assert home.slot.buffer is not None
+            flat = home.slot.buffer[home.start : home.stop]
             with torch.inference_mode(mode=False), torch.no_grad():
-                self._tensors[key] = [
-                    _like(place.original, place.view(slot.buffer))
-                    for place in self._stored[number].unit.places
+                home.tensors = [
+                    _like(place.original, place.view(flat))
+                    for place in self._stored[home.number].unit.places
                 ]
-        return self._tensors[key]
+        return home.tensors
 
 
 def _like(original: Tensor, view: Tensor) -> Tensor:

@@ -37,6 +37,7 @@ class Stage:
         plan: what is resident and what is streamed; None while nothing is on the device.
         method: ``"queue"`` or ``"async"``.
         timing: what was measured.
+        uses: forwards of its models that are under way.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class Stage:
         self.components = tuple(components)
         self.plan: StreamPlan | None = None
         self.timing = Timing(ops)
+        self.uses = 0
         self._note_peak = note_peak
         self._ops, self._depth = ops, depth
         self._trial = MethodTrial() if method == "auto" else None
@@ -277,8 +279,11 @@ class Stage:
         entry.begin_use(tensors)
         try:
             self._prefetch()
-            with reread_for_backward(entry, tensors):
+            with reread_for_backward(entry, tensors if residency.is_streamed(number) else ()):
                 return forward(*args, **kwargs)
+        except BaseException as error:
+            error.add_note(f"lowbits: raised in {entry.unit.name!r}, while it was streamed")
+            raise
         finally:
             entry.end_use()
             residency.release(number)

@@ -16,7 +16,7 @@ from lowbits.errors import InsufficientMemoryError, StreamError
 from lowbits.streaming.host import PinnedSlab, aligned_empty, pinned_empty
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from torch import Tensor
 
@@ -63,14 +63,14 @@ class Transfer(ABC):
     staging_bytes: int = 0
 
     @abstractmethod
-    def start(self, unit: str, master: Master, target: Tensor, freed: Any) -> Load:
+    def start(self, unit: str, master: Master, target: Tensor, freed: Sequence[Any]) -> Load:
         """Ask for a copy.
 
         Args:
             unit: for messages.
             master: the bytes.
             target: 1-D uint8 on the device, of the unit's size.
-            freed: event behind the last use of what target held before.
+            freed: events behind the last uses of what target held before.
         """
 
     @abstractmethod
@@ -97,10 +97,11 @@ class DirectTransfer(Transfer):
     def __init__(self, ops: DeviceOps) -> None:
         self._ops = ops
 
-    def start(self, unit: str, master: Master, target: Tensor, freed: Any) -> Load:
+    def start(self, unit: str, master: Master, target: Tensor, freed: Sequence[Any]) -> Load:
         """Put a copy on the device's copy stream, behind the slot's last use."""
         source: HostMaster = master  # type: ignore[assignment] # pinned masters are host masters
-        self._ops.copy_after(freed)
+        for event in freed:
+            self._ops.copy_after(event)
         begun = self._ops.mark_copied()
         for start in range(0, target.numel(), _CHUNK_BYTES):
             stop = min(start + _CHUNK_BYTES, target.numel())
@@ -131,7 +132,7 @@ class InlineTransfer(Transfer):
         self._filler = _Filler(ops)
         self.staging_bytes = self._filler.staging_bytes
 
-    def start(self, unit: str, master: Master, target: Tensor, freed: Any) -> Load:
+    def start(self, unit: str, master: Master, target: Tensor, freed: Sequence[Any]) -> Load:
         """Copy, and return when all of it was given to the device."""
         load = Load(unit)
         begin = time.perf_counter()
@@ -167,7 +168,7 @@ class ThreadTransfer(Transfer):
         self._thread: threading.Thread | None = None
         self._pid = os.getpid()
 
-    def start(self, unit: str, master: Master, target: Tensor, freed: Any) -> Load:
+    def start(self, unit: str, master: Master, target: Tensor, freed: Sequence[Any]) -> Load:
         """Hand a copy to the thread, behind those that it was handed before."""
         if self._thread is None or self._pid != os.getpid():
             self._begin()
@@ -263,11 +264,16 @@ class _Filler:
         self.staging_bytes = sum(buffer.nbytes for buffer in self._staging)
 
     def fill(
-        self, master: Master, target: Tensor, freed: Any, should_stop: Callable[[], bool] | None
+        self,
+        master: Master,
+        target: Tensor,
+        freed: Sequence[Any],
+        should_stop: Callable[[], bool] | None,
     ) -> Any:
         """Copy all of a unit; return an event behind the copy."""
         # Else a slot would be overwritten while its last user computes.
-        self.ops.copy_after(freed)
+        for event in freed:
+            self.ops.copy_after(event)
         if not self._staging:
             master.read(0, target, should_stop)
             return None
