@@ -280,7 +280,9 @@ def _placed(
     budget = placement.budget(nbytes, held)
     if budget is None:
         return ResidentModels(modules, device)
-    return StreamedModels(modules, placement, budget, None if "" in modules else announce_device)
+    announce = None if "" in modules else announce_device
+    source = None if config.source is None else SourceFiles(config.source)
+    return StreamedModels(modules, placement, budget, announce, source)
 
 
 @final

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import weakref
 from abc import ABC, abstractmethod
 from collections import defaultdict
@@ -167,6 +168,20 @@ class SourceFiles:
                 return FileSource(file, fqn, parameter, digest(tensor))
         return None
 
+    def locate(self, component: str, fqn: str, tensor: Tensor) -> Extent | None:
+        """Return where a tensor's bytes lie in a file, or None where they do not, bit for bit.
+
+        Every byte is compared: a path, a size or a date prove nothing.
+        """
+        if not tensor.is_contiguous():
+            return None
+        for file in self._files(component).get(fqn, ()):
+            stored = read_tensor(file, fqn)
+            is_alike = stored.shape == tensor.shape and stored.dtype == tensor.dtype
+            if is_alike and _same_bits(stored, tensor.detach()):
+                return extent_of(file, fqn)
+        return None
+
     def _files(self, component: str) -> Mapping[str, Sequence[Path]]:
         """Return which files hold each tensor of a component: variants may lie side by side."""
         if component not in self._index:
@@ -192,6 +207,18 @@ def read_tensor(path: Path, key: str) -> Tensor:
     with safe_open(path, framework="pt") as file:
         tensor: Tensor = file.get_tensor(key)
     return tensor
+
+
+def extent_of(path: Path, key: str) -> Extent:
+    """Return where the bytes of a tensor lie in a safetensors file.
+
+    Source: https://huggingface.co/docs/safetensors, "Format": eight bytes give the length of a JSON
+    header, from whose end the offsets in it count.
+    """
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        start, stop = json.loads(file.read(length))[key]["data_offsets"]
+    return Extent(path, 8 + length + start, stop - start)
 
 
 def digest(tensor: Tensor) -> bytes:

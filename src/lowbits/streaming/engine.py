@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from lowbits.streaming.arbiter import Arbiter
     from lowbits.streaming.stage import Stage
+    from lowbits.streaming.tiers import Locate
 
 #: Units that should fit beside each other, where the model can be cut so.
 _DEPTH: Final = 3
@@ -58,7 +59,14 @@ class Engine:
         recoveries: passes that ran out of memory, and were run again.
     """
 
-    def __init__(self, name: str, root: nn.Module, arbiter: Arbiter, location: str) -> None:
+    def __init__(
+        self,
+        name: str,
+        root: nn.Module,
+        arbiter: Arbiter,
+        location: str,
+        locate: Locate | None = None,
+    ) -> None:
         """Begin: all or nothing.
 
         Args:
@@ -66,13 +74,14 @@ class Engine:
             root: is changed in place.
             arbiter: has the device's budget.
             location: one of `lowbits.streaming.tiers.LOCATIONS`.
+            locate: says which file a tensor comes from, for masters on the disk.
         """
         self.name, self.root = name, root
         self._arbiter = arbiter
         self._is_running = False
         self.recoveries = 0
         layout = require_fit(root, arbiter)
-        tier = Tier(location, layout.nbytes, arbiter.ops)
+        tier = Tier(location, layout.nbytes, arbiter.ops, locate)
         self.component = Component(name, root, layout, tier, arbiter.ops.device)
         try:
             self.component.attach()

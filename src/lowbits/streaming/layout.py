@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Final, final
 import torch
 from torch import Tensor, nn
 
+from lowbits.core.names import dotted
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
@@ -32,11 +34,19 @@ UNCALLED: Final = (nn.ModuleList, nn.ModuleDict)
 @final
 @dataclass(frozen=True)
 class Holder:
-    """Where a module keeps a tensor: in its Parameters, or in its buffers."""
+    """Where a module keeps a tensor: in its Parameters, or in its buffers.
+
+    Attributes:
+        module: the module.
+        name: of the tensor there.
+        is_parameter: or a buffer.
+        fqn: dotted name of the tensor in the model.
+    """
 
     module: nn.Module
     name: str
     is_parameter: bool
+    fqn: str
 
     @property
     def slots(self) -> dict[str, Tensor | None]:
@@ -233,13 +243,13 @@ def relaid(unit: Unit) -> Unit:
 
 def held_tensors(root: nn.Module) -> Iterator[tuple[Holder, Tensor]]:
     """Yield every Parameter and buffer of a model with each module that holds it."""
-    for module in root.modules():
+    for path, module in root.named_modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
-                yield Holder(module, name, is_parameter=True), parameter
+                yield Holder(module, name, True, dotted(path, name)), parameter
         for name, buffer in module._buffers.items():
             if buffer is not None:
-                yield Holder(module, name, is_parameter=False), buffer
+                yield Holder(module, name, False, dotted(path, name)), buffer
 
 
 def is_dense(tensor: Tensor) -> bool:

@@ -6,18 +6,17 @@ Masters are only read while a model runs: what the device holds is a copy, and i
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, ClassVar, final
+from typing import TYPE_CHECKING, ClassVar, Protocol, final
 
 import torch
 
 from lowbits.core.source import Extent
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from torch import Tensor
 
-    from lowbits.streaming.host import Reader, ScratchFile
     from lowbits.streaming.layout import Place, Unit
 
 
@@ -101,6 +100,16 @@ class HostMaster(Master):
         place.view(self.flat).copy_(value)
 
 
+class Files(Protocol):
+    """What masters in files read from, and write to."""
+
+    def read(self, extent: Extent, out: Tensor, should_stop: Callable[[], bool] | None) -> None:
+        """Fill a 1-D uint8 CPU tensor."""
+
+    def append(self, parts: Iterable[tuple[int, Tensor]], nbytes: int) -> Extent:
+        """Write bytes that were not there before."""
+
+
 @final
 class FileMaster(Master):
     """A unit's bytes in files: costs no memory."""
@@ -108,17 +117,15 @@ class FileMaster(Master):
     def __init__(
         self,
         pieces: Sequence[tuple[int, Extent]],
-        reader: Reader,
-        scratch: Callable[[], ScratchFile],
+        files: Files,
     ) -> None:
         """Keep where the bytes are.
 
         Args:
             pieces: where each run of the unit's bytes begins in the unit, and lies in a file.
-            reader: reads them.
-            scratch: gives the file that written tensors go to.
+            files: reads them, and takes what is written.
         """
-        self._pieces, self._reader, self._scratch = list(pieces), reader, scratch
+        self._pieces, self._files = list(pieces), files
         self._writes = 0
 
     @property
@@ -133,7 +140,7 @@ class FileMaster(Master):
             first, last = max(start, offset), min(stop, offset + extent.nbytes)
             if first < last:
                 part = Extent(extent.path, extent.offset + first - offset, last - first)
-                self._reader.read(part, out[first - start : last - start], should_stop)
+                self._files.read(part, out[first - start : last - start], should_stop)
 
     def tensor(self, place: Place) -> Tensor:
         """Read one tensor into new memory."""
@@ -156,7 +163,7 @@ class FileMaster(Master):
         dense = torch.empty_strided(place.shape, place.stride, dtype=place.dtype)
         dense.copy_(value)
         run = dense.as_strided((dense.numel(),), (1,)).view(torch.uint8)
-        extent = self._scratch().append([(0, run)], run.nbytes)
+        extent = self._files.append([(0, run)], run.nbytes)
         # Later pieces are read over earlier ones.
         self._pieces.append((place.offset, extent))
         self._writes += 1

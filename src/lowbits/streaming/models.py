@@ -6,6 +6,7 @@ import sys
 import weakref
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Final, final
 
 from lowbits.core.memory import storage_bytes
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
     import torch
     from torch import Tensor, nn
+
+    from lowbits.core.source import SourceFiles
 
 #: Left free for activations: a share of the device, at least this, and as much again on Windows,
 #: whose driver moves device memory to the host before it refuses.
@@ -146,6 +149,7 @@ class StreamedModels(PlacedModels):
         placement: Placement,
         budget_bytes: int,
         announce: Callable[[nn.Module, Engine], Callable[[], None]] | None = None,
+        source: SourceFiles | None = None,
     ) -> None:
         """Remember what to do; nothing is touched before `attach`.
 
@@ -154,12 +158,13 @@ class StreamedModels(PlacedModels):
             placement: where weights are to be.
             budget_bytes: that all of them may take on the device at any time.
             announce: tells others that a model is streamed; returns what takes that back.
+            source: files that weights may come from.
         """
         self._modules = {name: module for name, module in modules.items() if _has_tensors(module)}
         self._placement, self._budget_bytes = placement, budget_bytes
         self._arbiter: Arbiter | None = None
         self._engines: dict[str, Engine] = {}
-        self._announce = announce
+        self._announce, self._source = announce, source
         self._take_back: list[Callable[[], None]] = []
 
     def attach(self) -> None:
@@ -171,7 +176,8 @@ class StreamedModels(PlacedModels):
         _require_all_fit([module for _, module in unique.values()], self._arbiter)
         try:
             for name, module in unique.values():
-                engine = Engine(name, module, self._arbiter, where.location)
+                locate = partial(self._source.locate, name) if self._source else None
+                engine = Engine(name, module, self._arbiter, where.location, locate)
                 self._engines[name] = engine
                 if self._announce is not None:
                     self._take_back.append(self._announce(module, engine))

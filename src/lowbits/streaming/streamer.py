@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Final, Self, final
 
 import torch
 
 from lowbits.config import parse_size
+from lowbits.core.source import SourceFiles
 from lowbits.errors import AlreadyPatchedError, ConfigError, NotPatchedError, suggestion
 from lowbits.streaming.arbiter import Arbiter
 from lowbits.streaming.device_ops import DeviceOps, device_ops
@@ -16,6 +18,7 @@ from lowbits.streaming.tiers import LOCATIONS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
     from types import TracebackType
 
     from torch import nn
@@ -63,6 +66,7 @@ class LayerStreamer:
         method: str = "async",
         location: str = "auto",
         depth: int | str = "auto",
+        source: str | Path | None = None,
     ) -> None:
         """Remember what to do; nothing is touched before `attach`.
 
@@ -79,6 +83,8 @@ class LayerStreamer:
                 40 % of the free host memory, else cpu, else disk; on a device whose memory is the
                 host's, disk.
             depth: slots of the ring, 1 to 6; ``"auto"``: what a simulation finds best.
+            source: safetensors file, or folder, that the weights may come from: on the disk, those
+                that are there bit for bit are read there, and not copied to a scratch file.
 
         Raises:
             ConfigError: a value that an option does not accept.
@@ -89,6 +95,7 @@ class LayerStreamer:
         self._method = _choice("method", method, METHODS)
         self._location = _choice("location", location, LOCATIONS)
         self._depth = _depth(depth)
+        self._source = None if source is None else SourceFiles(source)
         self._engine: Engine | None = None
 
     @property
@@ -115,7 +122,8 @@ class LayerStreamer:
         ops = device_ops(self.device)
         budget = self._budget if isinstance(self._budget, int) else free_budget(ops)
         arbiter = Arbiter(ops, budget, method=self._method, depth=self._depth)
-        self._engine = Engine("", self.module, arbiter, self._location)
+        locate = partial(self._source.locate, "") if self._source else None
+        self._engine = Engine("", self.module, arbiter, self._location, locate)
         return self
 
     def detach(self) -> None:

@@ -21,8 +21,16 @@ from lowbits.streaming.layout import is_dense
 from lowbits.streaming.masters import FileMaster, HostMaster, Master
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from torch import Tensor
+
+    from lowbits.core.source import Extent
     from lowbits.streaming.device_ops import DeviceOps
-    from lowbits.streaming.layout import Unit
+    from lowbits.streaming.layout import Place, Unit
+
+    #: Says where the tensor of a dotted name lies in a file, bit for bit; None: in none.
+    Locate = Callable[[str, Tensor], Extent | None]
 
 logger = logging.getLogger("lowbits.streaming")
 
@@ -53,13 +61,16 @@ class Tier:
         disk_bytes: of the scratch file.
     """
 
-    def __init__(self, location: str, nbytes: int, ops: DeviceOps) -> None:
+    def __init__(
+        self, location: str, nbytes: int, ops: DeviceOps, locate: Locate | None = None
+    ) -> None:
         """Choose the place.
 
         Args:
             location: one of `LOCATIONS`.
             nbytes: that masters will take.
             ops: the device that they will be copied to.
+            locate: says which file a tensor is proven to come from; it is read there, not copied.
         """
         if location not in _LOCATIONS:
             raise ConfigError(
@@ -71,9 +82,11 @@ class Tier:
         self.host_bytes = self.pinned_bytes = 0
         self._slabs: list[PinnedSlab] = []
         self._scratch_file: ScratchFile | None = None
-        self._reader: Reader | None = None
-        if self.name == "disk":
-            self._reader = Reader(direct=file_is_larger_than_memory(nbytes), immutable=False)
+        self._locate = locate
+        is_direct = file_is_larger_than_memory(nbytes)
+        # Units are appended to the scratch file while it is read; others' files must stay as is.
+        self._scratch_reader = Reader(direct=is_direct, immutable=False)
+        self._source_reader = Reader(direct=is_direct)
 
     def _choose(self, wanted: str, nbytes: int, ops: DeviceOps) -> str:
         is_host = not ops.has_streams
@@ -105,10 +118,7 @@ class Tier:
     def store(self, unit: Unit) -> Master:
         """Copy a unit's tensors to where they stay; the unit is not changed."""
         if self.name == "disk":
-            assert self._reader
-            parts = ((place.offset, _in_memory_order(place.original)) for place in unit.places)
-            extent = self._scratch().append(parts, unit.nbytes)
-            return FileMaster([(0, extent)], self._reader, self._scratch)
+            return self._store_in_files(unit)
         self.host_bytes += unit.nbytes
         if self.name == "shared":
             try:
@@ -123,18 +133,47 @@ class Tier:
         with torch.inference_mode(mode=False):
             return HostMaster(unit, torch.empty(unit.nbytes, dtype=torch.uint8))
 
-    def _scratch(self) -> ScratchFile:
+    def _store_in_files(self, unit: Unit) -> FileMaster:
+        """Write to the scratch file what is in no other one: mostly all, or nothing."""
+        found = {n: self._located(place) for n, place in enumerate(unit.places)}
+        pieces = [
+            (unit.places[n].offset, extent) for n, extent in found.items() if extent is not None
+        ]
+        rest = [unit.places[n] for n, extent in found.items() if extent is None]
+        if rest:
+            # From the first to the last one: a unit without a file is one run of bytes.
+            start = rest[0].offset
+            stop = rest[-1].offset + rest[-1].nbytes if pieces else unit.nbytes
+            parts = ((p.offset - start, _in_memory_order(p.original)) for p in rest)
+            pieces.insert(0, (start, self.append(parts, stop - start)))
+        return FileMaster(pieces, self)
+
+    def _located(self, place: Place) -> Extent | None:
+        if self._locate is None:
+            return None
+        found = (self._locate(holder.fqn, place.original) for holder in place.holders)
+        return next((extent for extent in found if extent is not None), None)
+
+    def read(self, extent: Extent, out: Tensor, should_stop: Callable[[], bool] | None) -> None:
+        """Read a part of a file."""
+        scratch = self._scratch_file
+        is_scratch = scratch is not None and extent.path == scratch.path
+        reader = self._scratch_reader if is_scratch else self._source_reader
+        reader.read(extent, out, should_stop)
+
+    def append(self, parts: Iterable[tuple[int, Tensor]], nbytes: int) -> Extent:
+        """Write to the scratch file."""
         if self._scratch_file is None:
             self._scratch_file = ScratchFile()
-        return self._scratch_file
+        return self._scratch_file.append(parts, nbytes)
 
     def close(self) -> None:
         """Close files, remove the scratch file, give page-locked memory back."""
         for slab in self._slabs:
             slab.release()
         self._slabs.clear()
-        if self._reader:
-            self._reader.close()
+        self._scratch_reader.close()
+        self._source_reader.close()
         if self._scratch_file:
             self._scratch_file.close()
 
