@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, final
 import torch
 from torch import nn
 
-from lowbits.streaming.layout import Holder, ModelLayout, held_tensors, relaid
+from lowbits.streaming.layout import Holder, ModelLayout, held_tensors, loose_bytes, relaid
 from lowbits.streaming.stored import Stored
 
 if TYPE_CHECKING:
@@ -50,8 +50,8 @@ class Component:
     @property
     def loose_bytes(self) -> int:
         """Bytes on the device that are neither a unit's nor the base's."""
-        tensors = [loose.held() for loose in (*self._loose, *self._extras)]
-        return sum({id(t): t.nbytes for t in tensors if t is not None}.values())
+        held = [loose.held() for loose in (*self._loose, *self._extras)]
+        return loose_bytes(tensor for tensor in held if tensor is not None)
 
     def attach(self) -> None:
         """Move all bytes into masters, and let modules hold stand-ins.

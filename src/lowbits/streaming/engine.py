@@ -22,9 +22,6 @@ if TYPE_CHECKING:
     from lowbits.streaming.stage import Stage
     from lowbits.streaming.tiers import Locate
 
-#: Units that should fit beside each other, where the model can be cut so.
-_DEPTH: Final = 3
-
 #: Hooks of diffusers that move or convert weights themselves.
 _FOREIGN_HOOKS: Final = ("group_offloading", "lazy_prefetch_group_offloading", "layerwise_casting")
 
@@ -59,6 +56,7 @@ class Engine:
         recoveries: passes that ran out of memory, and were run again.
     """
 
+    @torch.inference_mode(mode=False)
     def __init__(
         self,
         name: str,
@@ -103,6 +101,7 @@ class Engine:
             )
         return unique
 
+    @torch.inference_mode(mode=False)
     def detach(self) -> None:
         """Give the model back as it was."""
         with self._arbiter.lock:
@@ -195,6 +194,7 @@ class Engine:
         is_pure = not (torch.is_grad_enabled() or self.root.training or has_cache)
         return is_pure and call.is_root and stage.can_shrink
 
+    @torch.inference_mode(mode=False)
     def convert(self, module: nn.Module, function: Callable[..., Any]) -> None:
         """Do what ``module.to(dtype)`` asks for; refuse what ``module.to(device)`` does.
 
@@ -272,7 +272,7 @@ def require_fit(root: nn.Module, arbiter: Arbiter) -> ModelLayout:
         InsufficientMemoryError: the arbiter's budget is too small for it.
     """
     _require_streamable(root)
-    budget, depth = arbiter.budget_bytes, _DEPTH if arbiter.is_ahead else 1
+    budget, depth = arbiter.budget_bytes, arbiter.depth if arbiter.is_ahead else 1
     layout = lay_out(root, budget_bytes=budget, depth=depth)
     make_plan(
         [UnitCost(unit.nbytes, 0.0) for unit in layout.units],

@@ -26,6 +26,9 @@ _SMALL_SHARE: Final = 0.02
 #: Classes of tensors that are nothing but their bytes.
 _PLAIN: Final = (Tensor, nn.Parameter, nn.Buffer)
 
+#: Units that should fit beside each other.
+_USUAL_DEPTH: Final = 3
+
 _CONTAINERS: Final = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
 #: Containers that are never called: only what they hold is.
 UNCALLED: Final = (nn.ModuleList, nn.ModuleDict)
@@ -64,10 +67,12 @@ class Place:
         original: the object that the model had; given back at the end, the same object.
         device: it lay there.
         shape: of the tensor.
-        stride: of the tensor, where its memory has no holes, else that of a contiguous one.
+        stride: in a unit: of the tensor, where its memory has no holes, else of a contiguous one.
         dtype: of the tensor.
         offset: of its first byte in the unit, a multiple of `ALIGNMENT`.
         holders: the modules that hold it; tied weights have several.
+        original_stride: of the original.
+        is_inference: whether the original was made in torch's inference mode.
     """
 
     original: Tensor
@@ -77,6 +82,31 @@ class Place:
     dtype: torch.dtype
     offset: int
     holders: list[Holder]
+    original_stride: tuple[int, ...]
+    is_inference: bool
+
+    def give_back(self, values: Tensor) -> None:
+        """Give the original its bytes: the same object, device and strides as before.
+
+        Args:
+            values: of the tensor; kept.
+        """
+        values = values.to(self.device)
+        if values.stride() != self.original_stride:
+            values = _restrided(values, self.original_stride)
+        # An inference tensor stays one: others have a version that it must not have.
+        with torch.inference_mode(self.is_inference):
+            self.original.data = values.clone() if self.is_inference else values
+
+    def let_go(self, remains: Tensor) -> None:
+        """Take the original's bytes away, for others have them."""
+        with torch.inference_mode(self.is_inference):
+            self.original.data = remains
+
+    def adopt(self, tensor: Tensor) -> None:
+        """Take another tensor of this shape and dtype for the original."""
+        self.original, self.device = tensor, tensor.device
+        self.original_stride, self.is_inference = tensor.stride(), tensor.is_inference()
 
     @property
     def nbytes(self) -> int:
@@ -132,7 +162,7 @@ class ModelLayout:
     @property
     def fixed_bytes(self) -> int:
         """Bytes that stay on the device."""
-        return self.base.nbytes + sum({id(t): t.nbytes for _, t in self.loose}.values())
+        return self.base.nbytes + loose_bytes(tensor for _, tensor in self.loose)
 
     @property
     def nbytes(self) -> int:
@@ -140,21 +170,21 @@ class ModelLayout:
         return self.fixed_bytes + sum(unit.nbytes for unit in self.units)
 
 
-def lay_out(root: nn.Module, *, budget_bytes: int, depth: int) -> ModelLayout:
+def lay_out(root: nn.Module, *, budget_bytes: int, depth: int | None) -> ModelLayout:
     """Cut a model into units that can be streamed within a budget.
 
-    Blocks of `ModuleList`, `ModuleDict` and `Sequential` are units. Where the base and ``depth``
-    times the largest unit do not fit, large units are split into their children, and large modules
-    of the base become units, until they fit or nothing can be split any more.
+    Blocks of `ModuleList`, `ModuleDict` and `Sequential` are units. Where the base and some of the
+    largest units do not fit beside each other, large units are split into their children, and large
+    modules of the base become units, until they fit or nothing can be split any more.
 
     Args:
         root: the model; not changed.
         budget_bytes: for all weights on the device.
-        depth: units that should fit beside each other.
+        depth: units that have to fit beside each other; None: three, or else one.
     """
     cut = _Cut(root)
-    # Where so many do not fit beside each other, one at a time may.
-    for beside in (depth, 1):
+    # Where the usual number does not fit, one at a time may.
+    for beside in (_USUAL_DEPTH, 1) if depth is None else (depth,):
         while cut.refine(budget_bytes, beside):
             pass
     return cut.layout
@@ -220,7 +250,7 @@ class _Cut:
         tensors: dict[int, Tensor] = {}
         loose = []
         for holder, tensor in held_tensors(self.root):
-            if not tensor.numel() or type(tensor) not in _PLAIN:
+            if not tensor.numel() or not _is_plain(tensor):
                 loose.append((holder, tensor))
                 continue
             tensors[id(tensor)] = tensor
@@ -231,6 +261,16 @@ class _Cut:
             }
             _append(homes.popitem()[1] if len(homes) == 1 else base, tensor, holders[key])
         return ModelLayout(tuple(unit for unit in units if unit.places), base, tuple(loose))
+
+
+def loose_bytes(tensors: Iterable[Tensor]) -> int:
+    """Return what tensors of any kind take, tied ones once; of sparse ones, what they hold."""
+    sizes = {}
+    for tensor in tensors:
+        is_sparse = tensor.layout != torch.strided
+        held = tensor._nnz() * (tensor.itemsize + 8 * tensor.ndim) if is_sparse else tensor.nbytes
+        sizes[id(tensor)] = held
+    return sum(sizes.values())
 
 
 def relaid(unit: Unit) -> Unit:
@@ -258,15 +298,37 @@ def is_dense(tensor: Tensor) -> bool:
     return dense
 
 
+def _restrided(values: Tensor, stride: tuple[int, ...]) -> Tensor:
+    """Return values in other strides; dimensions of stride 0 hold the same values all along."""
+    parts = [slice(0, 1) if step == 0 else slice(None) for step in stride]
+    once = values[tuple(parts)]
+    out = torch.empty_strided(once.shape, stride, dtype=values.dtype, device=values.device)
+    return out.copy_(once).expand(values.shape)
+
+
 def padded(nbytes: int) -> int:
     """Round up to `ALIGNMENT`."""
     return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
+def _is_plain(tensor: Tensor) -> bool:
+    """Say whether a tensor is nothing but its bytes."""
+    is_strided = tensor.layout == torch.strided and not tensor.is_quantized
+    return is_strided and type(tensor) in _PLAIN
+
+
 def _append(unit: Unit, tensor: Tensor, holders: list[Holder]) -> None:
     dense = tensor if is_dense(tensor) else torch.empty(tensor.shape, device="meta")
     place = Place(
-        tensor, tensor.device, tensor.shape, dense.stride(), tensor.dtype, unit.nbytes, holders
+        original=tensor,
+        device=tensor.device,
+        shape=tensor.shape,
+        stride=dense.stride(),
+        dtype=tensor.dtype,
+        offset=unit.nbytes,
+        holders=holders,
+        original_stride=tensor.stride(),
+        is_inference=tensor.is_inference(),
     )
     unit.places.append(place)
     unit.nbytes += padded(place.nbytes)
@@ -303,7 +365,7 @@ def _has_children(module: nn.Module) -> bool:
 
 def _own_tensors(module: nn.Module) -> Iterable[Tensor]:
     tensors = (*module._parameters.values(), *module._buffers.values())
-    return [tensor for tensor in tensors if tensor is not None]
+    return [tensor for tensor in tensors if tensor is not None and _is_plain(tensor)]
 
 
 def _tree_bytes(module: nn.Module) -> int:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, final
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map_only
 
 from lowbits.errors import StreamError
 
@@ -90,7 +91,7 @@ class Residency:
         for number, entry in enumerate(stored):
             nbytes = entry.unit.nbytes
             if number in plan.slot_of:
-                slot, start = self._ring[plan.slot_of[number]], 0
+                slot, start = self._ring[plan.slot_of[number]], plan.offset_of[number]
             else:
                 slot, start = _Slot(nbytes), 0
             self._homes.append(_Home(number, slot, start, nbytes))
@@ -158,6 +159,24 @@ class Residency:
         home.users += 1
         self._held[number] = home
         return self._tensors(home)
+
+    def detached(self, number: int, result: Any) -> Any:
+        """Return what a forward returned, with copies in place of views of a slot.
+
+        A module may return its Parameter, or a part of it: the slot's next unit would overwrite it.
+        """
+        if number not in self._streamed:
+            return result
+        buffer = self._held[number].slot.buffer
+        assert buffer is not None
+        address = buffer.untyped_storage().data_ptr()
+
+        def own(tensor: Tensor) -> Tensor:
+            is_view = tensor.layout == torch.strided and not tensor.is_meta
+            is_view = is_view and tensor.untyped_storage().data_ptr() == address
+            return tensor.clone() if is_view else tensor
+
+        return tree_map_only(torch.Tensor, own, result)
 
     def release(self, number: int) -> None:
         """Say that a unit's forward is over, or has failed."""

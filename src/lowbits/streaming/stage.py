@@ -280,7 +280,8 @@ class Stage:
         try:
             self._prefetch()
             with reread_for_backward(entry, tensors if residency.is_streamed(number) else ()):
-                return forward(*args, **kwargs)
+                result = forward(*args, **kwargs)
+            return residency.detached(number, result)
         except BaseException as error:
             error.add_note(f"lowbits: raised in {entry.unit.name!r}, while it was streamed")
             raise

@@ -60,12 +60,12 @@ class Stored:
     def let_go(self) -> None:
         """Take the originals' bytes away: the master has them."""
         for place in self.unit.places:
-            place.original.data = self.master.remains(place)
+            place.let_go(self.master.remains(place))
 
     def take_back(self) -> None:
         """Give the originals their bytes back, where they were; modules do not hold them yet."""
         for place in self.unit.places:
-            place.original.data = self.master.copy(place).to(place.device)
+            place.give_back(self.master.copy(place))
 
     def reveal(self) -> None:
         """Let modules hold the originals."""
@@ -117,8 +117,8 @@ class Stored:
                 "replaced",
             )
         self.master.write(place, found.detach())
-        place.original, place.device = found, found.device
-        found.data = self.master.remains(place)
+        place.adopt(found)
+        place.let_go(self.master.remains(place))
         holder.slots[holder.name] = self._outside[number]
 
     def keep_changes(self) -> None:
