@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Final, NamedTuple, final
 
 from lowbits.core.report import format_bytes
 from lowbits.errors import InsufficientMemoryError
+from lowbits.streaming import slots
 from lowbits.streaming.simulate import Simulated, simulate
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
+
+    from lowbits.streaming.simulate import Times
 
 #: Slots that are tried where no depth is given: the usual number first, then as many as this. Any
 #: other number must be so much faster.
@@ -58,7 +62,10 @@ class StreamPlan:
         order: units in the order of a pass.
         residents: units that stay on the device.
         slot_of: slot of each unit that is copied before its use.
-        slot_bytes: size of each slot: of the largest unit that uses it.
+        offset_of: where it lies there, in bytes from the start; 0 or a multiple of 4096.
+        cells_of: the same for the simulator: two units have one in common exactly if their bytes
+            overlap, that is if one cannot be copied while the other is in use.
+        slot_bytes: size of each slot: of the largest unit that uses it where none share it.
         fixed_bytes: what is on the device besides units.
         resident_bytes: of all residents.
         predicted_s: of a pass once it is under way, by the simulator; never below the two others.
@@ -69,6 +76,8 @@ class StreamPlan:
     order: tuple[int, ...]
     residents: frozenset[int]
     slot_of: Mapping[int, int]
+    offset_of: Mapping[int, int]
+    cells_of: Mapping[int, tuple[int, ...]]
     slot_bytes: tuple[int, ...]
     fixed_bytes: int
     resident_bytes: int
@@ -85,6 +94,18 @@ class StreamPlan:
     def device_bytes(self) -> int:
         """Everything on the device: what is fixed, residents and slots."""
         return self.fixed_bytes + self.resident_bytes + sum(self.slot_bytes)
+
+    def simulate(
+        self,
+        order: Sequence[int],
+        compute_s: Times,
+        load_s: Sequence[float],
+        *,
+        passes: int = 4,
+        prefetch: bool = True,
+    ) -> Simulated:
+        """Run passes with these residents and slots in the simulator; arguments as there."""
+        return simulate(order, compute_s, load_s, self.cells_of, passes=passes, prefetch=prefetch)
 
 
 def make_plan(
@@ -118,10 +139,10 @@ def make_plan(
     search = _Search(costs, order, bandwidth, budget_bytes - fixed_bytes, prefetch=prefetch)
     if search.fits(everything := search.layout(frozenset(range(len(costs))), 1)):
         return _plan(search, search.candidate(everything), fixed_bytes)
-    slots = 1 if depth is None or not prefetch else min(depth, max(1, len(search.called)))
-    best = search.fastest() if depth is None and prefetch else search.best(slots)
+    exact = 1 if depth is None or not prefetch else min(depth, max(1, len(search.called)))
+    best = search.fastest() if depth is None and prefetch else search.best(exact)
     if best is None:
-        raise _too_small(search.smallest(slots), budget_bytes, fixed_bytes, device)
+        raise _too_small(search.smallest(exact), budget_bytes, fixed_bytes, device)
     return _plan(search, best, fixed_bytes)
 
 
@@ -132,6 +153,7 @@ class _Layout(NamedTuple):
     slot_of: dict[int, int]
     slot_bytes: tuple[int, ...]
     nbytes: int
+    offset_of: Mapping[int, int] = MappingProxyType({})
 
 
 class _Candidate(NamedTuple):
@@ -149,6 +171,8 @@ def _plan(search: _Search, found: _Candidate, fixed_bytes: int) -> StreamPlan:
         order=tuple(search.order),
         residents=layout.residents,
         slot_of=layout.slot_of,
+        offset_of={unit: layout.offset_of.get(unit, 0) for unit in layout.slot_of},
+        cells_of=search.cells(layout),
         slot_bytes=layout.slot_bytes,
         fixed_bytes=fixed_bytes,
         resident_bytes=layout.nbytes - sum(layout.slot_bytes),
@@ -162,13 +186,13 @@ def _too_small(
     least: _Layout, budget_bytes: int, fixed_bytes: int, device: str
 ) -> InsufficientMemoryError:
     needed = fixed_bytes + least.nbytes
-    slots = " + ".join(map(str, least.slot_bytes)) or "0"
+    sizes = " + ".join(map(str, least.slot_bytes)) or "0"
     kept = least.nbytes - sum(least.slot_bytes)
     residents = f", {kept} of units that stay" if kept else ""
     fewer = ", fewer slots" if len(least.slot_bytes) > 1 else ""
     return InsufficientMemoryError(
         f"the weights on {device} need at least {needed} bytes ({format_bytes(needed)}): "
-        f"{fixed_bytes} that are always there{residents}, {slots} of slots that the other units "
+        f"{fixed_bytes} that are always there{residents}, {sizes} of slots that the other units "
         f"are copied into; the budget is {budget_bytes} bytes ({format_bytes(budget_bytes)}); "
         f"allow {needed} bytes or more{fewer}, or store the weights in a smaller scheme",
         needed,
@@ -177,23 +201,8 @@ def _too_small(
     )
 
 
-def _turns(count: int, depth: int) -> list[int]:
-    """Return the slots of units that are used in turn, again and again.
-
-    Unit i in slot i mod depth would, where count mod depth is 1, have the last unit of a pass and
-    the first of the next in one slot, and no copy under way between them: 2.5 % of a pass for 57
-    units in four slots. So some rounds leave out the last slot, such that they end with the pass.
-    Where all rounds would, each slot that is left over goes to one of the last units.
-    """
-    depth = min(depth, count)
-    if not depth:
-        return []
-    rounds = -(-count // depth)
-    ends = [-(-number * count // rounds) for number in range(rounds + 1)]
-    slots = [slot for start, end in itertools.pairwise(ends) for slot in range(end - start)]
-    for slot in range(max(slots) + 1, depth):
-        slots[slot - depth] = slot
-    return slots
+def _wall(found: _Candidate) -> float:
+    return found.wall_s
 
 
 def _from_both_ends(units: Sequence[int]) -> list[int]:
@@ -244,7 +253,7 @@ class _Search:
         """Give the other units slots: in turn those that are called, then the others."""
         nbytes = self.nbytes
         streamed = [unit for unit in self.called if unit not in residents]
-        slot_of = dict(zip(streamed, _turns(len(streamed), depth), strict=True))
+        slot_of = dict(zip(streamed, slots.turns(len(streamed), depth), strict=True))
         waiting = [unit for unit in self.uncalled if unit not in residents]
         sizes = [0] * (max(slot_of.values()) + 1 if streamed else min(1, len(waiting)))
         for unit, slot in slot_of.items():
@@ -258,6 +267,10 @@ class _Search:
         kept = sum(nbytes[unit] for unit in residents)
         return _Layout(residents, slot_of, tuple(sizes), kept + sum(sizes))
 
+    def cells(self, layout: _Layout) -> dict[int, tuple[int, ...]]:
+        """Return what each streamed unit takes of the slots, as the simulator wants it."""
+        return slots.cells(layout.slot_of, layout.offset_of, self.nbytes)
+
     def fits(self, layout: _Layout) -> bool:
         """Tell whether it takes no more than there is room for."""
         return layout.nbytes <= self.room
@@ -265,7 +278,7 @@ class _Search:
     def candidate(self, layout: _Layout) -> _Candidate:
         """Simulate a layout."""
         simulated = simulate(
-            self.order, self.compute_s, self.load_s, layout.slot_of, prefetch=self.prefetch
+            self.order, self.compute_s, self.load_s, self.cells(layout), prefetch=self.prefetch
         )
         bound_s = max(self.pass_s, simulated.copy_s)
         return _Candidate(layout, simulated, max(bound_s, simulated.wall_s), bound_s)
@@ -294,8 +307,18 @@ class _Search:
             layouts = [self._fill(least, depth)]
         if not layouts:
             return None
-        best = min(map(self.candidate, layouts), key=lambda found: found.wall_s)
-        return self._exchange(best, depth)
+        best = min(map(self.candidate, layouts), key=_wall)
+        return self._share(self._exchange(best, depth))
+
+    def _share(self, whole: _Candidate) -> _Candidate:
+        """Let units lie side by side in the same slots if the pass is shorter then."""
+        layout = whole.layout
+        streamed = [unit for unit in self.called if unit in layout.slot_of]
+        found = [whole]
+        for slot_of, offset_of in slots.side_by_side(streamed, self.nbytes, layout.slot_bytes):
+            placed = layout._replace(slot_of=layout.slot_of | slot_of, offset_of=offset_of)
+            found.append(self.candidate(placed))
+        return min(found, key=_wall)
 
     def smallest(self, depth: int) -> _Layout:
         """Return the smallest layout of a depth: everything streamed, or nearly.

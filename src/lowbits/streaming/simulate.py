@@ -41,7 +41,7 @@ def simulate(
     order: Sequence[int],
     compute_s: Times,
     load_s: Sequence[float],
-    slot_of: Mapping[int, int],
+    cells_of: Mapping[int, Sequence[int]],
     *,
     passes: int = 4,
     prefetch: bool = True,
@@ -49,40 +49,65 @@ def simulate(
     """Run some passes over a model whose streamed units are copied into slots.
 
     Copies follow each other in the order of the uses they are for. One may start when the link is
-    free and the last use of what its slot holds has ended, in the pass before too; a unit that is
-    still in its slot is not copied again.
+    free and the last uses of all that it overwrites have ended, in the pass before too; a unit that
+    nothing was copied over since is not copied again.
 
     Args:
         order: units in the order of a pass; one may come more than once.
         compute_s: of one use of each unit, by its number.
         load_s: of one copy of each unit, by its number.
-        slot_of: slot of each streamed unit; the other units are resident.
+        cells_of: what each streamed unit takes of the slots, in cells of any numbers: two units
+            overwrite each other exactly if they have one in common. Other units are resident.
         passes: at least 1. Four are enough for the lead of the copies to settle.
         prefetch: False: a copy starts only when its unit is entered.
     """
-    steps = [(unit, slot_of.get(unit), load_s[unit]) for unit in order]
-    slots = set(slot_of.values())
-    holds: dict[int, int | None] = dict.fromkeys(slots)
-    freed = dict.fromkeys(slots, 0.0)
-    clock = link = first_end = start = copied = 0.0
+    first, later = _schedule(order, cells_of)
+    ends = [0.0]
+    clock = link = start = 0.0
     stalls: dict[int, float] = {}
     for number in range(passes):
         compute = compute_s(number) if callable(compute_s) else compute_s
-        start, copied, stalls = clock, 0.0, {}
-        for unit, slot, load in steps:
-            if slot is None:
-                clock += compute[unit]
-                continue
-            if holds[slot] != unit:
-                holds[slot] = unit
-                copied += load
-                begin = freed[slot] if prefetch else clock
-                link = (link if link > begin else begin) + load  # noqa: FURB136 - the hot loop
+        start, stalls = clock, {}
+        for unit, back in later if number else first:
+            if back:
+                begin = ends[-back] if prefetch else clock
+                link = (link if link > begin else begin) + load_s[unit]  # noqa: FURB136 - hot loop
                 if link > clock:
                     stalls[unit] = stalls.get(unit, 0.0) + link - clock
                     clock = link
             clock += compute[unit]
-            freed[slot] = clock
-        if number == 0:
-            first_end = clock
-    return Simulated(clock - start, copied, stalls, first_end)
+            ends.append(clock)
+    copied = sum(load_s[unit] for unit, back in (later if passes > 1 else first) if back)
+    return Simulated(clock - start, copied, stalls, ends[len(first)])
+
+
+def _schedule(
+    order: Sequence[int], cells_of: Mapping[int, Sequence[int]]
+) -> list[list[tuple[int, int]]]:
+    """Return the uses of the first pass and of any later one.
+
+    Which uses need a copy, and which use it has to wait for, is not a matter of times: of those
+    that it overwrites, the latest ends last. After a pass each cell has the same holder as after
+    any other.
+
+    Returns:
+        Unit of each use, and how many uses back the one is that its copy waits for: before all of
+        them where there is none, 0 where nothing is copied.
+    """
+    holder: dict[int, int] = {}
+    last: dict[int, int] = {}
+    scheduled = []
+    for number in range(2):
+        steps = []
+        for use, unit in enumerate(order, 1 + number * len(order)):
+            awaited, is_whole = 0, True
+            for cell in cells_of.get(unit, ()):
+                if holder.get(cell) != unit:
+                    holder[cell] = unit
+                    is_whole = False
+                if cell in last and last[cell] > awaited:
+                    awaited = last[cell]
+                last[cell] = use
+            steps.append((unit, 0 if is_whole else use - awaited))
+        scheduled.append(steps)
+    return scheduled

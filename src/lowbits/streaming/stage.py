@@ -8,7 +8,6 @@ from lowbits.streaming.autograd import reread_for_backward
 from lowbits.streaming.order import CallOrder
 from lowbits.streaming.plan import StreamPlan, UnitCost, make_plan
 from lowbits.streaming.residency import Residency
-from lowbits.streaming.simulate import simulate
 from lowbits.streaming.timing import MethodTrial, Timing
 from lowbits.streaming.transfer import DirectTransfer, InlineTransfer, ThreadTransfer, Transfer
 
@@ -247,8 +246,8 @@ class Stage:
         assert self.plan
         costs = [entry.compute_s for entry in self._entries[: self._n_units]]
         loads = [e.unit.nbytes / self.timing.bandwidth for e in self._entries[: self._n_units]]
-        now = simulate(
-            self._order.expected, costs, loads, self.plan.slot_of, prefetch=self.method == "async"
+        now = self.plan.simulate(
+            self._order.expected, costs, loads, prefetch=self.method == "async"
         )
         better = self._make_plan()
         if better.predicted_s < (1 - _GAIN) * now.wall_s:
