@@ -33,14 +33,15 @@ _ADVICE: Final = (
 
 _WHOLE_COMPILE: Final = (
     "the blocks of a model that lowbits streams are compiled one by one, not the whole: "
-    "model.compile_repeated_blocks(fullgraph=True), or block.compile(fullgraph=True) for each"
+    "model.compile_repeated_blocks(fullgraph=True), or block.compile(fullgraph=True) for each; "
+    "before streaming begins, so that no block is cut into smaller parts"
 )
 
 
 def _outside_of_graphs(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Keep a method out of what is compiled; what it calls may be compiled by itself."""
+    """Keep a method, and what it calls, out of graphs, but for what is compiled by itself."""
     disabled: Callable[..., Any] = torch.compiler.disable(  # type: ignore[no-untyped-call]
-        method, recursive=False, reason=_WHOLE_COMPILE
+        method, reason=_WHOLE_COMPILE
     )
     return disabled
 

@@ -353,8 +353,10 @@ def _parts(module: nn.Module) -> list[nn.Module]:
     """Return the modules that a unit is split into: itself, where it cannot be."""
     own = sum(tensor.nbytes for tensor in _own_tensors(module))
     parts = _callable(module)
-    # torch.nn.MultiheadAttention computes with its children's weights, and does not call them.
-    if not parts or own > _OWN_SHARE * _tree_bytes(module):
+    # torch.nn.MultiheadAttention computes with its children's weights, and does not call them; what
+    # is compiled has to stay one graph.
+    is_compiled = module._compiled_call_impl is not None
+    if not parts or is_compiled or own > _OWN_SHARE * _tree_bytes(module):
         return [module]
     return parts
 
