@@ -31,6 +31,10 @@ class Interceptor(ABC):
     def convert(self, function: Callable[..., Any]) -> None:
         """Convert the module's tensors by a function of torch's, as ``.to()`` and others do."""
 
+    @abstractmethod
+    def settle(self) -> None:
+        """Let the module hold what may be saved or copied: it is about to be."""
+
 
 class Intercepted(nn.Module):
     """A mix-in in front of a module's own class; copies and pickles do not have it."""
@@ -49,13 +53,25 @@ class Intercepted(nn.Module):
         interceptor.convert(fn)
         return self
 
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the module's own state dict."""
+        _settle(self)
+        return super().state_dict(*args, **kwargs)
+
     def __reduce_ex__(self, protocol: Any) -> Any:
+        _settle(self)
         made: Any = super().__reduce_ex__(protocol)
         function, arguments, state = made[:3]
         base = type(self).__mro__[2]
         arguments = tuple(base if value is type(self) else value for value in arguments)
         state = {key: value for key, value in state.items() if key != _KEY}
         return (function, arguments, state, *made[3:])
+
+
+def _settle(module: nn.Module) -> None:
+    interceptor = interceptor_of(module)
+    if interceptor is not None:
+        interceptor.settle()
 
 
 def intercept(module: nn.Module, interceptor: Interceptor) -> None:

@@ -181,6 +181,7 @@ class Engine:
     def _enter(self) -> Stage:
         is_larger = self.component.notice_new()
         stage = self._arbiter.enter(self.component)
+        stage.look()
         if is_larger:
             stage.replan()
         return stage
@@ -194,6 +195,12 @@ class Engine:
         )
         is_pure = not (torch.is_grad_enabled() or self.root.training or has_cache)
         return is_pure and call.is_root and stage.can_shrink
+
+    def settle(self) -> None:
+        """Take the model off a device of its own: state dicts and copies are made on the host."""
+        with self._arbiter.lock:
+            if not self._is_running and self.device.type != "cpu":
+                self._arbiter.stage_of(self.component).park()
 
     @torch.inference_mode(mode=False)
     def convert(self, module: nn.Module, function: Callable[..., Any]) -> None:
@@ -258,6 +265,10 @@ class _Call(Interceptor):
     ) -> Any:
         """Run the forward with its weights on the device."""
         return self._engine.run(self, forward, args, kwargs)
+
+    def settle(self) -> None:
+        """Let the model's modules hold what can be saved, and copied."""
+        self._engine.settle()
 
     def convert(self, function: Callable[..., Any]) -> None:
         """Convert masters instead of what modules hold."""

@@ -124,6 +124,13 @@ class Residency:
         self._under_way = [(n, load) for n, load, seconds in timed if seconds is None]
         return [(n, seconds) for n, _, seconds in timed if seconds is not None]
 
+    def forget_unfinished(self) -> None:
+        """Ask again for copies that are under way: in a forked process, nobody will finish them."""
+        for home in self._homes:
+            if home.load is not None and self._transfer.seconds(home.load) is None:
+                home.is_present = False
+                home.load = None
+
     def drain(self) -> None:
         """Wait until no copy is under way: before buffers are let go."""
         for home in self._homes:
@@ -209,14 +216,16 @@ class Residency:
 
     def _start(self, home: _Home) -> None:
         entry, slot = self._stored[home.number], home.slot
+        rivals = home.rivals()
+        freed = [h.freed for h in (home, *rivals) if h.freed is not None]
         if slot.buffer is None:
             slot.buffer = self._ops.empty(slot.nbytes)
-        rivals = home.rivals()
+            # Whoever had this memory before may be computing with it still.
+            freed.append(self._ops.mark_computed())
         # First: whatever is raised from here on, the old bytes count as overwritten.
         for overwritten in (home, *rivals):
             overwritten.is_present = False
         home.version = entry.master.version
-        freed = [h.freed for h in (home, *rivals) if h.freed is not None]
         target = slot.buffer[home.start : home.stop]
         home.load = self._transfer.start(entry.unit.name, entry.master, target, freed)
         home.is_present = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any, Final, final
 
 from lowbits.streaming.autograd import reread_for_backward
@@ -60,6 +61,7 @@ class Stage:
         self.plan: StreamPlan | None = None
         self.timing = Timing(ops)
         self.uses = 0
+        self._pid = os.getpid()
         self._note_peak = note_peak
         self._ops, self._depth = ops, depth
         self._trial = MethodTrial() if method == "auto" else None
@@ -185,6 +187,7 @@ class Stage:
         if self._residency is None:
             return
         for component in self.components:
+            component.base.check()
             component.base.keep_changes()
             component.base.hide()
         self._is_warm = False
@@ -212,6 +215,15 @@ class Stage:
             self.close()
             self.method = method
             self.activate(budget)
+
+    def look(self) -> None:
+        """See whether something happened since the last pass: a fork, a new tensor in a base."""
+        if self._pid != os.getpid():
+            self._pid = os.getpid()
+            if self._residency is not None:
+                self._residency.forget_unfinished()
+        for component in self.components:
+            component.base.check()
 
     def begin_pass(self) -> None:
         """Begin a pass: the order starts again, and what comes first is fetched."""

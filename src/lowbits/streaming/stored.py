@@ -53,6 +53,7 @@ class Stored:
         ]
         self._holders = list(unit.holders())
         self._uses = 0
+        self._held: Sequence[Tensor] = self._outside
 
     def _count_miss(self) -> None:
         self.misses += 1
@@ -74,11 +75,11 @@ class Stored:
 
     def hide(self) -> None:
         """Let modules hold stand-ins."""
-        for holder, number in self._holders:
-            holder.slots[holder.name] = self._outside[number]
+        self.show(self._outside)
 
     def show(self, tensors: Sequence[Tensor]) -> None:
-        """Let modules hold the device's tensors, given by place."""
+        """Let modules hold some tensors, given by place: the device's, or stand-ins."""
+        self._held = tensors
         for holder, number in self._holders:
             holder.slots[holder.name] = tensors[number]
 
@@ -95,7 +96,7 @@ class Stored:
             self.hide()
 
     def check(self) -> None:
-        """Accept what somebody has put in the place of a stand-in since the last use.
+        """Accept what somebody has put in the place of what modules held since the last use.
 
         Raises:
             StreamError: it is gone, or of another shape or dtype.
@@ -103,23 +104,34 @@ class Stored:
         if self._uses:
             return
         for holder, number in self._holders:
-            if holder.slots.get(holder.name) is not self._outside[number]:
-                self._take_over(holder, number)
+            if holder.slots.get(holder.name) is not self._held[number]:
+                self._take_over(number)
 
-    def _take_over(self, holder: Holder, number: int) -> None:
-        found, place = holder.slots.get(holder.name), self.unit.places[number]
-        if found is None or found.shape != place.shape or found.dtype != place.dtype:
-            raise StreamError(
-                f"{type(holder.module).__name__}.{holder.name} of {self.unit.name!r} was replaced "
-                "by another shape or dtype while it was streamed: undo the streaming first "
-                "(lowbits.restore, or LayerStreamer.detach)",
-                self.unit.name,
-                "replaced",
-            )
-        self.master.write(place, found.detach())
-        place.adopt(found)
+    def _take_over(self, number: int) -> None:
+        """Accept a new tensor; all holders of a tied one must have been given the same values."""
+        place = self.unit.places[number]
+        values = [holder.slots.get(holder.name) for holder in place.holders]
+        first = values[0]
+        for holder, value in zip(place.holders, values, strict=True):
+            if value is None or value.shape != place.shape or value.dtype != place.dtype:
+                raise self._replaced(holder, "by another shape or dtype")
+            if value is not first and not torch.equal(_bits(value), _bits(first)):
+                raise self._replaced(holder, "but not where it is tied to")
+        self.master.write(place, first.detach())
+        place.adopt(first)
+        if self._held is not self._outside:
+            self._held[number].copy_(first.detach())  # a base's, which is on the device
         place.let_go(self.master.remains(place))
-        holder.slots[holder.name] = self._outside[number]
+        for holder in place.holders:
+            holder.slots[holder.name] = self._held[number]
+
+    def _replaced(self, holder: Holder, how: str) -> StreamError:
+        return StreamError(
+            f"{holder.fqn} was replaced {how} while it was streamed: undo the streaming first "
+            "(lowbits.restore, or LayerStreamer.detach)",
+            self.unit.name,
+            "replaced",
+        )
 
     def keep_changes(self) -> None:
         """Write to the master what others changed in the tensors that modules hold now.
@@ -133,7 +145,7 @@ class Stored:
             if held is None or held is self._outside[number]:
                 continue
             if held.shape != place.shape or held.dtype != place.dtype:
-                self._take_over(holder, number)  # says what is wrong
+                raise self._replaced(holder, "by another shape or dtype")
             before = self.master.tensor(place).to(held.device)
             if not torch.equal(_bits(held), _bits(before)):
                 self.master.write(place, held.detach())

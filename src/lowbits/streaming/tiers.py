@@ -83,6 +83,7 @@ class Tier:
         self._slabs: list[PinnedSlab] = []
         self._scratch_file: ScratchFile | None = None
         self._locate = locate
+        logger.info("%s of weights will wait in %r", format_bytes(nbytes), self.name)
         is_direct = file_is_larger_than_memory(nbytes)
         # Units are appended to the scratch file while it is read; others' files must stay as is.
         self._scratch_reader = Reader(direct=is_direct, immutable=False)
