@@ -110,13 +110,15 @@ class Stored:
     def _take_over(self, number: int) -> None:
         """Accept a new tensor; all holders of a tied one must have been given the same values."""
         place = self.unit.places[number]
-        values = [holder.slots.get(holder.name) for holder in place.holders]
-        first = values[0]
-        for holder, value in zip(place.holders, values, strict=True):
+        found: list[Tensor] = []
+        for holder in place.holders:
+            value = holder.slots.get(holder.name)
             if value is None or value.shape != place.shape or value.dtype != place.dtype:
                 raise self._replaced(holder, "by another shape or dtype")
-            if value is not first and not torch.equal(_bits(value), _bits(first)):
+            found.append(value)
+            if value is not found[0] and not torch.equal(_bits(value), _bits(found[0])):
                 raise self._replaced(holder, "but not where it is tied to")
+        first = found[0]
         self.master.write(place, first.detach())
         place.adopt(first)
         if self._held is not self._outside:
