@@ -98,10 +98,14 @@ class Place:
         with torch.inference_mode(self.is_inference):
             self.original.data = values.clone() if self.is_inference else values
 
-    def let_go(self, remains: Tensor) -> None:
-        """Take the original's bytes away, for others have them."""
+    def let_go(self) -> None:
+        """Take the original's bytes away, for others have them.
+
+        What is left takes no memory: whoever kept the object reads NaN, and cannot write into it.
+        """
         with torch.inference_mode(self.is_inference):
-            self.original.data = remains
+            poison = torch.full((self.dtype.itemsize,), 0xFF, dtype=torch.uint8)
+            self.original.data = poison.view(self.dtype).expand(self.shape)
 
     def adopt(self, tensor: Tensor) -> None:
         """Take another tensor of this shape and dtype for the original."""
@@ -202,9 +206,10 @@ class _Cut:
     def refine(self, budget_bytes: int, depth: int) -> bool:
         """Make the largest units smaller, or else the base; return False where nothing helps."""
         units = self.layout.units
-        largest = max((unit.nbytes for unit in units), default=0)
+        sizes = sorted((unit.nbytes for unit in units), reverse=True)[:depth]
+        largest, depth = max(sizes, default=0), max(1, len(sizes))
         room = budget_bytes - self.layout.fixed_bytes
-        if depth * largest <= room or budget_bytes >= self.layout.nbytes:
+        if sum(sizes) <= room or budget_bytes >= self.layout.nbytes:
             return False
         chosen: list[nn.Module] = []
         for unit in units:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from lowbits.core.proxy import METADATA, describe_call, written_argument
+from lowbits.core.proxy import METADATA, describe_call, read_only, written_argument
 from lowbits.errors import StreamError
 
 if TYPE_CHECKING:
@@ -167,4 +167,5 @@ def _compute(
         target.store(values[id(target)])
     # An in-place function returns what it was called on.
     stand_ins = {id(values[id(target)]): target for target in targets}
-    return tree_map(lambda leaf: stand_ins.get(id(leaf), leaf), result)
+    result = tree_map(lambda leaf: stand_ins.get(id(leaf), leaf), result)
+    return result if targets else read_only(result, values.values())

@@ -179,6 +179,7 @@ class Stage:
         if is_new:
             for component in self.components:
                 base = component.base
+                base.check(at_end=True)
                 base.show(residency.acquire(self._numbers[id(base)]))
         self._note_peak()
 
@@ -187,7 +188,7 @@ class Stage:
         if self._residency is None:
             return
         for component in self.components:
-            component.base.check()
+            component.base.check(at_end=True)
             component.base.keep_changes()
             component.base.hide()
         self._is_warm = False
@@ -288,10 +289,13 @@ class Stage:
         started = self._ops.mark_computed()
         self._note_peak()
         entry.begin_use(tensors)
+        version = residency.version(number)
         try:
             self._prefetch()
             with reread_for_backward(entry, tensors if residency.is_streamed(number) else ()):
                 result = forward(*args, **kwargs)
+            if entry.has_buffers and residency.version(number) != version:
+                self._keep_buffers(entry, number, residency)
             return residency.detached(number, result)
         except BaseException as error:
             error.add_note(f"lowbits: raised in {entry.unit.name!r}, while it was streamed")
@@ -301,6 +305,11 @@ class Stage:
             residency.release(number)
             self.timing.note(entry, called, started, self._ops.mark_computed())
             self._prefetch()
+
+    def _keep_buffers(self, entry: Stored, number: int, residency: Residency) -> None:
+        """Write to the master what a forward wrote into its buffers: statistics, counters."""
+        if entry.keep_changes(buffers_only=True):
+            residency.keep(number)
 
     def _prefetch(self) -> None:
         if self.method == "async" and self._residency is not None:

@@ -130,8 +130,8 @@ def make_stats(engines: Sequence[Engine], arbiter: Arbiter) -> StreamStats:
             depth=max((plan.depth for plan in plans), default=0),
             budget_bytes=arbiter.budget_bytes,
             peak_device_bytes=arbiter.peak_bytes,
-            host_bytes=staging + sum(tier.host_bytes for tier in tiers),
-            pinned_bytes=sum(tier.pinned_bytes for tier in tiers)
+            host_bytes=staging + sum(engine.component.host_bytes for engine in engines),
+            pinned_bytes=sum(engine.component.pinned_bytes for engine in engines)
             + (staging if arbiter.ops.has_streams else 0),
             disk_bytes=sum(tier.disk_bytes for tier in tiers),
             copied_bytes=sum(stage.copied_bytes for stage in stages),

@@ -170,7 +170,7 @@ class ThreadTransfer(Transfer):
 
     def start(self, unit: str, master: Master, target: Tensor, freed: Sequence[Any]) -> Load:
         """Hand a copy to the thread, behind those that it was handed before."""
-        if self._thread is None or self._pid != os.getpid():
+        if self._thread is None or not self._thread.is_alive():  # a forked process has none
             self._begin()
         load = Load(unit)
         filler, stopped = self._filler, self._work.stopped
@@ -183,7 +183,10 @@ class ThreadTransfer(Transfer):
 
     def wait(self, load: Load) -> None:
         """Wait until the copy was given to the device, then make compute wait for it."""
-        self._await(load)
+        if not self._is_over(load):
+            raise StreamError(
+                f"the thread that copies {load.unit!r} has died", load.unit, "loading"
+            )
         if load.error is not None:
             raise StreamError(
                 f"cannot copy {load.unit!r} to the device: {load.error}", load.unit, "loading"
@@ -192,18 +195,18 @@ class ThreadTransfer(Transfer):
 
     def settle(self, load: Load) -> None:
         """Wait until the thread is done with it, and the device too."""
-        self._await(load)
+        self._is_over(load)
         self._filler.ops.host_after(load.ready)
 
-    def _await(self, load: Load) -> None:
+    def _is_over(self, load: Load) -> bool:
+        """Wait until the thread is done with a copy; return False where it never will be."""
         while not load.issued.wait(_PATIENCE_S):
             if self._thread is None or not self._thread.is_alive():
-                raise StreamError(
-                    f"the thread that copies {load.unit!r} has died", load.unit, "loading"
-                )
+                return False
+        return True
 
     def _begin(self) -> None:
-        """Start the thread: at the first copy, and in a forked process, which has none."""
+        """Start the thread: at the first copy, and where it has died."""
         if self._pid != os.getpid():
             self._work, self._pid = _Work(), os.getpid()
             self._finalizer = weakref.finalize(self, self._work.stop)
