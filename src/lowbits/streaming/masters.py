@@ -71,7 +71,7 @@ class HostMaster(Master):
         self._writes = 0
         self._tensors: dict[int, Tensor] = {}
         for place in unit.places:
-            place.view(flat).copy_(place.original.detach())
+            place.write(place.bytes_in(flat), place.original.detach())
 
     @property
     def version(self) -> int:
@@ -97,12 +97,12 @@ class HostMaster(Master):
         return self._tensors[place.offset]
 
     def copy(self, place: Place) -> Tensor:
-        """Return a clone."""
-        return place.view(self.flat).clone()
+        """Return a clone of its bytes, holes included."""
+        return place.tensor_of(place.bytes_in(self.flat).clone())
 
     def write(self, place: Place, value: Tensor) -> None:
         """Copy a value in."""
-        place.view(self.flat).copy_(value)
+        place.write(place.bytes_in(self.flat), value)
         self._writes += 1
 
 
@@ -151,9 +151,9 @@ class FileMaster(Master):
     def tensor(self, place: Place) -> Tensor:
         """Read one tensor into new memory."""
         with torch.inference_mode(mode=False):
-            flat = torch.empty(place.nbytes, dtype=torch.uint8)
-        self.read(place.offset, flat)
-        return flat.view(place.dtype).as_strided(place.shape, place.stride)
+            run = torch.empty(place.nbytes, dtype=torch.uint8)
+        self.read(place.offset, run)
+        return place.tensor_of(run)
 
     def copy(self, place: Place) -> Tensor:
         """Read one tensor into new memory."""
@@ -161,10 +161,7 @@ class FileMaster(Master):
 
     def write(self, place: Place, value: Tensor) -> None:
         """Write one tensor to the scratch file; what it was read from stays as it is."""
-        dense = torch.empty_strided(place.shape, place.stride, dtype=place.dtype)
-        dense.copy_(value)
-        run = dense.as_strided((dense.numel(),), (1,)).view(torch.uint8)
-        extent = self._files.append([(0, run)], run.nbytes)
+        extent = self._files.append([(0, place.run_of(value))], place.nbytes)
         # Later pieces are read over earlier ones.
         self._pieces.append((place.offset, extent))
         self._writes += 1

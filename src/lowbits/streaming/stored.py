@@ -157,7 +157,7 @@ class Stored:
         first = found[0]
         self.master.write(place, first.detach())
         if self._held is not self._outside:
-            self._held[number].copy_(first.detach())  # a base's, which is on the device
+            self._held[number].detach().copy_(first.detach())  # a base's, which is on the device
         for holder in place.holders:
             holder.slots[holder.name] = self._held[number]
         if not isinstance(first, StreamedTensor):  # another unit's is not given away

@@ -16,7 +16,6 @@ from lowbits.streaming.host import (
     file_is_larger_than_memory,
     pinned_empty,
 )
-from lowbits.streaming.layout import is_dense
 from lowbits.streaming.masters import FileMaster, HostMaster, Master
 
 if TYPE_CHECKING:
@@ -136,7 +135,7 @@ class Tier:
             # From the first to the last one: a unit without a file is one run of bytes.
             start = rest[0].offset
             stop = rest[-1].offset + rest[-1].nbytes if pieces else unit.nbytes
-            parts = ((p.offset - start, _in_memory_order(p.original)) for p in rest)
+            parts = ((p.offset - start, p.run_of(p.original.detach())) for p in rest)
             pieces.insert(0, (start, self.append(parts, stop - start)))
         return FileMaster(pieces, self)
 
@@ -165,11 +164,3 @@ class Tier:
         self._source_reader.close()
         if self._scratch_file:
             self._scratch_file.close()
-
-
-def _in_memory_order(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a tensor's elements as they lie in memory, 1-D, on the CPU."""
-    tensor = tensor.detach()
-    if not is_dense(tensor):
-        tensor = tensor.contiguous()
-    return tensor.as_strided((tensor.numel(),), (1,)).cpu()
