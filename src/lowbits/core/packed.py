@@ -246,10 +246,12 @@ def workspace_bytes(root: nn.Module) -> int:
     """
     sizes = [0]
     for layer in root.modules():
-        for name, layout in layer.lowbits_layouts.items() if isinstance(layer, PackedLayer) else ():
-            is_cpu = _marker(layer, name).device.type == "cpu"
-            weights = layout.shape.numel()
-            dtype = layout.compute_dtype or _marker(layer, name).dtype
+        if not isinstance(layer, PackedLayer):
+            continue
+        for name, layout in layer.lowbits_layouts.items():
+            marker, weights = _marker(layer, name), layout.shape.numel()
+            dtype = layout.compute_dtype or marker.dtype
+            is_cpu = marker.device.type == "cpu"
             sizes.append(min(weights, PRODUCT_WEIGHTS) * 4 if is_cpu else weights * dtype.itemsize)
     return max(sizes)
 
