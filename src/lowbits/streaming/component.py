@@ -113,13 +113,13 @@ class Component:
         for extra in self._extras if homes else ():
             extra.move(homes[0])
 
-    def notice_new(self) -> bool:
-        """Move what was added to the model since the last look; return whether anything was.
+    def notice_new(self) -> None:
+        """Move what was added to the model since the last look.
 
         A LoRA's factors stay on the device: they are small, and an optimizer may hold them.
         """
         if not self._tree.has_changed():
-            return False
+            return
         known = {id(h.module): set[str]() for entry in self.entries for h in _holders(entry)}
         for entry in self.entries:
             for holder in _holders(entry):
@@ -133,7 +133,6 @@ class Component:
         ]
         for extra in self._extras:
             extra.move(self._device)
-        return True
 
     def dtypes(self) -> set[torch.dtype]:
         """Return the dtypes of all tensors."""

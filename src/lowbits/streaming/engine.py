@@ -172,7 +172,7 @@ class Engine:
                     raise
             else:
                 if is_pass:
-                    stage.end_pass()
+                    stage.finish_pass()
                 return result
             finally:
                 stage.uses -= 1
@@ -181,11 +181,9 @@ class Engine:
             self.recoveries += 1
 
     def _enter(self) -> Stage:
-        is_larger = self.component.notice_new()
+        self.component.notice_new()
         stage = self._arbiter.enter(self.component)
         stage.look()
-        if is_larger:
-            stage.replan()
         return stage
 
     def _may_repeat(self, call: _Call, stage: Stage) -> bool:
@@ -236,6 +234,11 @@ class Engine:
                 )
             if probe.dtype != dtype:
                 dtypes[dtype] = probe.dtype
+        square = torch.empty(2, 2, 2, 2, device=device)
+        if function(square).stride() != square.stride():
+            raise PatchError(
+                "cannot change the memory format of a streamed model: do it before streaming begins"
+            )
         if not dtypes:
             return
         with self._arbiter.lock:

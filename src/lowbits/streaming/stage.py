@@ -6,6 +6,9 @@ import os
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final, final
 
+import torch
+
+from lowbits.errors import StreamError
 from lowbits.streaming.autograd import reread_for_backward
 from lowbits.streaming.order import CallOrder
 from lowbits.streaming.plan import StreamPlan, UnitCost, make_plan
@@ -62,6 +65,7 @@ class Stage:
         self.plan: StreamPlan | None = None
         self.timing = Timing(ops)
         self.uses = 0
+        self._is_in_pass = False
         self._pid = os.getpid()
         self._note_peak = note_peak
         self._ops, self._depth = ops, depth
@@ -178,11 +182,28 @@ class Stage:
         self._is_warm = False
         self.plan, self._residency = plan, residency
         if is_new:
-            for component in self.components:
-                base = component.base
-                base.check(at_end=True)
-                base.show(residency.acquire(self._numbers[id(base)]))
+            try:
+                self._show_bases(residency)
+            except BaseException:
+                self._leave(residency)
+                raise
         self._note_peak()
+
+    def _show_bases(self, residency: Residency) -> None:
+        for component in self.components:
+            base = component.base
+            base.check(at_end=True)
+            base.show(residency.acquire(self._numbers[id(base)]))
+
+    def _leave(self, residency: Residency) -> None:
+        """Take everything off the device."""
+        for component in self.components:
+            component.base.hide()
+        residency.drain()
+        residency.let_go()
+        self._parked_bytes += residency.copied_bytes
+        self._residency = self.plan = None
+        self._is_warm = False
 
     def park(self) -> None:
         """Take everything off the device; what others wrote into the bases is kept."""
@@ -191,12 +212,7 @@ class Stage:
         for component in self.components:
             component.base.check(at_end=True)
             component.base.keep_changes()
-            component.base.hide()
-        self._is_warm = False
-        self._residency.drain()
-        self._residency.let_go()
-        self._parked_bytes += self._residency.copied_bytes
-        self._residency = self.plan = None
+        self._leave(self._residency)
         self.timing.forget_marks()
         self._ops.release_cached()
 
@@ -227,14 +243,28 @@ class Stage:
                 self._residency.forget_unfinished()
         for component in self.components:
             component.base.check()
+        if self.plan is not None and self.plan.fixed_bytes != self.fixed_bytes:
+            self.replan()  # an adapter came, or went
 
     def begin_pass(self) -> None:
-        """Begin a pass: the order starts again, and what comes first is fetched."""
+        """Begin a pass: the order starts again.
+
+        A pass of several models ends where the next one begins.
+        """
+        if len(self.components) > 1 and self._order.is_under_way:
+            self.end_pass()
         self._order.begin()
         self.timing.begin_pass()
+        self._is_in_pass = True
+
+    def finish_pass(self) -> None:
+        """End a pass of one model, which was completed."""
+        if len(self.components) == 1:
+            self.end_pass()
 
     def end_pass(self) -> None:
-        """End a pass that was completed; see whether another plan is better now."""
+        """End a pass; see whether another plan is better now."""
+        self._is_in_pass = False
         is_other_order = self._order.end()
         self.timing.end_pass()
         self._is_warm = True
@@ -291,7 +321,11 @@ class Stage:
         residency, number = self._residency, self._numbers[id(entry)]
         assert residency is not None
         entry.check()
+        self._require_frozen(entry)
         called = self._ops.mark_computed()
+        if not self._is_in_pass:
+            self._see_pass(number)
+            residency = self._residency or residency
         self._order.enter(number)
         if self._is_warm and self.method == "async" and not residency.holds(number):
             entry.misses += 1
@@ -315,6 +349,24 @@ class Stage:
             residency.release(number)
             self.timing.note(entry, called, started, self._ops.mark_computed())
             self._prefetch()
+
+    def _see_pass(self, number: int) -> None:
+        """See where a pass ends and begins, where the model itself is never called."""
+        if self._order.closes(number):
+            self.end_pass()
+        if not self._order.is_under_way:
+            self.timing.begin_pass()
+
+    def _require_frozen(self, entry: Stored) -> None:
+        """Refuse to train what an optimizer would never reach."""
+        if torch.is_grad_enabled() and entry.unit.module.training and entry.wants_grad:
+            raise StreamError(
+                f"weights of {entry.unit.name!r} require gradients, and what is streamed is "
+                "frozen: call model.requires_grad_(False) and train adapters, or model.eval(), or "
+                "detach the streamer",
+                entry.unit.name,
+                "training",
+            )
 
     def _keep_buffers(self, entry: Stored, number: int, residency: Residency) -> None:
         """Write to the master what a forward wrote into its buffers: statistics, counters."""

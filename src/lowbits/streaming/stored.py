@@ -197,6 +197,11 @@ class Stored:
         return has_changed
 
     @property
+    def wants_grad(self) -> bool:
+        """Whether an original requires a gradient."""
+        return any(place.original.requires_grad for place in self.unit.places)
+
+    @property
     def has_buffers(self) -> bool:
         """Whether a forward may write into one of its tensors."""
         return any(not place.holders[0].is_parameter for place in self.unit.places)

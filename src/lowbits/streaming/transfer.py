@@ -12,6 +12,8 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, final
 
+import torch
+
 from lowbits.errors import InsufficientMemoryError, StreamError
 from lowbits.streaming.host import PinnedSlab, aligned_empty, pinned_empty
 
@@ -136,7 +138,10 @@ class InlineTransfer(Transfer):
         """Copy, and return when all of it was given to the device."""
         load = Load(unit)
         begin = time.perf_counter()
-        load.ready = self._filler.fill(master, target, freed, None)
+        try:
+            load.ready = self._filler.fill(master, target, freed, None)
+        except Exception as error:
+            raise _failed(load, error) from error
         load.seconds = time.perf_counter() - begin
         load.issued.set()
         return load
@@ -188,9 +193,7 @@ class ThreadTransfer(Transfer):
                 f"the thread that copies {load.unit!r} has died", load.unit, "loading"
             )
         if load.error is not None:
-            raise StreamError(
-                f"cannot copy {load.unit!r} to the device: {load.error}", load.unit, "loading"
-            ) from load.error
+            raise _failed(load, load.error) from load.error
         self._filler.ops.compute_after(load.ready)
 
     def settle(self, load: Load) -> None:
@@ -220,6 +223,13 @@ class ThreadTransfer(Transfer):
         if self._thread is not None and self._pid == os.getpid():
             self._thread.join()
         self._thread = None
+
+
+def _failed(load: Load, error: BaseException) -> BaseException:
+    """Return what a copy's error is for whoever waits for it."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return error  # which has a way out of its own
+    return StreamError(f"cannot copy {load.unit!r} to the device: {error}", load.unit, "loading")
 
 
 class _Work:
