@@ -176,6 +176,8 @@ class Engine:
                 return result
             finally:
                 stage.uses -= 1
+                if is_pass:
+                    stage.leave_pass()
             # Here the traceback is gone, and with it what the frames of the failed pass held.
             self._arbiter.shrink(stage)
             self.recoveries += 1

@@ -262,6 +262,12 @@ class Stage:
         if len(self.components) == 1:
             self.end_pass()
 
+    def leave_pass(self) -> None:
+        """Forget a pass of one model that did not come to its end."""
+        if self._is_in_pass and len(self.components) == 1:
+            self._is_in_pass = False
+            self._order.begin()
+
     def end_pass(self) -> None:
         """End a pass; see whether another plan is better now."""
         self._is_in_pass = False
