@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -14,6 +15,8 @@ from lowbits.streaming.layout import held_tensors
 from lowbits.streaming.streamer import LayerStreamer
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from torch import Tensor
 
     from lowbits.streaming.stage import Stage
@@ -169,3 +172,27 @@ def assert_streams(
     assert stats.peak_device_bytes <= stats.budget_bytes
     assert same(model(*args), expected)
     return stats
+
+
+def reference() -> Stack:
+    """Return the model of `streamed_models`, not streamed."""
+    torch.manual_seed(0)
+    return Stack(4).eval()
+
+
+def streamed_models(locations: tuple[str, ...] = ("cpu", "disk")) -> Iterator[Stack]:
+    """Yield the same model in each state that it may be in while it is streamed.
+
+    In memory or on disk; before the first pass or when the ring has prefetched; with all of it
+    streamed, some resident, or all.
+    """
+    least = smallest_budget(reference(), depth=1)
+    budgets = (least, 10**6, least + 10_000)
+    for location, passes, budget in product(locations, (0, 2), budgets):
+        if budget == budgets[2] and (location, passes) != ("cpu", 2):
+            continue
+        model = reference()
+        with LayerStreamer(model, device="cpu", budget=budget, location=location, depth=1):
+            for _ in range(passes):
+                model(inputs())
+            yield model
