@@ -1,0 +1,183 @@
+"""Processes: a child that was forked while a model is streamed, and the end of the interpreter."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import traceback
+import warnings
+from typing import TYPE_CHECKING
+
+import pytest
+from streaming.models import inputs, reference, same, stage_of, streamer_of
+
+from lowbits.streaming.host import Reader
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+
+LOCATIONS = ("cpu", "disk")
+
+
+def in_child(work: Callable[[], None]) -> int:
+    """Run something in a forked process; return its status, 0 where nothing was raised."""
+    with warnings.catch_warnings():
+        # Python warns of forks beside threads: that is what is tested.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        pid = os.fork()
+    if pid:
+        return os.waitpid(pid, 0)[1]
+    try:
+        work()
+    except BaseException:  # noqa: BLE001 - told by the status
+        traceback.print_exc()
+        os._exit(3)
+    os._exit(0)
+
+
+@pytest.mark.parametrize("method", ["queue", "async"])
+@pytest.mark.parametrize("location", LOCATIONS)
+def test_a_child_runs_the_model(location: str, method: str) -> None:
+    model, expected = reference(), reference()(inputs())
+
+    def work() -> None:
+        for _ in range(3):
+            assert same(model(inputs()), expected)
+
+    with streamer_of(model, location=location, method=method):
+        for passes in (0, 2):
+            for _ in range(passes):
+                model(inputs())
+            assert in_child(work) == 0
+            assert same(model(inputs()), expected)
+    assert same(model(inputs()), expected)
+
+
+def test_a_child_detaches_for_itself() -> None:
+    model, expected = reference(), reference()(inputs())
+    streamer = streamer_of(model, location="disk").attach()
+    assert same(model(inputs()), expected)
+
+    def work() -> None:
+        streamer.detach()
+        assert same(model(inputs()), expected)
+
+    assert in_child(work) == 0
+    assert same(model(inputs()), expected)
+    streamer.detach()
+    assert same(model(inputs()), expected)
+
+
+@pytest.mark.xfail(strict=True, reason="a copy that was under way at the fork is waited for")
+@pytest.mark.parametrize("then", ["run", "detach"])
+def test_a_fork_while_a_copy_is_under_way(monkeypatch: pytest.MonkeyPatch, then: str) -> None:
+    monkeypatch.setattr("lowbits.streaming.transfer._PATIENCE_S", 0.02)
+    model, expected = reference(), reference()(inputs())
+    read, is_slow, goes_on = Reader.read, threading.Event(), threading.Event()
+
+    def slow_read(self: Reader, *args: object) -> None:
+        if is_slow.is_set():
+            assert goes_on.wait(20)
+        read(self, *args)  # type: ignore[arg-type]
+
+    def work() -> None:
+        is_slow.clear()
+        if then == "detach":
+            streamer.detach()
+        assert same(model(inputs()), expected)
+
+    streamer = streamer_of(model, location="disk").attach()
+    model(inputs())
+    monkeypatch.setattr(Reader, "read", slow_read)
+    stage = stage_of(streamer)
+    assert stage._residency is not None
+    for slot in stage._residency._ring:
+        slot.unit = None
+    is_slow.set()
+    stage._prefetch()
+    status = in_child(work)
+    goes_on.set()
+    assert same(model(inputs()), expected)
+    streamer.detach()
+    assert status == 0
+
+
+#: Children of one interpreter, for it takes seconds to start one: each ends in its own way.
+SCRIPT = """
+import os, sys, threading
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from streaming.models import inputs, reference, same, streamer_of
+
+def ends(leave):
+    pid = os.fork()
+    if pid == 0:
+        leave()
+        sys.exit(0)
+    print(leave.__name__, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+
+def attach():
+    global model
+    model = reference()
+    streamer_of(model, location="disk").attach()
+    model(inputs())
+
+def returns():
+    attach()
+
+def exits():
+    attach()
+    sys.exit(4)
+
+def fails():
+    attach()
+    raise SystemExit("told")
+
+def is_busy():
+    attach()
+    threading.Thread(target=lambda: [model(inputs()) for _ in range(50)], daemon=True).start()
+
+for leave in (returns, exits, fails, is_busy):
+    ends(leave)
+    assert not list(Path(os.environ["TMPDIR"]).iterdir()), leave
+
+attach()
+
+def inherits():
+    assert same(model(inputs()), reference()(inputs()))
+    sys.exit(5)
+
+ends(inherits)
+assert list(Path(os.environ["TMPDIR"]).iterdir())
+assert same(model(inputs()), reference()(inputs()))
+raise RuntimeError("the end")
+"""
+
+
+def test_the_interpreter_exits(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", SCRIPT],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "TMPDIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.stdout.splitlines() == [
+        "returns 0",
+        "exits 4",
+        "fails 1",
+        "is_busy 0",
+        "inherits 5",
+    ]
+    assert done.returncode == 1
+    # What a thread that is cut off in its forward prints is between these two.
+    assert done.stderr.startswith("told\n")
+    assert done.stderr.endswith("RuntimeError: the end\n")
+    assert list(tmp_path.iterdir()) == []
