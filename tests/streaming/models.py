@@ -37,7 +37,8 @@ class Block(nn.Module):
         self.register_buffer("gain", torch.rand(width) + 0.5)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.gain * self.down(torch.relu(self.up(self.norm(x))))
+        out: Tensor = x + self.gain * self.down(torch.relu(self.up(self.norm(x))))
+        return out
 
 
 class Stack(nn.Module):
@@ -46,7 +47,7 @@ class Stack(nn.Module):
     def __init__(self, n_blocks: int = 4, width: int = WIDTH, *, hidden: int = 2 * WIDTH) -> None:
         super().__init__()
         self.stem = nn.Linear(width, width)
-        self.blocks = nn.ModuleList(Block(width, hidden) for _ in range(n_blocks))
+        self.blocks: Any = nn.ModuleList(Block(width, hidden) for _ in range(n_blocks))
         self.head = nn.Linear(width, width)
         self.order = list(range(n_blocks))
 

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-LOCATIONS = ("cpu", "disk")
 METHODS = ("queue", "async")
 ROOM = 8_000
 
@@ -42,8 +41,7 @@ def graphs() -> int:
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
-@pytest.mark.parametrize("location", LOCATIONS)
-@pytest.mark.parametrize("first", ["compile", "attach"])
+@pytest.mark.parametrize(("first", "location"), [("compile", "cpu"), ("attach", "disk")])
 def test_blocks_are_compiled_whole(first: str, location: str, mode: Any) -> None:
     model, expected = reference(), reference()(inputs())
     streamer = streamer_of(model, budget=ROOM, method="queue", location=location)

@@ -33,8 +33,7 @@ def picture(pipe: Any) -> torch.Tensor:
     return draw("flux", pipe)
 
 
-@pytest.mark.parametrize("location", ["cpu", "disk"])
-@pytest.mark.parametrize("method", ["queue", "async"])
+@pytest.mark.parametrize(("method", "location"), [("queue", "disk"), ("async", "cpu")])
 def test_the_transformer_of_a_pipeline(
     pipe: Any, picture: torch.Tensor, method: str, location: str
 ) -> None:

@@ -219,13 +219,13 @@ class Reaching(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(4))
+        self.blocks: Any = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
         for block in self.blocks:
-            assert isinstance(block, nn.Linear)
             x = functional.linear(x, block.weight, block.bias) + block.weight.T[0]
-        return x.to(self.blocks[0].weight.dtype) * self.blocks[0].weight.shape[0]
+        out: Tensor = x.to(self.blocks[0].weight.dtype) * self.blocks[0].weight.shape[0]
+        return out
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -247,7 +247,8 @@ def test_multihead_attention(*, in_block: bool, location: str, training: bool) -
 
         def forward(self, x: Tensor) -> Tensor:
             mixed, _ = self.attention(x, x, x, need_weights=False)
-            return x + self.out(mixed)
+            out: Tensor = x + self.out(mixed)
+            return out
 
     model = nn.Sequential(*(Attend() for _ in range(3))) if in_block else Attend()
     with torch.no_grad():
@@ -335,9 +336,8 @@ def test_a_unet_of_nested_lists(*, location: str, channels_last: bool) -> None:
     model, x = Nested().eval(), torch.randn(1, 3, 8, 8)
     assert {"down.0.convs.1", "up.1.0"} <= set(names(layout_of(model)))
     if channels_last:
-        model, x = model.to(memory_format=torch.channels_last), x.to(
-            memory_format=torch.channels_last
-        )  # fmt: skip
+        move: Any = model.to
+        model, x = move(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
     with torch.no_grad():
         assert_streams(model, x, location=location)
     assert model.entry.weight.is_contiguous(memory_format=torch.channels_last) is channels_last

@@ -174,8 +174,9 @@ class Nesting(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(Calling() for _ in range(4))
-        for number, block in enumerate(self.blocks):
+        self.blocks: Any = nn.ModuleList(Calling() for _ in range(4))
+        blocks: list[Any] = list(self.blocks)
+        for number, block in enumerate(blocks):
             block.others = (self.blocks[(number + 1) % 4], block)  # a tuple: no submodules
 
     def forward(self, x: Tensor) -> Tensor:
