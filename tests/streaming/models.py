@@ -92,7 +92,7 @@ def stage_of(streamer: LayerStreamer) -> Stage:
     """Return what is on the device, to look at it."""
     engine = streamer._engine
     assert engine is not None
-    return engine._arbiter.stage_of(engine._component)
+    return engine._arbiter.stage_of(engine.component)
 
 
 def bits(tensor: Tensor) -> bytes:

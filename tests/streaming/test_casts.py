@@ -146,9 +146,6 @@ def test_other_devices_are_refused(move: Callable[[nn.Module], nn.Module]) -> No
             assert same(model(inputs()), expected)
 
 
-@pytest.mark.xfail(
-    strict=True, raises=NotImplementedError, reason="modules inside of a unit are not asked"
-)
 def test_another_device_for_a_part_of_a_unit_is_refused() -> None:
     model, expected = reference(), reference()(inputs())
     with streamer_of(model, budget=8_000, method="queue"):
@@ -202,7 +199,6 @@ def test_a_cast_that_does_not_fit_is_refused_and_can_be_taken_back() -> None:
     assert same(run(model), expected)
 
 
-@pytest.mark.xfail(strict=True, reason="what is asked of the layout of dimensions is not noticed")
 def test_a_memory_format_is_honoured_or_refused() -> None:
     model = nn.Sequential(*(nn.Conv2d(4, 4, 3, padding=1) for _ in range(3)))
     move: Any = model.to

@@ -106,10 +106,6 @@ def test_packed_blocks_are_compiled_whole() -> None:
         assert not counters["graph_break"]
 
 
-TRACED = pytest.mark.xfail(strict=True, reason="dynamo traces what the streamer does, and fails")
-
-
-@TRACED
 @pytest.mark.parametrize("first", ["compile", "attach"])
 def test_the_whole_model_without_fullgraph(first: str) -> None:
     model, expected = reference(), reference()(inputs())
@@ -125,7 +121,6 @@ def test_the_whole_model_without_fullgraph(first: str) -> None:
         before.require()
 
 
-@TRACED
 def test_the_whole_model_in_place() -> None:
     model, expected = reference(), reference()(inputs())
     with torch.no_grad(), streamer_of(model):
@@ -147,7 +142,6 @@ def test_fullgraph_of_the_whole_names_the_way_out(how: str) -> None:
             compiled(inputs())
 
 
-@pytest.mark.xfail(strict=True, reason="the error advises what is being done")
 def test_a_compiled_block_that_had_to_be_split_says_so() -> None:
     model, expected = reference(), reference()(inputs())
     compile_blocks(model)

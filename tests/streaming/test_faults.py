@@ -112,10 +112,7 @@ def test_an_exception_is_not_a_pass() -> None:
     assert stats.misses == misses
 
 
-NAMELESS = pytest.mark.xfail(strict=True, reason="a copy in the calling thread raises what it got")
-
-
-@pytest.mark.parametrize("method", ["async", pytest.param("queue", marks=NAMELESS)])
+@pytest.mark.parametrize("method", ["async", "queue"])
 @pytest.mark.parametrize("location", LOCATIONS)
 @pytest.mark.parametrize("at", [ONCE, range(3, 4), ALWAYS])
 def test_a_read_that_fails(
@@ -165,7 +162,6 @@ def test_the_first_read_of_all_fails(
     assert same(model(inputs()), expected)
 
 
-@pytest.mark.xfail(strict=True, reason="a base whose copy failed is never shown any more")
 def test_the_base_is_shown_after_its_copy_failed(monkeypatch: pytest.MonkeyPatch) -> None:
     model = reference()
     with streamer_of(model, location="disk", method="queue", budget=10**6):
@@ -177,9 +173,6 @@ def test_the_base_is_shown_after_its_copy_failed(monkeypatch: pytest.MonkeyPatch
         assert not isinstance(model.stem.weight, StreamedTensor)
 
 
-@pytest.mark.xfail(
-    strict=True, raises=KeyError, reason="a failed detach has parked and forgotten the model"
-)
 def test_a_file_that_cannot_be_read_leaves_the_model_streamed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -323,7 +316,6 @@ def test_a_device_that_is_smaller_than_the_budget(monkeypatch: pytest.MonkeyPatc
     assert device.allocated_bytes == 0
 
 
-@pytest.mark.xfail(strict=True, reason="what came to the model is noticed once, and then forgotten")
 def test_a_budget_that_factors_exceed_is_refused_every_time() -> None:
     """What came to the model while it is streamed counts, and goes on to count."""
     model = reference()

@@ -113,9 +113,6 @@ def test_a_hook_on_one_block_is_refused() -> None:
         LayerStreamer(model, device="cpu", budget=10**6).attach()
 
 
-@pytest.mark.xfail(
-    strict=True, raises=TypeError, reason="they make Parameters of a stand-in's class"
-)
 def test_hooks_of_accelerate_that_come_later_are_refused() -> None:
     model, expected = reference(), reference()(inputs())
     with streamer_of(model):

@@ -83,12 +83,6 @@ def test_gradients_of_factors_that_came_while_streamed(
     assert same(gradients(model, factors(model)), expected)
 
 
-TRAINED = pytest.mark.xfail(
-    strict=True, reason="what a unit, or the base, holds is frozen on the device"
-)
-
-
-@TRAINED
 @pytest.mark.parametrize("budget", [60_000, 10**7])
 def test_gradients_of_factors_from_before(budget: int) -> None:
     model = with_lora(frozen())
@@ -97,7 +91,6 @@ def test_gradients_of_factors_from_before(budget: int) -> None:
         assert same(gradients(model, factors(model)), expected)
 
 
-@TRAINED
 @pytest.mark.parametrize("part", ["stem", "blocks.1.up"])
 def test_weights_that_require_a_gradient_get_it_or_it_is_told(part: str) -> None:
     """Training that trains nothing must not look like training."""

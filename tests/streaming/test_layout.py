@@ -140,7 +140,6 @@ class Prompted(nn.Module):
         return torch.cat([x, *prompts])
 
 
-@pytest.mark.xfail(strict=True, reason="what a forward returns may be a view of a slot")
 @pytest.mark.parametrize("method", ["queue", "async"])
 def test_a_unit_may_return_its_own_parameter(method: str) -> None:
     assert_streams(Prompted(), inputs(), method=method)
@@ -173,7 +172,6 @@ class Collecting(nn.Module):
         return x + torch.stack(rows).sum(0)
 
 
-@pytest.mark.xfail(strict=True, reason="what a forward returns may be a view of a slot")
 def test_a_unit_may_return_a_view_of_its_own_buffer() -> None:
     assert_streams(Collecting(), inputs())
 
@@ -255,16 +253,13 @@ def test_multihead_attention(*, in_block: bool, location: str, training: bool) -
         assert_streams(model.train(training), inputs()[None], location=location)
 
 
-FUSED = pytest.mark.xfail(strict=True, reason="weights in use are frozen: torch fuses the layer")
-
-
 @pytest.mark.parametrize(
     ("mode", "training"),
     [
         (torch.no_grad, True),
         (torch.no_grad, False),
         (torch.enable_grad, True),
-        pytest.param(torch.enable_grad, False, marks=FUSED),
+        (torch.enable_grad, False),
     ],
 )
 def test_a_transformer_encoder(mode: Any, *, training: bool) -> None:

@@ -117,12 +117,7 @@ def test_typed_errors_of_states() -> None:
         "stem",
         "blocks",
         "blocks.1",
-        pytest.param(
-            "blocks.1.down",
-            marks=pytest.mark.xfail(
-                strict=True, reason="only modules with an interceptor are known to be streamed"
-            ),
-        ),
+        "blocks.1.down",
     ],
 )
 def test_two_streamers_on_one_module(part: str) -> None:
@@ -332,14 +327,7 @@ def test_detach_when_the_copying_thread_has_died() -> None:
     assert same(model(inputs()), expected)
 
 
-DEAD = pytest.mark.xfail(
-    strict=True, raises=StreamError, reason="a thread that died is not started again, nor forgotten"
-)
-
-
-@pytest.mark.parametrize(
-    "after", ["error", pytest.param("pass", marks=DEAD), pytest.param("detach", marks=DEAD)]
-)
+@pytest.mark.parametrize("after", ["error", "pass", "detach"])
 def test_the_copying_thread_dies(after: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A pass says so, in bounded time; then another one is right, or at least detach works."""
     monkeypatch.setattr("lowbits.streaming.transfer._PATIENCE_S", 0.02)

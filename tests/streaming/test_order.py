@@ -154,7 +154,6 @@ def test_a_root_that_is_never_called(options: Any) -> None:
         assert streamer.stats().peak_device_bytes <= streamer.stats().budget_bytes
 
 
-@pytest.mark.xfail(strict=True, reason="nobody calls CallOrder.closes: no pass ever ends")
 def test_a_root_that_is_never_called_has_passes_too() -> None:
     """Else its order is never learnt, and what is noted of each call is kept for ever."""
     model = Ordered()

@@ -73,7 +73,6 @@ def test_a_child_detaches_for_itself() -> None:
     assert same(model(inputs()), expected)
 
 
-@pytest.mark.xfail(strict=True, reason="a copy that was under way at the fork is waited for")
 @pytest.mark.parametrize("then", ["run", "detach"])
 def test_a_fork_while_a_copy_is_under_way(monkeypatch: pytest.MonkeyPatch, then: str) -> None:
     monkeypatch.setattr("lowbits.streaming.transfer._PATIENCE_S", 0.02)

@@ -57,7 +57,6 @@ def test_a_state_dict_survives_detach() -> None:
     assert all(same(state[key], expected[key]) for state in states for key in expected)
 
 
-@pytest.mark.xfail(strict=True, reason="inside a block's forward its tensors are a slot's")
 def test_a_state_dict_made_inside_the_forward() -> None:
     model = reference()
     taken: list[dict[str, Tensor]] = []
@@ -100,9 +99,6 @@ def test_safetensors_saves_the_state_dict(tmp_path: Path) -> None:
         assert same(loaded(load_file(tmp_path / "state.safetensors"))(inputs()), expected)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="tensors of a state dict share one storage, which safetensors refuses"
-)
 def test_safetensors_saves_the_model(tmp_path: Path) -> None:
     expected = reference()(inputs())
     for model in streamed_models():
@@ -121,16 +117,9 @@ def saved(model: nn.Module) -> Any:
     return torch.load(file, weights_only=False)
 
 
-PICKLES = pytest.mark.xfail(
-    strict=True,
-    raises=pickle.PicklingError,
-    reason="pickle refuses a class that is not the object's",
-)
-
-
 @pytest.mark.parametrize(
     "copied",
-    [copy.deepcopy, pytest.param(pickled, marks=PICKLES), pytest.param(saved, marks=PICKLES)],
+    [copy.deepcopy, pickled, saved],
 )
 def test_copies_are_ordinary_modules(copied: Callable[[nn.Module], Any]) -> None:
     model = reference()
@@ -149,7 +138,6 @@ def test_copies_are_ordinary_modules(copied: Callable[[nn.Module], Any]) -> None
         assert twin(inputs().double()).dtype == torch.float64
 
 
-@pytest.mark.xfail(strict=True, reason="the device's tensors of the base are frozen")
 def test_copies_keep_what_requires_a_gradient() -> None:
     model = Stack(2)
     with streamer_of(model, budget=10**6):
@@ -158,7 +146,7 @@ def test_copies_keep_what_requires_a_gradient() -> None:
     assert flags == [p.requires_grad for p in model.parameters()]
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, pytest.param(pickled, marks=PICKLES)])
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickled])
 def test_a_block_is_copied_alone(copied: Callable[[nn.Module], Any]) -> None:
     model = reference()
     for streamed in streamed_models():

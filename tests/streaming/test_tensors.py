@@ -30,9 +30,6 @@ MODES = (torch.no_grad, torch.inference_mode, torch.enable_grad)
 LOCATIONS = ("cpu", "disk")
 
 
-HOLES = pytest.mark.xfail(strict=True, reason="the strides of tensors with holes are not kept")
-
-
 def _strided() -> nn.Linear:
     layer = nn.Linear(WIDTH, WIDTH)
     layer.weight = nn.Parameter(torch.randn(WIDTH, 2 * WIDTH)[:, ::2])
@@ -56,8 +53,8 @@ def _expanded() -> nn.Linear:
     "make",
     [
         _transposed,
-        pytest.param(_strided, marks=HOLES),
-        pytest.param(_expanded, marks=HOLES),
+        _strided,
+        _expanded,
     ],
 )
 def test_tensors_that_are_not_contiguous(make: Callable[[], nn.Module], location: str) -> None:
@@ -131,12 +128,7 @@ def test_nan_and_negative_zero_keep_their_bits(location: str) -> None:
     "mode",
     [
         torch.inference_mode,
-        pytest.param(
-            torch.no_grad,
-            marks=pytest.mark.xfail(
-                strict=True, reason="detach breaks the version counter of inference tensors"
-            ),
-        ),
+        torch.no_grad,
     ],
 )
 def test_modules_made_under_inference_mode(mode: Any, location: str) -> None:
@@ -150,14 +142,11 @@ def test_modules_made_under_inference_mode(mode: Any, location: str) -> None:
         assert same(model(inputs()), expected)
 
 
-INFERENCE = pytest.mark.xfail(strict=True, reason="detach leaves inference tensors behind")
-
-
 @pytest.mark.parametrize("location", LOCATIONS)
 @pytest.mark.parametrize("first", MODES)
 @pytest.mark.parametrize(
     "second",
-    [torch.no_grad, torch.enable_grad, pytest.param(torch.inference_mode, marks=INFERENCE)],
+    [torch.no_grad, torch.enable_grad, torch.inference_mode],
 )
 def test_attach_in_one_mode_detach_in_another(first: Any, second: Any, location: str) -> None:
     model = Stack(3)
@@ -186,7 +175,6 @@ class Sparse(nn.Module):
         return out
 
 
-@pytest.mark.xfail(strict=True, reason="sparse tensors raise torch's own error in the layout")
 @pytest.mark.parametrize("location", LOCATIONS)
 def test_sparse_buffers_stream_or_are_refused(location: str) -> None:
     model = nn.Sequential(*(Sparse() for _ in range(3)))
