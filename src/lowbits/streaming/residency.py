@@ -117,6 +117,17 @@ class Residency:
                 self._homes[number] = home
         self._held = {n: h for n, h in old._held.items() if self._homes[n] is h}
         self.copied_bytes = old.copied_bytes
+        old.let_go(self._homes)
+
+    def let_go(self, kept: Iterable[_Home] = ()) -> None:
+        """Let go of all buffers now, but those of some homes, and those in use.
+
+        Homes and slots know each other: else their memory would wait for the garbage collector.
+        """
+        known = set(map(id, kept))
+        for home in self._homes:
+            if id(home) not in known and not any(other.users for other in home.slot.homes):
+                home.slot.buffer = home.tensors = None
 
     def finished_copies(self) -> list[tuple[int, float]]:
         """Return bytes and seconds of the copies that were finished since the last call."""

@@ -192,6 +192,7 @@ class Stage:
             component.base.hide()
         self._is_warm = False
         self._residency.drain()
+        self._residency.let_go()
         self._parked_bytes += self._residency.copied_bytes
         self._residency = self.plan = None
         self.timing.forget_marks()
