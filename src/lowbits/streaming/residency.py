@@ -205,6 +205,9 @@ class Residency:
             del self._held[number]
             if home is not self._homes[number]:
                 home.slot.homes.remove(home)
+                # Who comes into this slot next has to wait for this use, too.
+                for other in home.slot.homes:
+                    other.freed = home.freed
 
     def prefetch(self, upcoming: Iterable[int]) -> None:
         """Ask for copies of the units that come next, as far as slots are free.
