@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final, final
 
 from lowbits.streaming.autograd import reread_for_backward
@@ -265,6 +266,14 @@ class Stage:
         better = self._make_plan()
         if better.predicted_s < (1 - _GAIN) * now.wall_s:
             self._use_plan(better)
+        elif any(costs):
+            # The same units in the same slots, but what was predicted is known better now.
+            self.plan = replace(
+                self.plan,
+                predicted_s=now.wall_s,
+                compute_s=better.compute_s,
+                transfer_s=now.copy_s,
+            )
 
     def replan(self) -> None:
         """Plan again: something was added to the device."""

@@ -40,6 +40,7 @@ class Timing:
         self.passes = self.slow_passes = 0
         self.walls: deque[float] = deque(maxlen=_KEPT_PASSES)
         self.bandwidth = _BANDWIDTH
+        self._is_measured = False
         self._ops = ops
         self._begin: Any = None
         self._units: deque[tuple[Stored, Any, Any, Any]] = deque()
@@ -62,7 +63,10 @@ class Timing:
     def note_copy(self, nbytes: int, seconds: float) -> None:
         """Note a copy."""
         if seconds > 0:
-            self.bandwidth = _mean(self.bandwidth, nbytes / seconds)
+            found = nbytes / seconds
+            # A guess that is far off would outweigh what was measured for many copies.
+            self.bandwidth = _mean(self.bandwidth, found) if self._is_measured else found
+            self._is_measured = True
 
     def forget_marks(self) -> None:
         """Forget events that nobody will look at any more."""
