@@ -101,6 +101,13 @@ class Stage:
         return loose + (self._residency.device_bytes if self._residency else 0)
 
     @property
+    def reserved_bytes(self) -> int:
+        """Bytes on the device once every unit was used: buffers are made at their first use."""
+        if self.plan is None:
+            return sum(component.loose_bytes for component in self.components)
+        return self.plan.device_bytes - self.plan.fixed_bytes + self.fixed_bytes
+
+    @property
     def copied_bytes(self) -> int:
         """Bytes that were copied to the device so far."""
         return self._parked_bytes + (self._residency.copied_bytes if self._residency else 0)
