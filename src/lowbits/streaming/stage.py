@@ -185,10 +185,17 @@ class Stage:
         self._is_warm = False
         self.plan, self._residency = plan, residency
         if is_new:
+            self._show_bases(residency)
+        self._note_peak()
+
+    def _show_bases(self, residency: Residency) -> None:
+        try:
             for component in self.components:
                 base = component.base
                 base.show(residency.acquire(self._numbers[id(base)]))
-        self._note_peak()
+        except BaseException:
+            self._leave(residency)
+            raise
 
     def park(self) -> None:
         """Take everything off the device; what others wrote into the bases is kept."""
@@ -197,11 +204,17 @@ class Stage:
         for component in self.components:
             component.base.check()
             component.base.keep_changes()
+        self._leave(self._residency)
+
+    def _leave(self, residency: Residency) -> None:
+        self._note_peak()
+        for component in self.components:
             component.base.hide()
+            residency.release(self._numbers[id(component.base)])
         self._is_warm = False
-        self._residency.drain()
-        self._residency.let_go()
-        self._parked_bytes += self._residency.copied_bytes
+        residency.drain()
+        residency.let_go()
+        self._parked_bytes += residency.copied_bytes
         self._residency = self.plan = None
         self.timing.forget_marks()
         self._ops.release_cached()
@@ -314,6 +327,8 @@ class Stage:
             error.add_note(f"lowbits: raised in {entry.unit.name!r}, while it was streamed")
             raise
         finally:
+            # Who keeps the traceback of an error would keep a slot's memory with it.
+            del tensors
             entry.end_use()
             residency.release(number)
             self.timing.note(entry, called, started, self._ops.mark_computed())
