@@ -68,6 +68,7 @@ class Net(nn.Module):
         self.first = nn.Linear(width, width)
         self.blocks = nn.ModuleList(Block(width, size) for size in hidden)
         self.last = nn.LayerNorm(width)
+        self.eval()
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.first(x)
