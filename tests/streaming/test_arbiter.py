@@ -195,7 +195,7 @@ def test_two_that_alternate_share_one_ring() -> None:
 
 @pytest.mark.xfail(
     strict=True,
-    reason="a joined stage's pass ends with its first model's forward: the second is never expected",
+    reason="a joined stage's pass ends with its first model's forward: the second is not expected",
 )
 def test_both_of_two_that_share_a_ring_are_fetched_ahead() -> None:
     models, x, expected = make(a=[64] * 4, b=[32] * 4)

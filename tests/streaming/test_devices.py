@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 SIZES = [64, 24, 80, 64, 24, 24, 64]
 CPU = torch.device("cpu")
+slow = pytest.mark.slow
 
 
 def late_ops(device: torch.device, seed: int = 0, **options: Any) -> ThreadedOps:
@@ -112,8 +113,8 @@ def nothing() -> Iterator[Uncounted]:
 
 
 @pytest.mark.parametrize("method", ["queue", "async", "auto"])
-@pytest.mark.parametrize("location", ["cpu", "shared", "disk"])
-@pytest.mark.parametrize("name", ["cpu", "fakegpu"])
+@pytest.mark.parametrize("location", ["cpu", "shared", pytest.param("disk", marks=slow)])
+@pytest.mark.parametrize("name", [pytest.param("cpu", marks=slow), "fakegpu"])
 def test_late_copies(name: str, location: str, method: str, run_beside: Callable[..., Any]) -> None:
     run_beside(passes_are_right, name, location, method)
 
