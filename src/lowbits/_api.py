@@ -72,33 +72,24 @@ def apply(  # noqa: PLR0913 - one place for every option
     progress: ProgressCallback | None = None,
     cancel: CancelToken | None = None,
 ) -> Handle:
-    """Pack a module or a pipeline in place, and place it on a device.
-
-    All or nothing: whatever is raised, the target is as it was.
+    """Pack a module or pipeline in place, and place it on a device: all or nothing.
 
     Args:
         target: a `torch.nn.Module` or a diffusers pipeline; changed in place.
-        scheme: a scheme's name (`schemes` lists them), an entry of Forge's menu, a quantization
-            config of diffusers or transformers, or a `LowbitsConfig`, which stands for all options.
-        components: for pipelines: names to pack, or a scheme for each name; None: the denoiser and
-            large text encoders.
-        rules: a scheme for each glob over layer names, with or without the component in front; the
-            last match counts, and overrides what is left alone by default. ``"native"`` leaves
-            alone.
+        scheme: a scheme's name, an entry of Forge's menu, a quantization config of diffusers or
+            transformers, or a `LowbitsConfig`, which stands for all options.
+        components: names to pack, or a scheme for each; None: denoiser and large text encoders.
+        rules: a scheme for each glob over layer names; the last match counts, and overrides what is
+            left alone by default. ``"native"`` leaves alone.
         skip: globs of layers that are left alone; they override rules.
         device: that the target runs on; None: the accelerator if there is one, else the CPU.
         compute_dtype: that packed layers multiply in; None: what is fast on their device.
-        gpu_weights: what weights may take of the device: ``"auto"`` keeps all of them there if they
-            fit beside reserve, and streams them otherwise; ``"all"`` keeps them or raises; a size,
-            as ``"6GB"``, is a hard cap, and what does not fit is streamed. On a CPU ``"auto"`` and
-            ``"all"`` stream nothing.
-        reserve: device memory that ``gpu_weights="auto"`` leaves free for activations: a size, or
-            ``"auto"``: 10 % of the device, at least 1 GiB, and 1 GiB more on Windows.
-        swap: how streamed weights are copied: ``"queue"``, a block before its use; ``"async"``,
-            ahead of it; ``"auto"`` times two passes of each and keeps the faster.
-        location: where streamed weights wait: ``"cpu"``, ``"shared"`` (page-locked) or ``"disk"``;
-            ``"auto"``: shared within 40 % of the free host memory, else cpu, else disk; on a CPU,
-            disk.
+        gpu_weights: that weights may take of the device: a size, as ``"6GB"``, is a hard cap, and
+            what is above it is streamed; ``"all"`` keeps them there or raises; ``"auto"`` streams
+            them where they do not fit beside reserve. On a CPU, only a size streams anything.
+        reserve: left free by ``"auto"``: a size, or ``"auto"``: 10 % of the device, at least 1 GiB.
+        swap: how streamed weights are copied, see `LayerStreamer`'s ``method``.
+        location: where streamed weights wait, see `LayerStreamer`.
         keep_source: where originals are kept for `restore`: ``"memory"`` (host), ``"file"`` (only
             with source, byte for byte proven), ``"none"``, or ``"auto"``: file if proven, else
             memory if originals and packed weights fit in 60 % of what is free, else none.
@@ -106,26 +97,21 @@ def apply(  # noqa: PLR0913 - one place for every option
         progress: called after each packed layer.
         cancel: stops the operation between two layers when set.
 
-    Returns:
-        The handle; the target owns it too.
-
     Raises:
         ConfigError: a value, a pattern or a name that means nothing here.
-        BackendUnavailableError: the scheme's package is missing or broken; says what to install.
+        BackendUnavailableError: the scheme's package is missing or broken.
         AlreadyPatchedError: the target is packed; use ``handle.switch`` or ``handle.restore``.
         NonFiniteWeightError: a weight holds NaN or infinity.
         SourceUnavailableError: ``keep_source="file"`` and a weight is not in the file.
         NoCapableBackendError: not one layer can be packed; `failures` says why.
         InsufficientMemoryError: ``gpu_weights`` is too small; `needed_bytes` says what would do.
     """
-    if isinstance(scheme, LowbitsConfig):
-        config = scheme
-    else:
+    config = scheme
+    if not isinstance(scheme, LowbitsConfig):
         config = LowbitsConfig(
             scheme, components, rules, skip, device, compute_dtype, gpu_weights, reserve, swap,
-            location, keep_source, source, progress, cancel,
-        )  # fmt: skip
-    place = torch.device(config.device) if config.device is not None else default_device()
+            location, keep_source, source, progress, cancel)  # fmt: skip
+    place = default_device() if config.device is None else torch.device(config.device)
     return _apply(_modules_of(target), config, place)
 
 

@@ -142,17 +142,15 @@ def run(  # noqa: PLR0913 - a parameter is an option
     from lowbits.cli.drawing import draw, to_image
 
     call = {**read_recipe(model).call, **call}
-    console = tables.make_console(stderr=True)
-    with Bars(console) as bars:
+    with Bars(tables.make_console(stderr=True)) as bars:
         bars.track("loading", 0, None)
         place = pick_device(device)
-        components = options.components(component, scheme)
-        rules = options.split_pairs(rule, "--rule")
-        _require(scheme, *(components or {}).values(), *rules.values())
+        parts, rules = options.components(component, scheme), options.split_pairs(rule, "--rule")
+        _require(scheme, *(parts or {}).values(), *rules.values())
         pipe = load_pipeline(model, place)
         config = lowbits.LowbitsConfig(
             scheme=scheme,
-            components=components,
+            components=parts,
             rules=rules or None,
             skip=tuple(skip or ()),
             device=place,
@@ -170,8 +168,7 @@ def run(  # noqa: PLR0913 - a parameter is an option
         pictures = draw(pipe, prompt, [seed], call, lambda done: bars.track("drawing", done, 1))
     out.parent.mkdir(parents=True, exist_ok=True)
     to_image(pictures[0]).save(out)
-    report = handle.report()
-    typer.echo(report.table() if show_report else report.summary())
+    typer.echo(handle.report().table() if show_report else handle.report().summary())
     typer.echo(f"weights: {handle.stats()}")
     typer.echo(f"wrote {out}")
 

@@ -6,7 +6,9 @@ with a ``__call__`` of its own stays outside, whichever comes first.
 
 from __future__ import annotations
 
+import copyreg
 from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import TYPE_CHECKING, Any, Final, cast
 
@@ -32,8 +34,12 @@ class Interceptor(ABC):
         """Convert the module's tensors by a function of torch's, as ``.to()`` and others do."""
 
     @abstractmethod
+    def settled(self) -> AbstractContextManager[None]:
+        """Let the module hold what may be saved, for a moment."""
+
+    @abstractmethod
     def settle(self) -> None:
-        """Let the module hold what may be saved or copied: it is about to be."""
+        """Let the module hold what may be copied, until it is called."""
 
 
 class Intercepted(nn.Module):
@@ -55,23 +61,28 @@ class Intercepted(nn.Module):
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Return the module's own state dict."""
-        _settle(self)
-        return super().state_dict(*args, **kwargs)
+        interceptor = interceptor_of(self)
+        with interceptor.settled() if interceptor else nullcontext():
+            return super().state_dict(*args, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        _settle(self)
+        interceptor = interceptor_of(self)
+        if interceptor:
+            interceptor.settle()
         made: Any = super().__reduce_ex__(protocol)
         function, arguments, state = made[:3]
+        if function is copyreg.__newobj__:  # type: ignore[attr-defined]
+            function = _new  # pickle refuses that one for a class that is not the object's
         base = type(self).__mro__[2]
         arguments = tuple(base if value is type(self) else value for value in arguments)
         state = {key: value for key, value in state.items() if key != _KEY}
         return (function, arguments, state, *made[3:])
 
 
-def _settle(module: nn.Module) -> None:
-    interceptor = interceptor_of(module)
-    if interceptor is not None:
-        interceptor.settle()
+def _new(cls: type[nn.Module], *arguments: Any) -> nn.Module:
+    """Make an empty module for pickle and deepcopy, which fill it."""
+    module: nn.Module = cls.__new__(cls, *arguments)
+    return module
 
 
 def intercept(module: nn.Module, interceptor: Interceptor) -> None:

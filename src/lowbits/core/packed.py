@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from lowbits.core import functional
 from lowbits.core.backend import Packed, QuantBackend
 from lowbits.core.capability import compute_dtype
-from lowbits.core.memory import storage_bytes
+from lowbits.core.memory import PRODUCT_WEIGHTS, storage_bytes
 from lowbits.core.proxy import WeightProxy
 from lowbits.errors import FormatError, PatchError
 
@@ -237,6 +237,23 @@ def stored_bytes(layer: PackedLayer, name: str = "weight") -> int:
     """Return the bytes of the storages that hold a packed weight."""
     fields = layer.lowbits_layouts[name].fields
     return storage_bytes(cast("Tensor", layer._parameters[f.parameter]) for f in fields)
+
+
+def workspace_bytes(root: nn.Module) -> int:
+    """Return what the largest packed weight of a model takes while it is decoded for a product.
+
+    On a CPU a part of it at a time; elsewhere all of it, from the device's allocator.
+    """
+    sizes = [0]
+    for layer in root.modules():
+        if not isinstance(layer, PackedLayer):
+            continue
+        for name, layout in layer.lowbits_layouts.items():
+            marker, weights = _marker(layer, name), layout.shape.numel()
+            dtype = layout.compute_dtype or marker.dtype
+            is_cpu = marker.device.type == "cpu"
+            sizes.append(min(weights, PRODUCT_WEIGHTS) * 4 if is_cpu else weights * dtype.itemsize)
+    return max(sizes)
 
 
 def _marker(layer: PackedLayer, name: str) -> Tensor:

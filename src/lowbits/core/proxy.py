@@ -115,7 +115,7 @@ class WeightProxy(torch.Tensor):
                     return func(*args, **kwargs)
         dense = {id(p): p.dequantized() for p in tree_leaves((args, kwargs)) if type(p) is cls}
         args, kwargs = tree_map(lambda leaf: dense.get(id(leaf), leaf), (tuple(args), kwargs))
-        return _read_only(func(*args, **kwargs), dense.values())
+        return read_only(func(*args, **kwargs), dense.values())
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override] # torch declares a C function here
@@ -126,7 +126,7 @@ class WeightProxy(torch.Tensor):
 
 
 class _ReadOnlyView(torch.Tensor):
-    """A view of a dequantized copy: a write into it would not reach the weight."""
+    """A view of a copy of a weight: a write into it would not reach the weight."""
 
     @classmethod
     def __torch_function__(
@@ -143,11 +143,11 @@ class _ReadOnlyView(torch.Tensor):
             raise PatchError(_refusal(name, None))
         views = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, cls)]
         with torch._C.DisableTorchFunctionSubclass():
-            return _read_only(func(*args, **kwargs), views)
+            return read_only(func(*args, **kwargs), views)
 
 
-def _read_only(result: Any, copies: Iterable[torch.Tensor]) -> Any:
-    """Guard those results that share memory with a dequantized copy."""
+def read_only(result: Any, copies: Iterable[torch.Tensor]) -> Any:
+    """Guard those results that share memory with copies: a write into them would be lost."""
     with torch._C.DisableTorchFunctionSubclass():
         pointers = {copy.untyped_storage().data_ptr() for copy in copies} - {0}
 
@@ -185,7 +185,7 @@ def describe_call(func: Callable[..., Any]) -> tuple[str, bool]:
 
 
 def _refusal(name: str, proxy: WeightProxy | None) -> str:
-    stored = f"a weight stored as {proxy._scheme}" if proxy is not None else "a packed weight"
+    stored = f"a weight stored as {proxy._scheme}" if proxy is not None else "a view of a weight"
     return (
         f"cannot apply {name!r} to {stored}: it is read only. To change the weight, call "
         "lowbits.restore(target) first; for a copy of its values, weight.clone()"

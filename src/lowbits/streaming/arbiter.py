@@ -66,8 +66,9 @@ class Arbiter:
 
     def remove(self, component: Component) -> None:
         """Take a component off the device for good; others of its stage stay as they are."""
-        stage = self._stages.pop(id(component))
+        stage = self.stage_of(component)
         stage.close()
+        del self._stages[id(component)]
         rest = [other for other in stage.components if other is not component]
         for other in rest:
             self.add(other)

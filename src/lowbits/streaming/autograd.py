@@ -42,8 +42,8 @@ class _Saved:
                 f"a weight of {self.entry.unit.name!r} that the backward pass needs was changed "
                 "after the forward pass"
             )
-        flat = self.entry.master.copy(self.place).to(self.device)
-        run = flat.as_strided((flat.numel(),), (1,)).view(torch.uint8)
+        # Moved as bytes: of a tensor with holes, a device would make one without.
+        run = self.place.run_of(self.entry.master.copy(self.place)).to(self.device)
         return run.view(self.dtype).as_strided(self.shape, self.stride, self.offset)
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, final
 import torch
 from torch import nn
 
-from lowbits.streaming.layout import Holder, ModelLayout, held_tensors, loose_bytes, relaid
+from lowbits.streaming.layout import Holder, ModelLayout, Unit, held_tensors, loose_bytes, relaid
 from lowbits.streaming.stored import Stored
 
 if TYPE_CHECKING:
@@ -48,6 +48,16 @@ class Component:
         return (*self.units, self.base)
 
     @property
+    def host_bytes(self) -> int:
+        """Bytes of host memory that masters take."""
+        return sum(entry.master.host_bytes for entry in self.entries)
+
+    @property
+    def pinned_bytes(self) -> int:
+        """Bytes of those that are page-locked."""
+        return sum(e.master.host_bytes for e in self.entries if e.master.is_pinned)
+
+    @property
     def loose_bytes(self) -> int:
         """Bytes on the device that are neither a unit's nor the base's."""
         held = [loose.held() for loose in (*self._loose, *self._extras)]
@@ -61,7 +71,7 @@ class Component:
         done: list[Stored] = []
         try:
             for unit in (*self._layout.units, self._layout.base):
-                done.append(Stored(unit, self.tier.store(unit), self._device))
+                done.append(self._stored(unit, is_base=unit is self._layout.base))
                 done[-1].let_go()
             for loose in self._loose:
                 loose.move(self._device)
@@ -75,6 +85,9 @@ class Component:
         for entry in self.entries:
             entry.hide()
 
+    def _stored(self, unit: Unit, *, is_base: bool) -> Stored:
+        return Stored(unit, self.tier.store(unit), self._device, is_base=is_base)
+
     def detach(self) -> None:
         """Give every original its bytes back, bit for bit, and modules their originals.
 
@@ -83,6 +96,8 @@ class Component:
         """
         done: list[Stored] = []
         try:
+            for entry in self.entries:
+                entry.check(at_end=True)
             for entry in self.entries:
                 done.append(entry)
                 entry.take_back()
@@ -98,13 +113,13 @@ class Component:
         for extra in self._extras if homes else ():
             extra.move(homes[0])
 
-    def notice_new(self) -> bool:
-        """Move what was added to the model since the last look; return whether anything was.
+    def notice_new(self) -> None:
+        """Move what was added to the model since the last look.
 
         A LoRA's factors stay on the device: they are small, and an optimizer may hold them.
         """
         if not self._tree.has_changed():
-            return False
+            return
         known = {id(h.module): set[str]() for entry in self.entries for h in _holders(entry)}
         for entry in self.entries:
             for holder in _holders(entry):
@@ -118,7 +133,6 @@ class Component:
         ]
         for extra in self._extras:
             extra.move(self._device)
-        return True
 
     def dtypes(self) -> set[torch.dtype]:
         """Return the dtypes of all tensors."""
@@ -144,11 +158,13 @@ class Component:
             changed = [p for p in entry.unit.places if is_cast(p.holders[0], p.dtype)]
             if not changed:
                 continue
+            entry.check(at_end=True)
             entry.take_back()
+            entry.reveal()
             for place in changed:
                 place.original.data = place.original.data.to(dtypes[place.dtype])
             unit = relaid(entry.unit)
-            new = Stored(unit, self.tier.store(unit), self._device)
+            new = self._stored(unit, is_base=entry.is_base)
             new.let_go()
             new.hide()
             if number < len(self.units):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, Final, final
 
 import torch
@@ -12,11 +13,12 @@ from lowbits.errors import AlreadyPatchedError, PatchError, StreamError
 from lowbits.streaming.component import Component
 from lowbits.streaming.layout import UNCALLED, ModelLayout, held_tensors, lay_out
 from lowbits.streaming.plan import UnitCost, make_plan
+from lowbits.streaming.proxy import StreamedTensor
 from lowbits.streaming.stats import StreamStats, make_stats
 from lowbits.streaming.tiers import Tier
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from lowbits.streaming.arbiter import Arbiter
     from lowbits.streaming.stage import Stage
@@ -170,20 +172,20 @@ class Engine:
                     raise
             else:
                 if is_pass:
-                    stage.end_pass()
+                    stage.finish_pass()
                 return result
             finally:
                 stage.uses -= 1
+                if is_pass:
+                    stage.leave_pass()
             # Here the traceback is gone, and with it what the frames of the failed pass held.
             self._arbiter.shrink(stage)
             self.recoveries += 1
 
     def _enter(self) -> Stage:
-        is_larger = self.component.notice_new()
+        self.component.notice_new()
         stage = self._arbiter.enter(self.component)
         stage.look()
-        if is_larger:
-            stage.replan()
         return stage
 
     def _may_repeat(self, call: _Call, stage: Stage) -> bool:
@@ -196,10 +198,21 @@ class Engine:
         is_pure = not (torch.is_grad_enabled() or self.root.training or has_cache)
         return is_pure and call.is_root and stage.can_shrink
 
+    @contextmanager
+    def settled(self) -> Iterator[None]:
+        """Let all modules hold stand-ins, which read as ordinary tensors of the host."""
+        with self._arbiter.lock, ExitStack() as hidden:
+            base = self.component.base
+            base.check()
+            base.keep_changes()
+            for entry in self.component.entries:
+                hidden.enter_context(entry.hidden())
+            yield
+
     def settle(self) -> None:
-        """Take the model off a device of its own: state dicts and copies are made on the host."""
+        """Take the model off the device, so that modules hold stand-ins until the next pass."""
         with self._arbiter.lock:
-            if not self._is_running and self.device.type != "cpu":
+            if not self._is_running:
                 self._arbiter.stage_of(self.component).park()
 
     @torch.inference_mode(mode=False)
@@ -223,6 +236,11 @@ class Engine:
                 )
             if probe.dtype != dtype:
                 dtypes[dtype] = probe.dtype
+        square = torch.empty(2, 2, 2, 2, device=device)
+        if function(square).stride() != square.stride():
+            raise PatchError(
+                "cannot change the memory format of a streamed model: do it before streaming begins"
+            )
         if not dtypes:
             return
         with self._arbiter.lock:
@@ -266,8 +284,12 @@ class _Call(Interceptor):
         """Run the forward with its weights on the device."""
         return self._engine.run(self, forward, args, kwargs)
 
+    def settled(self) -> AbstractContextManager[None]:
+        """Let the model's modules hold what can be saved."""
+        return self._engine.settled()
+
     def settle(self) -> None:
-        """Let the model's modules hold what can be saved, and copied."""
+        """Let them hold it until they are called."""
         self._engine.settle()
 
     def convert(self, function: Callable[..., Any]) -> None:
@@ -315,6 +337,11 @@ def _require_streamable(root: nn.Module) -> None:
                 "decide where they are"
             )
     for holder, tensor in held_tensors(root):
+        if isinstance(tensor, StreamedTensor) or getattr(tensor, "is_streamed", False):
+            raise AlreadyPatchedError(
+                f"{holder.fqn} is streamed already, with the model that it is a part of: detach "
+                "that streamer, or restore its handle, first"
+            )
         if tensor.is_meta and tensor.numel():
             raise PatchError(
                 f"{holder.name} of a {type(holder.module).__name__} has no bytes (the meta "

@@ -67,11 +67,10 @@ class Place:
         original: the object that the model had; given back at the end, the same object.
         device: it lay there.
         shape: of the tensor.
-        stride: in a unit: of the tensor, where its memory has no holes, else of a contiguous one.
+        stride: of the tensor, holes included: kernels may round differently in other strides.
         dtype: of the tensor.
         offset: of its first byte in the unit, a multiple of `ALIGNMENT`.
         holders: the modules that hold it; tied weights have several.
-        original_stride: of the original.
         is_inference: whether the original was made in torch's inference mode.
     """
 
@@ -82,7 +81,6 @@ class Place:
     dtype: torch.dtype
     offset: int
     holders: list[Holder]
-    original_stride: tuple[int, ...]
     is_inference: bool
 
     def give_back(self, values: Tensor) -> None:
@@ -92,31 +90,53 @@ class Place:
             values: of the tensor; kept.
         """
         values = values.to(self.device)
-        if values.stride() != self.original_stride:
-            values = _restrided(values, self.original_stride)
         # An inference tensor stays one: others have a version that it must not have.
         with torch.inference_mode(self.is_inference):
             self.original.data = values.clone() if self.is_inference else values
 
-    def let_go(self, remains: Tensor) -> None:
-        """Take the original's bytes away, for others have them."""
+    def let_go(self) -> None:
+        """Take the original's bytes away, for others have them.
+
+        What is left takes no memory: whoever kept the object reads NaN, and cannot write into it.
+        """
         with torch.inference_mode(self.is_inference):
-            self.original.data = remains
+            poison = torch.full((self.dtype.itemsize,), 0xFF, dtype=torch.uint8)
+            self.original.data = poison.view(self.dtype)[0].expand(self.shape)
 
     def adopt(self, tensor: Tensor) -> None:
         """Take another tensor of this shape and dtype for the original."""
         self.original, self.device = tensor, tensor.device
-        self.original_stride, self.is_inference = tensor.stride(), tensor.is_inference()
+        self.is_inference = tensor.is_inference()
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the tensor, without padding."""
-        return self.shape.numel() * self.dtype.itemsize
+        """Bytes from its first element to its last one, without padding."""
+        return _span(self.shape, self.stride) * self.dtype.itemsize
+
+    def bytes_in(self, flat: Tensor) -> Tensor:
+        """Return the bytes at this place of a unit's; shares their memory."""
+        return flat[self.offset : self.offset + self.nbytes]
 
     def view(self, flat: Tensor) -> Tensor:
         """Return the tensor that lies at this place of a unit's bytes; shares their memory."""
-        part = flat[self.offset : self.offset + self.nbytes].view(self.dtype)
-        return part.as_strided(self.shape, self.stride)
+        return self.tensor_of(self.bytes_in(flat))
+
+    def tensor_of(self, run: Tensor) -> Tensor:
+        """Return the tensor that some bytes are; shares their memory."""
+        return run.view(self.dtype).as_strided(self.shape, self.stride)
+
+    def write(self, run: Tensor, values: Tensor) -> None:
+        """Write values to the bytes of the tensor: expanded ones, which share memory, once."""
+        parts = tuple(slice(0, 1) if step == 0 else slice(None) for step in self.stride)
+        self.tensor_of(run)[parts].copy_(values[parts])
+
+    def run_of(self, values: Tensor) -> Tensor:
+        """Return the bytes of values on the CPU, as they lie at this place; may share memory."""
+        if values.stride() == self.stride and is_dense(values):
+            return values.as_strided((values.numel(),), (1,)).cpu().view(torch.uint8)
+        run = torch.zeros(self.nbytes, dtype=torch.uint8)
+        self.write(run, values)
+        return run
 
 
 @final
@@ -202,9 +222,10 @@ class _Cut:
     def refine(self, budget_bytes: int, depth: int) -> bool:
         """Make the largest units smaller, or else the base; return False where nothing helps."""
         units = self.layout.units
-        largest = max((unit.nbytes for unit in units), default=0)
+        sizes = sorted((unit.nbytes for unit in units), reverse=True)[:depth]
+        largest, depth = max(sizes, default=0), max(1, len(sizes))
         room = budget_bytes - self.layout.fixed_bytes
-        if depth * largest <= room or budget_bytes >= self.layout.nbytes:
+        if sum(sizes) <= room or budget_bytes >= self.layout.nbytes:
             return False
         chosen: list[nn.Module] = []
         for unit in units:
@@ -298,12 +319,9 @@ def is_dense(tensor: Tensor) -> bool:
     return dense
 
 
-def _restrided(values: Tensor, stride: tuple[int, ...]) -> Tensor:
-    """Return values in other strides; dimensions of stride 0 hold the same values all along."""
-    parts = [slice(0, 1) if step == 0 else slice(None) for step in stride]
-    once = values[tuple(parts)]
-    out = torch.empty_strided(once.shape, stride, dtype=values.dtype, device=values.device)
-    return out.copy_(once).expand(values.shape)
+def _span(shape: torch.Size, stride: tuple[int, ...]) -> int:
+    """Return the elements from a tensor's first one to its last one, both included."""
+    return 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
 
 
 def padded(nbytes: int) -> int:
@@ -318,16 +336,14 @@ def _is_plain(tensor: Tensor) -> bool:
 
 
 def _append(unit: Unit, tensor: Tensor, holders: list[Holder]) -> None:
-    dense = tensor if is_dense(tensor) else torch.empty(tensor.shape, device="meta")
     place = Place(
         original=tensor,
         device=tensor.device,
         shape=tensor.shape,
-        stride=dense.stride(),
+        stride=tensor.stride(),
         dtype=tensor.dtype,
         offset=unit.nbytes,
         holders=holders,
-        original_stride=tensor.stride(),
         is_inference=tensor.is_inference(),
     )
     unit.places.append(place)

@@ -6,7 +6,7 @@ Masters are only read while a model runs: what the device holds is a copy, and i
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, ClassVar, Protocol, final
+from typing import TYPE_CHECKING, Protocol, final
 
 import torch
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from lowbits.streaming.host import PinnedSlab
     from lowbits.streaming.layout import Place, Unit
 
 
@@ -29,7 +30,7 @@ class Master(ABC):
     """
 
     host_bytes: int = 0
-    is_pinned: ClassVar[bool] = False
+    is_pinned: bool = False
 
     @property
     @abstractmethod
@@ -49,10 +50,6 @@ class Master(ABC):
         """Return one tensor in memory of its own, on the CPU."""
 
     @abstractmethod
-    def remains(self, place: Place) -> Tensor:
-        """Return what an original holds while its bytes are here; takes no memory."""
-
-    @abstractmethod
     def write(self, place: Place, value: Tensor) -> None:
         """Replace one tensor, given in its shape and dtype."""
 
@@ -61,43 +58,52 @@ class Master(ABC):
 class HostMaster(Master):
     """A unit's bytes in host memory: costs them."""
 
-    def __init__(self, unit: Unit, flat: Tensor, *, is_pinned: bool = False) -> None:
+    def __init__(self, unit: Unit, flat: Tensor, slab: PinnedSlab | None = None) -> None:
         """Copy a unit's tensors.
 
         Args:
             unit: its originals are read.
             flat: 1-D uint8 CPU tensor of its size; kept, written.
-            is_pinned: whether it is page-locked.
+            slab: locks that memory for as long as it lives; None: it is pageable.
         """
-        self.flat, self.is_pinned = flat, is_pinned  # type: ignore[misc] # the class's is the default
-        self.host_bytes = flat.nbytes
+        self.flat, self._slab = flat, slab
+        self.host_bytes, self.is_pinned = flat.nbytes, slab is not None
+        self._writes = 0
+        self._tensors: dict[int, Tensor] = {}
         for place in unit.places:
-            place.view(flat).copy_(place.original.detach())
+            place.write(place.bytes_in(flat), place.original.detach())
 
     @property
     def version(self) -> int:
-        """Count writes through every alias that shares the tensor's version."""
-        return self.flat._version
+        """Count writes: those of `write`, and those into tensors that were handed out."""
+        return self._writes + sum(tensor._version for tensor in self._tensors.values())
 
     def read(self, start: int, out: Tensor, should_stop: Callable[[], bool] | None = None) -> None:  # noqa: ARG002 - part of the interface
         """Copy."""
         out.copy_(self.flat[start : start + out.numel()])
 
     def tensor(self, place: Place) -> Tensor:
-        """Return the tensor itself: writes into it reach the master, and count."""
-        return place.view(self.flat)
+        """Return the tensor itself, the same object each time: writes into it count.
+
+        Its storage is its own, although the memory is not: savers refuse tensors that share one.
+        """
+        if place.offset not in self._tensors:
+            begin = self.flat.storage_offset() + place.offset
+            storage = self.flat.untyped_storage()[begin : begin + place.nbytes]
+            with torch.inference_mode(mode=False):
+                tensor = torch.empty(0, dtype=place.dtype)
+                tensor.set_(storage, 0, place.shape, place.stride)
+            self._tensors[place.offset] = tensor
+        return self._tensors[place.offset]
 
     def copy(self, place: Place) -> Tensor:
-        """Return a clone."""
-        return place.view(self.flat).clone()
-
-    def remains(self, place: Place) -> Tensor:
-        """Return the tensor itself."""
-        return place.view(self.flat)
+        """Return a clone of its bytes, holes included."""
+        return place.tensor_of(place.bytes_in(self.flat).clone())
 
     def write(self, place: Place, value: Tensor) -> None:
         """Copy a value in."""
-        place.view(self.flat).copy_(value)
+        place.write(place.bytes_in(self.flat), value)
+        self._writes += 1
 
 
 class Files(Protocol):
@@ -145,25 +151,17 @@ class FileMaster(Master):
     def tensor(self, place: Place) -> Tensor:
         """Read one tensor into new memory."""
         with torch.inference_mode(mode=False):
-            flat = torch.empty(place.nbytes, dtype=torch.uint8)
-        self.read(place.offset, flat)
-        return flat.view(place.dtype).as_strided(place.shape, place.stride)
+            run = torch.empty(place.nbytes, dtype=torch.uint8)
+        self.read(place.offset, run)
+        return place.tensor_of(run)
 
     def copy(self, place: Place) -> Tensor:
         """Read one tensor into new memory."""
         return self.tensor(place)
 
-    def remains(self, place: Place) -> Tensor:
-        """Return an empty tensor: whoever computes with it is told by its shape."""
-        with torch.inference_mode(mode=False):
-            return torch.empty(0, dtype=place.dtype)
-
     def write(self, place: Place, value: Tensor) -> None:
         """Write one tensor to the scratch file; what it was read from stays as it is."""
-        dense = torch.empty_strided(place.shape, place.stride, dtype=place.dtype)
-        dense.copy_(value)
-        run = dense.as_strided((dense.numel(),), (1,)).view(torch.uint8)
-        extent = self._files.append([(0, run)], run.nbytes)
+        extent = self._files.append([(0, place.run_of(value))], place.nbytes)
         # Later pieces are read over earlier ones.
         self._pieces.append((place.offset, extent))
         self._writes += 1

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Final, final
 
-from lowbits.core.memory import storage_bytes
 from lowbits.core.report import format_bytes
 from lowbits.errors import InsufficientMemoryError
 from lowbits.streaming.arbiter import Arbiter
@@ -128,9 +127,8 @@ class ResidentModels(PlacedModels):
     def stats(self) -> StreamStats:
         """Return the bytes that they take now."""
         live = [module for module in (reference() for reference in self._modules) if module]
-        tensors = tensors_of(live)
-        devices = dict.fromkeys(str(self._device or tensor.device) for tensor in tensors)
-        return resident_stats(", ".join(devices), storage_bytes(tensors))
+        devices = dict.fromkeys(str(self._device or tensor.device) for tensor in tensors_of(live))
+        return resident_stats(", ".join(devices), live)
 
     def attach(self) -> None:
         """Nothing to do."""

@@ -51,6 +51,11 @@ class CallOrder:
             and (len(self._trace) >= len(self.expected) or not self.is_traced)
         )
 
+    @property
+    def is_under_way(self) -> bool:
+        """Whether a unit was called since the pass began."""
+        return bool(self._trace)
+
     def upcoming(self) -> Iterator[int]:
         """Yield the units that come next, into the next pass, as many as a pass has."""
         count = len(self.expected)

@@ -14,13 +14,13 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from lowbits.core.proxy import METADATA, describe_call, written_argument
+from lowbits.core.proxy import METADATA, describe_call, read_only, written_argument
 from lowbits.errors import StreamError
+from lowbits.streaming.layout import Place
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from lowbits.streaming.layout import Place
     from lowbits.streaming.masters import Master
 
 _STORAGE: Final = frozenset(("data_ptr", "untyped_storage", "storage", "_typed_storage"))
@@ -37,21 +37,29 @@ class StreamedTensor(torch.Tensor):
     @staticmethod
     def __new__(
         cls: type[StreamedTensor],
-        place: Place,
-        master: Master,
-        device: torch.device,
-        count_read: Callable[[], None],
+        place: Any,
+        *arguments: Any,
+        **_: Any,
     ) -> StreamedTensor:
         """Make the stand-in of one place of a unit.
 
         Args:
             cls: this class.
             place: of the tensor.
-            master: holds its bytes; asked at each read.
-            device: that the unit computes on: what the stand-in says it lies on.
-            count_read: called whenever values are read that the unit should have had.
+            arguments: the master, which holds its bytes and is asked at each read; the device that
+                the unit computes on, where the stand-in says that it lies; what is called whenever
+                values are read that the unit should have had.
+
+        Raises:
+            StreamError: somebody makes one as if it were an ordinary tensor.
         """
-        original = place.original
+        if not isinstance(place, Place):
+            # accelerate and others make new Parameters of an old one's class.
+            raise StreamError(
+                "the weights of a streamed model are not placed by others: undo the streaming "
+                "first (lowbits.restore, or LayerStreamer.detach)"
+            )
+        original, (master, device, count_read) = place.original, arguments
         proxy: StreamedTensor = torch.Tensor._make_wrapper_subclass(
             cls,
             place.shape,
@@ -82,6 +90,11 @@ class StreamedTensor(torch.Tensor):
     def store(self, value: torch.Tensor) -> None:
         """Replace the master's tensor."""
         place = self._place
+        if value.is_meta:
+            raise StreamError(
+                "cannot move a part of a streamed model to the meta device: detach the streamer "
+                "first (lowbits.restore, or LayerStreamer.detach)"
+            )
         if value.shape != place.shape or value.dtype != place.dtype:
             raise StreamError(
                 f"cannot set a streamed weight of {place.dtype} {tuple(place.shape)} to "
@@ -167,4 +180,5 @@ def _compute(
         target.store(values[id(target)])
     # An in-place function returns what it was called on.
     stand_ins = {id(values[id(target)]): target for target in targets}
-    return tree_map(lambda leaf: stand_ins.get(id(leaf), leaf), result)
+    result = tree_map(lambda leaf: stand_ins.get(id(leaf), leaf), result)
+    return result if targets else read_only(result, values.values())

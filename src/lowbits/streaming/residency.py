@@ -136,7 +136,7 @@ class Residency:
         return [(n, seconds) for n, _, seconds in timed if seconds is not None]
 
     def forget_unfinished(self) -> None:
-        """Ask again for copies that are under way: in a forked process, nobody will finish them."""
+        """Ask again for copies that are under way: whoever made them may be gone."""
         for home in self._homes:
             if home.load is not None and self._transfer.seconds(home.load) is None:
                 home.is_present = False
@@ -173,6 +173,7 @@ class Residency:
             self._transfer.wait(home.load)
         except BaseException:
             home.is_present = False  # asked for again at the next use
+            self.forget_unfinished()
             raise
         home.users += 1
         self._held[number] = home
@@ -195,6 +196,16 @@ class Residency:
             return tensor.clone() if is_view else tensor
 
         return tree_map_only(torch.Tensor, own, result)
+
+    def version(self, number: int) -> int:
+        """Return how often the buffer of a unit in use was written by torch."""
+        buffer = self._held[number].slot.buffer
+        assert buffer is not None
+        return buffer._version
+
+    def keep(self, number: int) -> None:
+        """Say that the device has the newest bytes of a unit in use."""
+        self._held[number].version = self._stored[number].master.version
 
     def release(self, number: int) -> None:
         """Say that a unit's forward is over, or has failed; nothing where it was not acquired."""
@@ -272,13 +283,17 @@ class Residency:
             assert home.slot.buffer is not None
             flat = home.slot.buffer[home.start : home.stop]
             with torch.inference_mode(mode=False), torch.no_grad():
+                entry = self._stored[home.number]
                 home.tensors = [
-                    _like(place.original, place.view(flat))
-                    for place in self._stored[home.number].unit.places
+                    _like(place.original, place.view(flat), is_frozen=not entry.is_base)
+                    for place in entry.unit.places
                 ]
         return home.tensors
 
 
-def _like(original: Tensor, view: Tensor) -> Tensor:
-    """Return a Parameter, which is frozen, or a plain tensor, as the original is."""
-    return nn.Parameter(view, requires_grad=False) if isinstance(original, nn.Parameter) else view
+def _like(original: Tensor, view: Tensor, *, is_frozen: bool) -> Tensor:
+    """Return a Parameter, or a plain tensor, as the original is, that says whose it is."""
+    if isinstance(original, nn.Parameter):
+        view = nn.Parameter(view, requires_grad=original.requires_grad and not is_frozen)
+    view.is_streamed = True  # type: ignore[attr-defined]
+    return view

@@ -6,6 +6,9 @@ import os
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final, final
 
+import torch
+
+from lowbits.errors import StreamError
 from lowbits.streaming.autograd import reread_for_backward
 from lowbits.streaming.order import CallOrder
 from lowbits.streaming.plan import StreamPlan, UnitCost, make_plan
@@ -62,6 +65,7 @@ class Stage:
         self.plan: StreamPlan | None = None
         self.timing = Timing(ops)
         self.uses = 0
+        self._is_in_pass = False
         self._pid = os.getpid()
         self._note_peak = note_peak
         self._ops, self._depth = ops, depth
@@ -185,37 +189,39 @@ class Stage:
         self._is_warm = False
         self.plan, self._residency = plan, residency
         if is_new:
-            self._show_bases(residency)
+            try:
+                self._show_bases(residency)
+            except BaseException:
+                self._leave(residency)
+                raise
         self._note_peak()
 
     def _show_bases(self, residency: Residency) -> None:
-        try:
-            for component in self.components:
-                base = component.base
-                base.show(residency.acquire(self._numbers[id(base)]))
-        except BaseException:
-            self._leave(residency)
-            raise
+        for component in self.components:
+            base = component.base
+            base.check(at_end=True)
+            base.show(residency.acquire(self._numbers[id(base)]))
+
+    def _leave(self, residency: Residency) -> None:
+        """Take everything off the device."""
+        self._note_peak()
+        for component in self.components:
+            component.base.hide()
+            residency.release(self._numbers[id(component.base)])
+        residency.drain()
+        residency.let_go()
+        self._parked_bytes += residency.copied_bytes
+        self._residency = self.plan = None
+        self._is_warm = False
 
     def park(self) -> None:
         """Take everything off the device; what others wrote into the bases is kept."""
         if self._residency is None:
             return
         for component in self.components:
-            component.base.check()
+            component.base.check(at_end=True)
             component.base.keep_changes()
         self._leave(self._residency)
-
-    def _leave(self, residency: Residency) -> None:
-        self._note_peak()
-        for component in self.components:
-            component.base.hide()
-            residency.release(self._numbers[id(component.base)])
-        self._is_warm = False
-        residency.drain()
-        residency.let_go()
-        self._parked_bytes += residency.copied_bytes
-        self._residency = self.plan = None
         self.timing.forget_marks()
         self._ops.release_cached()
 
@@ -246,14 +252,34 @@ class Stage:
                 self._residency.forget_unfinished()
         for component in self.components:
             component.base.check()
+        if self.plan is not None and self.plan.fixed_bytes != self.fixed_bytes:
+            self.replan()  # an adapter came, or went
 
     def begin_pass(self) -> None:
-        """Begin a pass: the order starts again, and what comes first is fetched."""
+        """Begin a pass: the order starts again.
+
+        A pass of several models ends where the next one begins.
+        """
+        if len(self.components) > 1 and self._order.is_under_way:
+            self.end_pass()
         self._order.begin()
         self.timing.begin_pass()
+        self._is_in_pass = True
+
+    def finish_pass(self) -> None:
+        """End a pass of one model, which was completed."""
+        if len(self.components) == 1:
+            self.end_pass()
+
+    def leave_pass(self) -> None:
+        """Forget a pass of one model that did not come to its end."""
+        if self._is_in_pass and len(self.components) == 1:
+            self._is_in_pass = False
+            self._order.begin()
 
     def end_pass(self) -> None:
-        """End a pass that was completed; see whether another plan is better now."""
+        """End a pass; see whether another plan is better now."""
+        self._is_in_pass = False
         is_other_order = self._order.end()
         self.timing.end_pass()
         self._is_warm = True
@@ -310,7 +336,11 @@ class Stage:
         residency, number = self._residency, self._numbers[id(entry)]
         assert residency is not None
         entry.check()
+        self._require_frozen(entry)
         called = self._ops.mark_computed()
+        if not self._is_in_pass:
+            self._see_pass(number)
+            residency = self._residency or residency
         self._order.enter(number)
         if self._is_warm and self.method == "async" and not residency.holds(number):
             entry.misses += 1
@@ -318,10 +348,13 @@ class Stage:
         started = self._ops.mark_computed()
         self._note_peak()
         entry.begin_use(tensors)
+        version = residency.version(number)
         try:
             self._prefetch()
             with reread_for_backward(entry, tensors if residency.is_streamed(number) else ()):
                 result = forward(*args, **kwargs)
+            if entry.has_buffers and residency.version(number) != version:
+                self._keep_buffers(entry, number, residency)
             return residency.detached(number, result)
         except BaseException as error:
             error.add_note(f"lowbits: raised in {entry.unit.name!r}, while it was streamed")
@@ -333,6 +366,29 @@ class Stage:
             residency.release(number)
             self.timing.note(entry, called, started, self._ops.mark_computed())
             self._prefetch()
+
+    def _see_pass(self, number: int) -> None:
+        """See where a pass ends and begins, where the model itself is never called."""
+        if self._order.closes(number):
+            self.end_pass()
+        if not self._order.is_under_way:
+            self.timing.begin_pass()
+
+    def _require_frozen(self, entry: Stored) -> None:
+        """Refuse to train what an optimizer would never reach."""
+        if torch.is_grad_enabled() and entry.unit.module.training and entry.wants_grad:
+            raise StreamError(
+                f"weights of {entry.unit.name!r} require gradients, and what is streamed is "
+                "frozen: call model.requires_grad_(False) and train adapters, or model.eval(), or "
+                "detach the streamer",
+                entry.unit.name,
+                "training",
+            )
+
+    def _keep_buffers(self, entry: Stored, number: int, residency: Residency) -> None:
+        """Write to the master what a forward wrote into its buffers: statistics, counters."""
+        if entry.keep_changes(buffers_only=True):
+            residency.keep(number)
 
     def _prefetch(self) -> None:
         if self.method == "async" and self._residency is not None:

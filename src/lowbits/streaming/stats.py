@@ -5,10 +5,14 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, final
 
+from lowbits.core.memory import storage_bytes
+from lowbits.core.packed import workspace_bytes
 from lowbits.core.report import format_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from torch import nn
 
     from lowbits.streaming.arbiter import Arbiter
     from lowbits.streaming.engine import Engine
@@ -55,6 +59,7 @@ class StreamStats:
         host_bytes: of host memory that masters take, and staging buffers.
         pinned_bytes: of those, page-locked.
         disk_bytes: of the scratch file.
+        workspace_bytes: of the largest packed weight while it is decoded: beside the budget.
         copied_bytes: that were copied to the device.
         stall_s: that compute has waited for copies.
         misses: uses of units whose bytes were not on their way.
@@ -77,6 +82,7 @@ class StreamStats:
     host_bytes: int = 0
     pinned_bytes: int = 0
     disk_bytes: int = 0
+    workspace_bytes: int = 0
     copied_bytes: int = 0
     stall_s: float = 0.0
     misses: int = 0
@@ -106,9 +112,15 @@ class StreamStats:
         )
 
 
-def resident_stats(device: str, nbytes: int) -> StreamStats:
+def resident_stats(device: str, modules: Sequence[nn.Module]) -> StreamStats:
     """Return the figures of models that are on the device for good."""
-    return StreamStats(device=device, budget_bytes=nbytes, peak_device_bytes=nbytes)
+    nbytes = storage_bytes(t for m in modules for t in (*m.parameters(), *m.buffers()))
+    return StreamStats(
+        device=device,
+        budget_bytes=nbytes,
+        peak_device_bytes=nbytes,
+        workspace_bytes=max((workspace_bytes(module) for module in modules), default=0),
+    )
 
 
 def make_stats(engines: Sequence[Engine], arbiter: Arbiter) -> StreamStats:
@@ -130,10 +142,11 @@ def make_stats(engines: Sequence[Engine], arbiter: Arbiter) -> StreamStats:
             depth=max((plan.depth for plan in plans), default=0),
             budget_bytes=arbiter.budget_bytes,
             peak_device_bytes=arbiter.peak_bytes,
-            host_bytes=staging + sum(tier.host_bytes for tier in tiers),
-            pinned_bytes=sum(tier.pinned_bytes for tier in tiers)
+            host_bytes=staging + sum(engine.component.host_bytes for engine in engines),
+            pinned_bytes=sum(engine.component.pinned_bytes for engine in engines)
             + (staging if arbiter.ops.has_streams else 0),
             disk_bytes=sum(tier.disk_bytes for tier in tiers),
+            workspace_bytes=max((workspace_bytes(engine.root) for engine in engines), default=0),
             copied_bytes=sum(stage.copied_bytes for stage in stages),
             stall_s=sum(unit.stall_s for unit in units),
             misses=sum(unit.misses for unit in units),

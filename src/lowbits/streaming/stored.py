@@ -8,6 +8,7 @@ the model is parked; a unit's do so during its own forward. At all other times t
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, final
 
 import torch
@@ -16,11 +17,11 @@ from lowbits.errors import StreamError
 from lowbits.streaming.proxy import StreamedTensor
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from torch import Tensor
 
-    from lowbits.streaming.layout import Holder, Unit
+    from lowbits.streaming.layout import Holder, Place, Unit
     from lowbits.streaming.masters import Master
 
 
@@ -30,6 +31,7 @@ class Stored:
 
     Attributes:
         unit: what it is.
+        is_base: whether it is what no unit of its model holds.
         master: its bytes for good.
         compute_s: seconds of its forward, a running mean; 0 until it was called.
         stall_s: seconds that compute has waited for its bytes.
@@ -37,14 +39,18 @@ class Stored:
         misses: how often its bytes were not on their way when they were needed.
     """
 
-    def __init__(self, unit: Unit, master: Master, device: torch.device) -> None:
+    def __init__(
+        self, unit: Unit, master: Master, device: torch.device, *, is_base: bool = False
+    ) -> None:
         """Make the stand-ins; nothing is changed.
 
         Args:
             unit: its bytes are in the master.
             master: kept.
             device: that the unit computes on.
+            is_base: whether it is what no unit holds; else its tensors are frozen while in use.
         """
+        self.is_base = is_base
         self.unit, self.master = unit, master
         self.compute_s = self.stall_s = 0.0
         self.copies = self.misses = 0
@@ -53,7 +59,9 @@ class Stored:
         ]
         self._holders = list(unit.holders())
         self._uses = 0
-        self._held: Sequence[Tensor] = self._outside
+        # Originals at first: `hide` takes them away.
+        self._held: Sequence[Tensor] = [place.original for place in unit.places]
+        self._seen: list[Tensor | None] = []
 
     def _count_miss(self) -> None:
         self.misses += 1
@@ -61,7 +69,7 @@ class Stored:
     def let_go(self) -> None:
         """Take the originals' bytes away: the master has them."""
         for place in self.unit.places:
-            place.let_go(self.master.remains(place))
+            place.let_go()
 
     def take_back(self) -> None:
         """Give the originals their bytes back, where they were; modules do not hold them yet."""
@@ -70,18 +78,22 @@ class Stored:
 
     def reveal(self) -> None:
         """Let modules hold the originals."""
-        for holder, number in self._holders:
-            holder.slots[holder.name] = self.unit.places[number].original
+        self.show([place.original for place in self.unit.places])
 
     def hide(self) -> None:
         """Let modules hold stand-ins."""
         self.show(self._outside)
 
     def show(self, tensors: Sequence[Tensor]) -> None:
-        """Let modules hold some tensors, given by place: the device's, or stand-ins."""
-        self._held = tensors
+        """Let modules hold some tensors, given by place: the device's, or stand-ins.
+
+        What somebody else has put there stays there: see `check`.
+        """
         for holder, number in self._holders:
-            holder.slots[holder.name] = tensors[number]
+            slots = holder.slots
+            if slots.get(holder.name) is self._held[number]:
+                slots[holder.name] = tensors[number]
+        self._held = tensors
 
     def begin_use(self, tensors: Sequence[Tensor]) -> None:
         """Show the device's tensors until `end_use`; a use may be inside another."""
@@ -95,17 +107,42 @@ class Stored:
         if not self._uses:
             self.hide()
 
-    def check(self) -> None:
-        """Accept what somebody has put in the place of what modules held since the last use.
+    @contextmanager
+    def hidden(self) -> Iterator[None]:
+        """Hide for a moment, inside a use."""
+        held = self._held
+        self.hide()
+        try:
+            yield
+        finally:
+            self.show(held)
+
+    def check(self, *, at_end: bool = False) -> None:
+        """Accept what somebody has put in the place of what modules held.
+
+        A tensor that is new is used as it is, once: ``torch.func.functional_call`` takes its away
+        again. One that is still there at the next look, or is on another device, becomes the
+        unit's.
+
+        Args:
+            at_end: accept new ones too, for there is no next look.
 
         Raises:
-            StreamError: it is gone, or of another shape or dtype.
+            StreamError: a tensor is gone, or of another shape or dtype.
         """
         if self._uses:
             return
+        seen, self._seen = self._seen, []
         for holder, number in self._holders:
-            if holder.slots.get(holder.name) is not self._held[number]:
+            found = holder.slots.get(holder.name)
+            if found is self._held[number]:
+                continue
+            is_elsewhere = found is not None and found.device != self._outside[number].device
+            if at_end or is_elsewhere or any(found is tensor for tensor in seen):
                 self._take_over(number)
+            else:
+                self._require_alike(holder, found, self.unit.places[number])
+                self._seen.append(found)
 
     def _take_over(self, number: int) -> None:
         """Accept a new tensor; all holders of a tied one must have been given the same values."""
@@ -113,19 +150,23 @@ class Stored:
         found: list[Tensor] = []
         for holder in place.holders:
             value = holder.slots.get(holder.name)
-            if value is None or value.shape != place.shape or value.dtype != place.dtype:
-                raise self._replaced(holder, "by another shape or dtype")
-            found.append(value)
-            if value is not found[0] and not torch.equal(_bits(value), _bits(found[0])):
+            self._require_alike(holder, value, place)
+            found.append(value)  # type: ignore[arg-type] # it is there, and alike
+            if found[-1] is not found[0] and not torch.equal(_bits(found[-1]), _bits(found[0])):
                 raise self._replaced(holder, "but not where it is tied to")
         first = found[0]
         self.master.write(place, first.detach())
-        place.adopt(first)
         if self._held is not self._outside:
-            self._held[number].copy_(first.detach())  # a base's, which is on the device
-        place.let_go(self.master.remains(place))
+            self._held[number].detach().copy_(first.detach())  # a base's, which is on the device
         for holder in place.holders:
             holder.slots[holder.name] = self._held[number]
+        if not isinstance(first, StreamedTensor):  # another unit's is not given away
+            place.adopt(first)
+            place.let_go()
+
+    def _require_alike(self, holder: Holder, found: Tensor | None, place: Place) -> None:
+        if found is None or found.shape != place.shape or found.dtype != place.dtype:
+            raise self._replaced(holder, "by another shape or dtype")
 
     def _replaced(self, holder: Holder, how: str) -> StreamError:
         return StreamError(
@@ -135,22 +176,35 @@ class Stored:
             "replaced",
         )
 
-    def keep_changes(self) -> None:
-        """Write to the master what others changed in the tensors that modules hold now.
+    def keep_changes(self, *, buffers_only: bool = False) -> bool:
+        """Write to the master what was changed in the device's tensors; return whether any was.
 
-        The base's are in the open: whoever merges an adapter writes into them. They are compared
-        where they lie, so that nothing unchanged is copied back.
+        The base's are in the open: whoever merges an adapter writes into them; a unit's own forward
+        may write into its buffers. They are compared where they lie, so that nothing unchanged is
+        copied back.
         """
-        for number, place in enumerate(self.unit.places):
-            holder = place.holders[0]
-            held = holder.slots.get(holder.name)
-            if held is None or held is self._outside[number]:
+        has_changed = False
+        for place, held in zip(self.unit.places, self._held, strict=True):
+            is_buffer = not place.holders[0].is_parameter
+            if held.requires_grad != place.original.requires_grad:
+                place.original.requires_grad_(held.requires_grad)
+            if isinstance(held, StreamedTensor) or (buffers_only and not is_buffer):
                 continue
-            if held.shape != place.shape or held.dtype != place.dtype:
-                raise self._replaced(holder, "by another shape or dtype")
             before = self.master.tensor(place).to(held.device)
             if not torch.equal(_bits(held), _bits(before)):
                 self.master.write(place, held.detach())
+                has_changed = True
+        return has_changed
+
+    @property
+    def wants_grad(self) -> bool:
+        """Whether an original requires a gradient."""
+        return any(place.original.requires_grad for place in self.unit.places)
+
+    @property
+    def has_buffers(self) -> bool:
+        """Whether a forward may write into one of its tensors."""
+        return any(not place.holders[0].is_parameter for place in self.unit.places)
 
 
 def _bits(tensor: Tensor) -> Tensor:

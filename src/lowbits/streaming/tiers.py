@@ -11,13 +11,11 @@ from lowbits.core.memory import available_host_bytes
 from lowbits.core.report import format_bytes
 from lowbits.errors import ConfigError, InsufficientMemoryError, suggestion
 from lowbits.streaming.host import (
-    PinnedSlab,
     Reader,
     ScratchFile,
     file_is_larger_than_memory,
     pinned_empty,
 )
-from lowbits.streaming.layout import is_dense
 from lowbits.streaming.masters import FileMaster, HostMaster, Master
 
 if TYPE_CHECKING:
@@ -56,9 +54,6 @@ class Tier:
     Attributes:
         name: ``"cpu"``, ``"shared"`` or ``"disk"``.
         notes: why it is another place than the one that was asked for.
-        host_bytes: of host memory that masters take, page-locked or not.
-        pinned_bytes: of those, page-locked.
-        disk_bytes: of the scratch file.
     """
 
     def __init__(
@@ -79,8 +74,6 @@ class Tier:
             )
         self.notes: list[str] = []
         self.name = self._choose(_LOCATIONS[location], nbytes, ops)
-        self.host_bytes = self.pinned_bytes = 0
-        self._slabs: list[PinnedSlab] = []
         self._scratch_file: ScratchFile | None = None
         self._locate = locate
         logger.info("%s of weights will wait in %r", format_bytes(nbytes), self.name)
@@ -120,7 +113,6 @@ class Tier:
         """Copy a unit's tensors to where they stay; the unit is not changed."""
         if self.name == "disk":
             return self._store_in_files(unit)
-        self.host_bytes += unit.nbytes
         if self.name == "shared":
             try:
                 slab = pinned_empty(unit.nbytes)
@@ -128,9 +120,7 @@ class Tier:
                 self._note(str(error))
                 self.name = "cpu"
             else:
-                self.pinned_bytes += unit.nbytes
-                self._slabs.append(slab)
-                return HostMaster(unit, slab.tensor, is_pinned=True)
+                return HostMaster(unit, slab.tensor, slab)
         with torch.inference_mode(mode=False):
             return HostMaster(unit, torch.empty(unit.nbytes, dtype=torch.uint8))
 
@@ -145,7 +135,7 @@ class Tier:
             # From the first to the last one: a unit without a file is one run of bytes.
             start = rest[0].offset
             stop = rest[-1].offset + rest[-1].nbytes if pieces else unit.nbytes
-            parts = ((p.offset - start, _in_memory_order(p.original)) for p in rest)
+            parts = ((p.offset - start, p.run_of(p.original.detach())) for p in rest)
             pieces.insert(0, (start, self.append(parts, stop - start)))
         return FileMaster(pieces, self)
 
@@ -169,19 +159,8 @@ class Tier:
         return self._scratch_file.append(parts, nbytes)
 
     def close(self) -> None:
-        """Close files, remove the scratch file, give page-locked memory back."""
-        for slab in self._slabs:
-            slab.release()
-        self._slabs.clear()
+        """Close files, and remove the scratch file."""
         self._scratch_reader.close()
         self._source_reader.close()
         if self._scratch_file:
             self._scratch_file.close()
-
-
-def _in_memory_order(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a tensor's elements as they lie in memory, 1-D, on the CPU."""
-    tensor = tensor.detach()
-    if not is_dense(tensor):
-        tensor = tensor.contiguous()
-    return tensor.as_strided((tensor.numel(),), (1,)).cpu()

@@ -13,6 +13,8 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, final
 
+import torch
+
 from lowbits.errors import InsufficientMemoryError, StreamError
 from lowbits.streaming.host import PinnedSlab, aligned_empty, pinned_empty
 
@@ -138,7 +140,10 @@ class InlineTransfer(Transfer):
         """Copy, and return when all of it was given to the device."""
         load = Load(unit)
         begin = time.perf_counter()
-        load.ready = self._filler.fill(master, target, freed, None)
+        try:
+            load.ready = self._filler.fill(master, target, freed, None)
+        except Exception as error:
+            raise _failed(load, error) from error
         load.seconds = time.perf_counter() - begin
         load.issued.set()
         return load
@@ -172,7 +177,7 @@ class ThreadTransfer(Transfer):
 
     def start(self, unit: str, master: Master, target: Tensor, freed: Sequence[Any]) -> Load:
         """Hand a copy to the thread, behind those that it was handed before."""
-        if self._thread is None or self._pid != os.getpid():
+        if self._thread is None or not self._thread.is_alive():  # a forked process has none
             self._begin()
         load = Load(unit)
         filler, stopped = self._filler, self._work.stopped
@@ -185,27 +190,28 @@ class ThreadTransfer(Transfer):
 
     def wait(self, load: Load) -> None:
         """Wait until the copy was given to the device, then make compute wait for it."""
-        self._await(load)
-        if load.error is not None:
+        if not self._is_over(load):
             raise StreamError(
-                f"cannot copy {load.unit!r} to the device: {load.error}", load.unit, "loading"
-            ) from load.error
+                f"the thread that copies {load.unit!r} has died", load.unit, "loading"
+            )
+        if load.error is not None:
+            raise _failed(load, load.error) from load.error
         _compute_after(self._filler.ops, load)
 
     def settle(self, load: Load) -> None:
         """Wait until the thread is done with it, and the device too."""
-        self._await(load)
+        self._is_over(load)
         _settle(self._filler.ops, load)
 
-    def _await(self, load: Load) -> None:
+    def _is_over(self, load: Load) -> bool:
+        """Wait until the thread is done with a copy; return False where it never will be."""
         while not load.issued.wait(_PATIENCE_S):
             if self._thread is None or not self._thread.is_alive():
-                raise StreamError(
-                    f"the thread that copies {load.unit!r} has died", load.unit, "loading"
-                )
+                return False
+        return True
 
     def _begin(self) -> None:
-        """Start the thread: at the first copy, and in a forked process, which has none."""
+        """Start the thread: at the first copy, and where it has died."""
         if self._pid != os.getpid():
             self._work, self._pid = _Work(), os.getpid()
             self._finalizer = weakref.finalize(self, self._work.stop)
@@ -233,6 +239,13 @@ def _settle(ops: DeviceOps, load: Load) -> None:
             ops.host_after(event)
         except Exception as error:  # noqa: BLE001 - whatever a device raises
             logger.debug("the copy of %r had failed: %s", load.unit, str(error))
+
+
+def _failed(load: Load, error: BaseException) -> BaseException:
+    """Return what a copy's error is for whoever waits for it."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return error  # which has a way out of its own
+    return StreamError(f"cannot copy {load.unit!r} to the device: {error}", load.unit, "loading")
 
 
 class _Work:
