@@ -21,7 +21,12 @@ if TYPE_CHECKING:
 
     from lowbits.core.handle import Handle
 
-SCHEMES = ["native", "bnb-nf4", "float8-e4m3fn", "gguf-q8_0"]
+SCHEMES = [
+    "native",
+    "bnb-nf4",
+    pytest.param("float8-e4m3fn", marks=pytest.mark.slow),
+    pytest.param("gguf-q8_0", marks=pytest.mark.slow),
+]
 #: Bytes that all weights take, and a few more.
 ALL_BYTES = 100_000_000
 
