@@ -87,11 +87,11 @@ class Arbiter:
         if stage.plan is None:
             stage = self._join(stage)
             others = [other for other in self.stages() if other is not stage]
-            if stage.nbytes + sum(other.device_bytes for other in others) > self.budget_bytes:
+            if stage.nbytes + sum(other.reserved_bytes for other in others) > self.budget_bytes:
                 for other in others:
                     if not other.uses:  # else it is its forward that calls this one
                         other.park()
-            taken = sum(other.device_bytes for other in others)
+            taken = sum(other.reserved_bytes for other in others)
             stage.activate(self.budget_bytes - taken)
         return stage
 

@@ -127,7 +127,7 @@ class Residency:
         known = set(map(id, kept))
         for home in self._homes:
             if id(home) not in known and not any(other.users for other in home.slot.homes):
-                home.slot.buffer = home.tensors = None
+                home.slot.buffer = home.tensors = home.load = None
 
     def finished_copies(self) -> list[tuple[int, float]]:
         """Return bytes and seconds of the copies that were finished since the last call."""
@@ -208,7 +208,9 @@ class Residency:
         self._held[number].version = self._stored[number].master.version
 
     def release(self, number: int) -> None:
-        """Say that a unit's forward is over, or has failed."""
+        """Say that a unit's forward is over, or has failed; nothing where it was not acquired."""
+        if number not in self._held:
+            return
         home = self._held[number]
         home.users -= 1
         if not home.users:

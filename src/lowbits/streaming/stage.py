@@ -105,6 +105,13 @@ class Stage:
         return loose + (self._residency.device_bytes if self._residency else 0)
 
     @property
+    def reserved_bytes(self) -> int:
+        """Bytes on the device once every unit was used: buffers are made at their first use."""
+        if self.plan is None:
+            return sum(component.loose_bytes for component in self.components)
+        return self.plan.device_bytes - self.plan.fixed_bytes + self.fixed_bytes
+
+    @property
     def copied_bytes(self) -> int:
         """Bytes that were copied to the device so far."""
         return self._parked_bytes + (self._residency.copied_bytes if self._residency else 0)
@@ -197,8 +204,10 @@ class Stage:
 
     def _leave(self, residency: Residency) -> None:
         """Take everything off the device."""
+        self._note_peak()
         for component in self.components:
             component.base.hide()
+            residency.release(self._numbers[id(component.base)])
         residency.drain()
         residency.let_go()
         self._parked_bytes += residency.copied_bytes
@@ -351,6 +360,8 @@ class Stage:
             error.add_note(f"lowbits: raised in {entry.unit.name!r}, while it was streamed")
             raise
         finally:
+            # Who keeps the traceback of an error would keep a slot's memory with it.
+            del tensors
             entry.end_use()
             residency.release(number)
             self.timing.note(entry, called, started, self._ops.mark_computed())

@@ -9,6 +9,7 @@ import threading
 import time
 import weakref
 from abc import ABC, abstractmethod
+from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, final
 
@@ -45,14 +46,15 @@ class Load:
     Attributes:
         unit: its name.
         begun: event before the copy, where the device times it.
-        ready: event behind the copy, once it was given to the device.
+        ready: events behind the copy, once it was given to the device; one of them may carry what
+            went wrong there.
         error: what went wrong.
         seconds: that the thread which copied was busy.
     """
 
     unit: str
     begun: Any = None
-    ready: Any = None
+    ready: Sequence[Any] = ()
     error: BaseException | None = None
     seconds: float = 0.0
     issued: threading.Event = field(default_factory=threading.Event)
@@ -108,19 +110,19 @@ class DirectTransfer(Transfer):
         for start in range(0, target.numel(), _CHUNK_BYTES):
             stop = min(start + _CHUNK_BYTES, target.numel())
             self._ops.copy(target[start:stop], source.flat[start:stop])
-        return Load(unit, begun, self._ops.mark_copied())
+        return Load(unit, begun, (self._ops.mark_copied(),))
 
     def wait(self, load: Load) -> None:
         """Put an order to wait on the compute stream; the host goes on."""
-        self._ops.compute_after(load.ready)
+        _compute_after(self._ops, load)
 
     def settle(self, load: Load) -> None:
         """Wait for the event."""
-        self._ops.host_after(load.ready)
+        _settle(self._ops, load)
 
     def seconds(self, load: Load) -> float | None:
         """Ask the device."""
-        return self._ops.seconds(load.begun, load.ready)
+        return self._ops.seconds(load.begun, load.ready[-1])
 
     def close(self) -> None:
         """Nothing to stop."""
@@ -147,12 +149,12 @@ class InlineTransfer(Transfer):
         return load
 
     def wait(self, load: Load) -> None:
-        """Make compute wait for the last part of the copy."""
-        self._filler.ops.compute_after(load.ready)
+        """Make compute wait for the last parts of the copy."""
+        _compute_after(self._filler.ops, load)
 
     def settle(self, load: Load) -> None:
-        """Wait for the event behind the last part."""
-        self._filler.ops.host_after(load.ready)
+        """Wait for the events behind the last parts."""
+        _settle(self._filler.ops, load)
 
     def close(self) -> None:
         """Nothing to stop."""
@@ -194,12 +196,12 @@ class ThreadTransfer(Transfer):
             )
         if load.error is not None:
             raise _failed(load, load.error) from load.error
-        self._filler.ops.compute_after(load.ready)
+        _compute_after(self._filler.ops, load)
 
     def settle(self, load: Load) -> None:
         """Wait until the thread is done with it, and the device too."""
         self._is_over(load)
-        self._filler.ops.host_after(load.ready)
+        _settle(self._filler.ops, load)
 
     def _is_over(self, load: Load) -> bool:
         """Wait until the thread is done with a copy; return False where it never will be."""
@@ -223,6 +225,20 @@ class ThreadTransfer(Transfer):
         if self._thread is not None and self._pid == os.getpid():
             self._thread.join()
         self._thread = None
+
+
+def _compute_after(ops: DeviceOps, load: Load) -> None:
+    for event in load.ready:
+        ops.compute_after(event)
+
+
+def _settle(ops: DeviceOps, load: Load) -> None:
+    """Wait until the device is done with a copy; what went wrong is for who uses its bytes."""
+    for event in load.ready:
+        try:
+            ops.host_after(event)
+        except Exception as error:  # noqa: BLE001 - whatever a device raises
+            logger.debug("the copy of %r had failed: %s", load.unit, str(error))
 
 
 def _failed(load: Load, error: BaseException) -> BaseException:
@@ -271,6 +287,7 @@ class _Filler:
         self._slabs: list[PinnedSlab] = []  # memory is unlocked when its slab goes
         self._staging: list[Tensor] = []
         self._left: list[Any] = []
+        self._turn = 0
         if ops.has_streams or ops.device.type != "cpu":
             self._staging = [self._staging_buffer() for _ in range(_STAGING_BUFFERS)]
             self._left = [None] * _STAGING_BUFFERS
@@ -282,24 +299,36 @@ class _Filler:
         target: Tensor,
         freed: Sequence[Any],
         should_stop: Callable[[], bool] | None,
-    ) -> Any:
-        """Copy all of a unit; return an event behind the copy."""
+    ) -> Sequence[Any]:
+        """Copy all of a unit; return events behind the copy."""
         # Else a slot would be overwritten while its last user computes.
         for event in freed:
             self.ops.copy_after(event)
         if not self._staging:
             master.read(0, target, should_stop)
-            return None
-        for number, start in enumerate(range(0, target.numel(), _CHUNK_BYTES)):
+            return ()
+        copied: deque[Any] = deque(maxlen=_STAGING_BUFFERS)
+        for start in range(0, target.numel(), _CHUNK_BYTES):
             stop = min(start + _CHUNK_BYTES, target.numel())
-            which = number % _STAGING_BUFFERS
-            # Else the staging buffer would change under a copy that is still reading it.
-            self.ops.host_after(self._left[which])
+            which = self._turn
+            self._turn = (which + 1) % _STAGING_BUFFERS
+            self._reuse(which, is_own=self._left[which] in copied)
             staged = self._staging[which][: stop - start]
             master.read(start, staged, should_stop)
             self.ops.copy(target[start:stop], staged)
             self._left[which] = self.ops.mark_copied()
-        return self.ops.mark_copied()
+            copied.append(self._left[which])
+        return tuple(copied)
+
+    def _reuse(self, which: int, *, is_own: bool) -> None:
+        """Wait for a staging buffer: it would change under a copy that is still reading it."""
+        event, self._left[which] = self._left[which], None
+        try:
+            self.ops.host_after(event)
+        except Exception:
+            # What went wrong with another unit's copy is for who uses that one.
+            if is_own:
+                raise
 
     def _staging_buffer(self) -> Tensor:
         """Return memory that copies to the device run fastest from; plain where none can be had."""

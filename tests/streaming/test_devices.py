@@ -1,0 +1,271 @@
+"""The streamer on devices whose copies come late, on one that is not the host, and when they fail.
+
+What registers the fake accelerator runs beside.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from streaming.devices import Net, faked, unit_bytes
+
+from lowbits import LayerStreamer
+from lowbits.errors import InsufficientMemoryError, StreamError
+from lowbits.testing.accelerator import count_host_copies, fake_accelerator
+from lowbits.testing.streams import ThreadedOps
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from torch import Tensor
+
+SIZES = [64, 24, 80, 64, 24, 24, 64]
+CPU = torch.device("cpu")
+slow = pytest.mark.slow
+
+
+def late_ops(device: torch.device, seed: int = 0, **options: Any) -> ThreadedOps:
+    """Return a device whose copies and computations are done at random times."""
+    random_ = random.Random(seed)  # noqa: S311 - delays
+    return ThreadedOps(
+        device,
+        poison=True,
+        delay=lambda _: random_.choice([0.0, 0.0, 5e-4, 2e-3]),
+        compute_delay=lambda: random_.choice([0.0, 0.0, 1e-3]),
+        **options,
+    )
+
+
+def device_of(name: str) -> torch.device:
+    return CPU if name == "cpu" else fake_accelerator()
+
+
+@contextmanager
+def streamed(
+    model: torch.nn.Module, ops: ThreadedOps, budget: int, **options: Any
+) -> Iterator[LayerStreamer]:
+    """Stream a model, and look at what the device had at most."""
+    with torch.no_grad(), ops, faked(ops):
+        streamer = LayerStreamer(model, device=ops.device, budget=budget, **options)
+        with streamer:
+            yield streamer
+            stats = streamer.stats()
+            assert stats.peak_device_bytes <= budget
+            # This device's errors hold, with their tracebacks, what was copied.
+            assert ops.peak_bytes <= budget or ops._failing
+        assert ops.allocated_bytes == 0 or ops._failing
+
+
+def needed(model: torch.nn.Module, ops: ThreadedOps, **options: Any) -> int:
+    with faked(ops):
+        try:
+            LayerStreamer(model, device=ops.device, budget=0, **options).attach()
+        except InsufficientMemoryError as error:
+            return error.needed_bytes
+    raise AssertionError
+
+
+def expected_of(model: torch.nn.Module, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        result: Tensor = model(x)
+    return result
+
+
+def passes_are_right(name: str, location: str, method: str) -> None:
+    device, model, x = device_of(name), Net(SIZES), torch.randn(3, 16)
+    expected, originals = expected_of(model, x), [*model.parameters()]
+    for number, depth in enumerate((1, 2, 3, "auto")):
+        options = {"method": method, "location": location, "depth": depth}
+        least = needed(model, ThreadedOps(device), **options)
+        budget = (least, (least + unit_bytes(model)) // 2)[number % 2]
+        ops = late_ops(device, number)
+        with count_host_copies() if name != "cpu" else nothing() as copies:
+            with streamed(model, ops, budget, **options) as streamer:
+                for _ in range(7 if method == "auto" else 4):
+                    result = model(x.to(device))
+                    assert result.device == device
+                    results = copies.nbytes
+                    assert torch.equal(result.cpu(), expected)
+                    copies.nbytes = results
+                stats = streamer.stats()
+                assert stats.location == location
+                assert stats.copied_bytes > unit_bytes(model)
+            # Detaching compares the base on the device: nothing unchanged comes back.
+            assert copies.nbytes <= 64
+        assert all(a is b for a, b in zip(model.parameters(), originals, strict=True))
+        assert torch.equal(expected_of(model, x), expected)
+
+
+class Uncounted:
+    """Stands for a counter of copies from a device that is the host."""
+
+    nbytes = 0
+
+
+@contextmanager
+def nothing() -> Iterator[Uncounted]:
+    yield Uncounted()
+
+
+@pytest.mark.parametrize("method", ["queue", "async", "auto"])
+@pytest.mark.parametrize("location", ["cpu", "shared", pytest.param("disk", marks=slow)])
+@pytest.mark.parametrize("name", [pytest.param("cpu", marks=slow), "fakegpu"])
+def test_late_copies(name: str, location: str, method: str, run_beside: Callable[..., Any]) -> None:
+    run_beside(passes_are_right, name, location, method)
+
+
+def mixed_devices_are_refused() -> None:
+    device, model, x = fake_accelerator(), Net(SIZES), torch.randn(3, 16)
+    expected = expected_of(model, x)
+    with streamed(model, late_ops(device), 40_000):
+        with pytest.raises(RuntimeError, match="same device"):
+            model(x)
+        assert torch.equal(model(x.to(device)).cpu(), expected)
+
+
+def writes_into_the_base_survive(location: str) -> None:
+    device, model, x = fake_accelerator(), Net(SIZES), torch.randn(3, 16)
+    with streamed(model, late_ops(device), 40_000, location=location) as streamer:
+        model(x.to(device))
+        model.first.weight.data.add_(1)
+        model.last.bias.data.fill_(3)
+        with count_host_copies() as copies:
+            engine = streamer._engine
+            assert engine is not None
+            engine._arbiter.stage_of(engine.component).park()
+        assert copies.nbytes <= model.first.weight.nbytes + model.last.bias.nbytes + 64
+        during = model(x.to(device)).cpu()
+    assert torch.equal(expected_of(model, x), during)
+    assert torch.equal(model.last.bias, torch.full((16,), 3.0))
+
+
+@pytest.mark.parametrize("check", [mixed_devices_are_refused], ids=lambda c: c.__name__)
+def test_on_the_fake_accelerator(check: Callable[..., None], run_beside: Any) -> None:
+    run_beside(check)
+
+
+@pytest.mark.parametrize("location", ["cpu", "shared"])
+def test_writes_into_the_base(location: str, run_beside: Any) -> None:
+    run_beside(writes_into_the_base_survive, location)
+
+
+COPY_FAULTS = list(itertools.product(["cpu", "shared"], ["queue", "async"]))
+
+
+@pytest.mark.parametrize(("location", "method"), COPY_FAULTS)
+def test_a_copy_that_fails(location: str, method: str) -> None:
+    """Whichever it is: an error, no wrong result, and the next forward is right."""
+    model, x = Net(SIZES), torch.randn(3, 16)
+    expected = expected_of(model, x)
+    for number in (*range(8), 11, 14):
+        ops = late_ops(CPU, number)
+        ops.fail_on(number)
+        with streamed(model, ops, 40_000, location=location, method=method):
+            failures = 0
+            for _ in range(4):
+                try:
+                    result = model(x)
+                except (RuntimeError, StreamError) as error:
+                    assert "as the test asked" in str(error)  # noqa: PT017 - not every pass fails
+                    failures += 1
+                else:
+                    assert torch.equal(result, expected)
+            assert failures == 1
+        assert torch.equal(expected_of(model, x), expected)
+
+
+@pytest.mark.parametrize(("location", "method"), COPY_FAULTS)
+def test_a_large_unit_whose_copy_fails_in_some_part(location: str, method: str) -> None:
+    model, x = Net([64, 64, 64, 64]), torch.randn(3, 16)
+    expected = expected_of(model, x)
+    for number in range(0, 40, 6):
+        ops = late_ops(CPU, number)
+        ops.fail_on(number)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("lowbits.streaming.transfer._CHUNK_BYTES", 2048)
+            with streamed(model, ops, 30_000, location=location, method=method):
+                results = [attempt(model, x) for _ in range(4)]
+        # A copy for the pass after the last one is asked for, and not waited for.
+        assert sum(r is None for r in results) in ((1,) if method == "queue" else (0, 1))
+        assert all(torch.equal(r, expected) for r in results if r is not None)
+
+
+def attempt(model: torch.nn.Module, x: Tensor) -> Tensor | None:
+    """Return what a model makes of x, or None where it says that a copy has failed."""
+    try:
+        result: Tensor = model(x)
+    except (RuntimeError, StreamError) as error:
+        assert "as the test asked" in str(error)  # noqa: PT017 - not every pass fails
+        return None
+    return result
+
+
+@pytest.mark.parametrize(("location", "method"), COPY_FAULTS)
+def test_streaming_ends_although_a_copy_has_failed(location: str, method: str) -> None:
+    model, x = Net(SIZES), torch.randn(3, 16)
+    expected, originals = expected_of(model, x), [*model.parameters()]
+    for number in range(0, 10, 2):
+        ops = late_ops(CPU, number)
+        ops.fail_on(number)
+        with streamed(model, ops, 40_000, location=location, method=method):
+            attempt(model, x)
+        assert all(a is b for a, b in zip(model.parameters(), originals, strict=True))
+        assert torch.equal(expected_of(model, x), expected)
+
+
+@pytest.mark.parametrize("location", ["cpu", "shared"])
+@pytest.mark.parametrize("method", ["queue", "async"])
+def test_a_device_that_has_less_than_it_seemed(location: str, method: str) -> None:
+    """Memory runs out at the first buffer, or at any later one: recovered, or an error and then."""
+    model, x = Net(SIZES), torch.randn(3, 16)
+    expected = expected_of(model, x)
+    budget = unit_bytes(model) - 1
+    outcomes = set()
+    for capacity in range(0, budget, budget // 12):
+        ops = late_ops(CPU, capacity_bytes=capacity)
+        with streamed(model, ops, budget, location=location, method=method) as streamer:
+            try:
+                assert torch.equal(model(x), expected)
+            except (torch.OutOfMemoryError, InsufficientMemoryError):
+                outcomes.add("refused")
+                ops.capacity_bytes = budget
+            else:
+                outcomes.add("recovered" if streamer.stats().recoveries else "fitted")
+            for _ in range(3):
+                assert torch.equal(model(x), expected)
+            assert type(model.first.weight) is torch.nn.Parameter
+    assert {"refused", "recovered"} <= outcomes
+
+
+@pytest.mark.parametrize("needed_bytes", [6_000, 9_000])
+def test_activations_that_do_not_fit_beside_the_weights(needed_bytes: int) -> None:
+    """Residents go until there is room, and do not come back."""
+    model, x = Net(SIZES), torch.randn(3, 16)
+    expected = expected_of(model, x)
+    budget = unit_bytes(model) * 3 // 4
+    ops = late_ops(CPU, capacity_bytes=budget)
+    relu = torch.relu
+
+    def greedy(value: Tensor) -> Tensor:
+        scratch = ops.empty(needed_bytes)
+        return relu(value) + scratch[:1].float().mean() * 0
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torch.relu", greedy)
+        with torch.no_grad(), ops, faked(ops):
+            streamer = LayerStreamer(model, device=CPU, budget=budget).attach()
+            for _ in range(4):
+                assert torch.equal(model(x), expected)
+            once = streamer.stats().recoveries
+            assert once >= 1
+            for _ in range(3):
+                assert torch.equal(model(x), expected)
+            assert streamer.stats().recoveries == once
+            assert streamer.stats().peak_device_bytes <= budget
+            streamer.detach()
+            assert ops.allocated_bytes == 0
