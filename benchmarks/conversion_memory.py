@@ -46,7 +46,18 @@ class Peak(threading.Thread):
     def run(self) -> None:
         """Sample every 2 ms."""
         while not self.done.wait(0.002):
-            self.bytes = max(self.bytes, anonymous_bytes())
+            self.note()
+
+    def note(self) -> None:
+        """Sample once."""
+        self.bytes = max(self.bytes, anonymous_bytes())
+
+    def stop(self) -> int:
+        """End the thread; return the most."""
+        self.done.set()
+        self.join()
+        self.note()
+        return self.bytes
 
 
 def measure_here(scheme: str, mode: str, folder: Path) -> dict[str, int]:
@@ -72,13 +83,12 @@ def measure_here(scheme: str, mode: str, folder: Path) -> dict[str, int]:
     peak.start()
     source = path if mode == "file" else None
     handle = lowbits.quantize(model, scheme, keep_source=mode, source=source)
-    peak.done.set()
-    peak.join()
+    peak_bytes = peak.stop()
     gc.collect()
     report = handle.report()
     return {
         "before": before,
-        "peak": peak.bytes,
+        "peak": peak_bytes,
         "after": anonymous_bytes(),
         "layer": SIZE * SIZE * 4,
         "model": report.bytes_before,

@@ -1,0 +1,251 @@
+"""FLUX.1-dev streamed from page-locked host memory, each component by itself.
+
+Shapes are exact, weights random, packed block by block as they are made. A pass of the denoiser is
+one step of a picture of 1024 x 1024, of the text encoder one prompt, of the VAE one decoding. A
+streamed pass is compared with the longer of a resident one and of its bytes at the bandwidth of a
+copy from page-locked memory, probed in the same run.
+"""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import asdict, dataclass
+from functools import partial
+from statistics import median
+from typing import TYPE_CHECKING, Any, Final, final
+
+import torch
+from flux_pipeline import FULL, T5_TOKENS, TINY, loaded
+from paired import Budget, machine_line, number, sample_s, table, write_json
+from random_models import flux_inputs
+from streaming_report import AS_FAST, draw_bars
+
+import lowbits
+from lowbits.errors import InsufficientMemoryError
+from lowbits.streaming.streamer import LayerStreamer
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Callable, Iterator, Sequence
+
+    from torch import Tensor, nn
+
+GB: Final = 10**9
+#: Passes before the clock starts: the order is traced, and the plan made anew from what was timed.
+_WARM_UP: Final = 4
+_PROBE_BYTES: Final = 1 << 28
+_HEADER: Final = (
+    *("component", "scheme", "model, GB", "budget", "resident units", "ring", "wall, s"),
+    *("C, s", "copied, GB", "T, s", "of max(C, T)", "waited, s"),
+    *("weights on the device, GB", "allocated, GB", "bit-equal"),
+)
+
+
+@final
+@dataclass(frozen=True)
+class FluxRow:
+    """A component in a budget; seconds and bytes are a pass's.
+
+    Attributes:
+        component: its name in the pipeline.
+        scheme: of its Linear layers; ``"native"``: bfloat16.
+        model_bytes: of all its weights.
+        budget: of weights on the device.
+        units: resident ones, and all.
+        depth: slots of the ring.
+        wall_s: median.
+        compute_s: median with all weights on the device.
+        copied_bytes: to the device.
+        transfer_s: of those bytes, at the probed bandwidth.
+        stall_s: that compute has waited.
+        weight_bytes: most on the device.
+        allocated_bytes: most that torch had allocated there.
+        is_equal: whether the result is that of the resident component, bit for bit.
+    """
+
+    component: str
+    scheme: str
+    model_bytes: int
+    budget: str
+    units: tuple[int, int]
+    depth: int
+    wall_s: float
+    compute_s: float
+    copied_bytes: float
+    transfer_s: float
+    stall_s: float
+    weight_bytes: int
+    allocated_bytes: int
+    is_equal: bool
+
+    @property
+    def ratio(self) -> float:
+        """The pass by the longer of compute and transfer."""
+        return self.wall_s / max(self.compute_s, self.transfer_s)
+
+    def cells(self) -> list[str]:
+        """Return the row of the table."""
+        return [
+            *(self.component, self.scheme, number(self.model_bytes / GB), self.budget),
+            *("{} of {}".format(*self.units), str(self.depth), number(self.wall_s, 3)),
+            *(number(self.compute_s, 3), number(self.copied_bytes / GB)),
+            *(number(value, 3) for value in (self.transfer_s, self.ratio, self.stall_s)),
+            *(number(count / GB) for count in (self.weight_bytes, self.allocated_bytes)),
+            str(self.is_equal),
+        ]
+
+
+@final
+@dataclass(frozen=True)
+class Resident:
+    """A component on the host again, after it ran with all of it on the device."""
+
+    model: nn.Module
+    call: Callable[[], Tensor]
+    result: Tensor
+    compute_s: float
+
+
+def bandwidth(device: torch.device) -> float:
+    """Return the bytes per second of a copy from page-locked memory."""
+    source = torch.empty(_PROBE_BYTES, dtype=torch.uint8, pin_memory=True)
+    target = torch.empty_like(source, device=device)
+    copy = partial(target.copy_, source, non_blocking=True)
+    copy()
+    return _PROBE_BYTES / median(sample_s(copy, device) for _ in range(7))
+
+
+def call_of(name: str, model: Any, *, is_small: bool, device: torch.device) -> Callable[[], Tensor]:
+    """Return one pass of a component, on fixed inputs."""
+    side = 8 if is_small else 64
+    generator = torch.Generator().manual_seed(0)
+    if name == "transformer":
+        inputs = flux_inputs(model, side, T5_TOKENS, torch.bfloat16)
+        moved = {k: v.to(device) if torch.is_tensor(v) else v for k, v in inputs.items()}
+        return lambda: model(**moved)[0]
+    if name == "text_encoder_2":
+        vocabulary = model.config.vocab_size
+        tokens = torch.randint(vocabulary, (1, T5_TOKENS), generator=generator).to(device)
+        return lambda: model(tokens)[0]
+    # A token of FLUX is 2 x 2 latents.
+    latents = torch.randn(1, 16, 2 * side, 2 * side, generator=generator)
+    moved_latents = latents.to(device, torch.bfloat16)
+    return lambda: model.decode(moved_latents, return_dict=False)[0]
+
+
+def resident(name: str, scheme: str, given: argparse.Namespace) -> Resident:
+    """Build a component on the device, time it there, and move it to the host."""
+    is_small = given.preset == "small"
+    packs = partial(lowbits.quantize, scheme=scheme, keep_source="none")
+    config = (TINY if is_small else FULL)[name]
+    model = loaded(name, config, given.device, None if scheme == "native" else packs)
+    call = call_of(name, model, is_small=is_small, device=given.device)
+    result = call()
+    compute_s = median(sample_s(call, given.device) for _ in range(given.rounds))
+    model.to("cpu")
+    return Resident(model, call, result.cpu(), compute_s)
+
+
+def streamed(
+    name: str, scheme: str, size: str, full: Resident, given: argparse.Namespace, link: float
+) -> FluxRow:
+    """Stream a component within a budget.
+
+    Raises:
+        InsufficientMemoryError: the budget is too small for its largest part.
+    """
+    device = given.device
+    with LayerStreamer(full.model, device=device, budget=size, location="shared") as streamer:
+        for _ in range(_WARM_UP):
+            result = full.call()
+        is_equal = torch.equal(result.cpu(), full.result)
+        del result
+        reset_peak(device)
+        before = streamer.stats()
+        wall = median(sample_s(full.call, device) for _ in range(given.rounds))
+        after = streamer.stats()
+        copied = (after.copied_bytes - before.copied_bytes) / given.rounds
+        return FluxRow(
+            name,
+            scheme,
+            sum(unit.nbytes for unit in after.units),
+            size,
+            (sum(unit.is_resident for unit in after.units[:-1]), len(after.units) - 1),
+            after.depth,
+            wall,
+            full.compute_s,
+            copied,
+            copied / link,
+            (after.stall_s - before.stall_s) / given.rounds,
+            after.peak_device_bytes,
+            allocated_bytes(device),
+            is_equal,
+        )
+
+
+def reset_peak(device: torch.device) -> None:
+    """Begin a new measurement of `allocated_bytes`."""
+    if device.type != "cpu":
+        torch.accelerator.reset_peak_memory_stats(device)
+
+
+def allocated_bytes(device: torch.device) -> int:
+    """Return the most that torch had allocated on the device; 0 on a CPU."""
+    return 0 if device.type == "cpu" else torch.accelerator.max_memory_allocated(device)
+
+
+def cases(schemes: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Yield components with their schemes; the denoiser, which most of the time goes to, first."""
+    for name in ("transformer", "text_encoder_2"):
+        for scheme in schemes:
+            yield name, scheme
+    yield "vae", "native"
+
+
+def flux_rows(given: argparse.Namespace, budget: Budget, link: float) -> Iterator[FluxRow]:
+    """Measure each component in each budget, up to the first that holds all of it."""
+    for name, scheme in cases(given.schemes):
+        if not budget.allows(f"{name} {scheme}"):
+            continue
+        full = resident(name, scheme, given)
+        for size in given.budgets:
+            what = f"{name} {scheme} in {size}"
+            if not budget.allows(what):
+                continue
+            try:
+                row = streamed(name, scheme, size, full, given, link)
+            except InsufficientMemoryError as error:
+                budget.skip(what, error)
+            else:
+                yield row
+                if not row.copied_bytes:
+                    break
+        del full
+        gc.collect()
+
+
+def judged(row: FluxRow) -> str:
+    """Say whether a row is as fast as it can be, within its budget."""
+    is_met = row.ratio <= AS_FAST and row.is_equal
+    return (
+        f"- {'MET' if is_met else 'MISSED'}: {row.component} {row.scheme} in {row.budget}: "
+        f"<= {AS_FAST} x max(C, T), bit-equal: {row.ratio:.3f}"
+    )
+
+
+def measure_flux(given: argparse.Namespace, budget: Budget, where: dict[str, Any]) -> None:
+    """Measure, print, draw, and write after each row."""
+    rows: list[FluxRow] = []
+    with torch.no_grad():
+        link = bandwidth(given.device)
+        print(f"page-locked memory to the device: {link / GB:.1f} GB/s", flush=True)
+        for row in flux_rows(given, budget, link):
+            rows.append(row)
+            print(*row.cells(), flush=True)
+            data = {"machine": where, "bandwidth": link, "rows": [asdict(row) for row in rows]}
+            write_json(given.json, data | {"not_run": budget.not_run})
+    print("", table(_HEADER, [row.cells() for row in rows]), "", *map(judged, rows), sep="\n")
+    if rows:
+        bars = [(f"{row.component} {row.scheme} {row.budget}", row.ratio) for row in rows]
+        draw_bars(given.plot, "a pass by max(C, T)", bars, [("1.05", AS_FAST)])
+    print("", machine_line(where), budget.text(), sep="\n")
