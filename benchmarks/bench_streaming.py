@@ -40,7 +40,7 @@ from streaming_report import (
 )
 from streaming_ways import Job, write_weights
 
-from lowbits.streaming.host import scratch_directory
+from lowbits.streaming.scratch import scratch_directory
 
 if TYPE_CHECKING:
     import argparse

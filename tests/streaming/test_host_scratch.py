@@ -17,8 +17,9 @@ import torch
 
 from lowbits.core.source import Extent
 from lowbits.errors import ConfigError, InsufficientMemoryError, LowbitsError
-from lowbits.streaming import host
-from lowbits.streaming.host import ALIGNMENT, Reader, ScratchFile
+from lowbits.streaming import scratch as scratch_files
+from lowbits.streaming.host import ALIGNMENT, Reader
+from lowbits.streaming.scratch import ScratchFile
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -57,7 +58,7 @@ def test_scratch_gives_back_what_was_written(
     direct: bool,  # noqa: FBT001
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(host, "_CHUNK_BYTES", 1000 if not direct else ALIGNMENT)
+    monkeypatch.setattr(scratch_files, "_CHUNK_BYTES", 1000 if not direct else ALIGNMENT)
     reader = Reader(direct=direct, immutable=False)
     scratch = ScratchFile(tmp_path)
     first = scratch.append(PARTS.items(), 20_001)
@@ -118,8 +119,8 @@ class Full(io.FileIO):
 
 
 def test_a_full_disk_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(host, "FileIO", Full)
-    monkeypatch.setattr(host, "_CHUNK_BYTES", 1000)
+    monkeypatch.setattr(scratch_files, "FileIO", Full)
+    monkeypatch.setattr(scratch_files, "_CHUNK_BYTES", 1000)
     scratch = ScratchFile(tmp_path)
     kept = scratch.append([(0, torch.full((100,), 7, dtype=torch.uint8))], 100)
     with pytest.raises(InsufficientMemoryError, match="no space left.*set TMPDIR") as caught:
@@ -174,7 +175,7 @@ def test_scratch_is_gone_at_exit(tmp_path: Path, how: str) -> None:
         pytest.skip("needs os.fork")
     code = f"""
 import os, sys, torch
-from lowbits.streaming.host import ScratchFile
+from lowbits.streaming.scratch import ScratchFile
 scratch = ScratchFile({str(tmp_path)!r})
 scratch.append([(0, torch.ones(9))], 100)
 assert scratch.path.exists()
@@ -216,28 +217,28 @@ def test_knows_what_is_kept_in_memory(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     table = tmp_path / "mounts"
-    monkeypatch.setattr(host, "_MOUNTS", table)
-    assert host.is_in_memory(Path(path)) is False
+    monkeypatch.setattr(scratch_files, "_MOUNTS", table)
+    assert scratch_files.is_in_memory(Path(path)) is False
     table.write_text(MOUNTS)
-    assert host.is_in_memory(Path(path)) is expected
+    assert scratch_files.is_in_memory(Path(path)) is expected
 
 
 def test_scratch_lies_where_it_saves_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     table, memory, disk = (tmp_path / name for name in ("mounts", "memory", "disk"))
-    monkeypatch.setattr(host, "_MOUNTS", table)
-    monkeypatch.setattr(host, "_DISK_TEMP", disk)
+    monkeypatch.setattr(scratch_files, "_MOUNTS", table)
+    monkeypatch.setattr(scratch_files, "_DISK_TEMP", disk)
     monkeypatch.setattr(tempfile, "gettempdir", lambda: str(memory))
     monkeypatch.setenv("TMPDIR", str(tmp_path / "named"))
-    assert host.scratch_directory() == tmp_path / "named"
+    assert scratch_files.scratch_directory() == tmp_path / "named"
     monkeypatch.delenv("TMPDIR")
     memory.mkdir()
-    assert host.scratch_directory() == memory
+    assert scratch_files.scratch_directory() == memory
     table.write_text(f"tmpfs {memory.resolve()} tmpfs rw 0 0")
-    assert host.scratch_directory() == memory
+    assert scratch_files.scratch_directory() == memory
     assert "is kept in memory: set TMPDIR" in caplog.text
     disk.mkdir()
-    assert host.scratch_directory() == disk
+    assert scratch_files.scratch_directory() == disk
     scratch = ScratchFile()
     assert scratch.path.parent.parent == disk

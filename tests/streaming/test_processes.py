@@ -95,8 +95,8 @@ def test_a_fork_while_a_copy_is_under_way(monkeypatch: pytest.MonkeyPatch, then:
     monkeypatch.setattr(Reader, "read", slow_read)
     stage = stage_of(streamer)
     assert stage._residency is not None
-    for slot in stage._residency._ring:
-        slot.unit = None
+    for home in stage._residency._homes:
+        home.is_present = False
     is_slow.set()
     stage._prefetch()
     status = in_child(work)

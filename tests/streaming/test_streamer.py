@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import torch
@@ -29,9 +29,6 @@ from lowbits.streaming import streamer as streamer_module
 from lowbits.streaming.residency import Residency
 from lowbits.streaming.streamer import LayerStreamer
 from lowbits.testing.streams import VirtualOps
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 METHODS = ("queue", "async", "auto")
 LOCATIONS = ("cpu", "disk")
@@ -266,12 +263,12 @@ def test_slots_are_poisoned_before_every_load(
     monkeypatch: pytest.MonkeyPatch, method: str, location: str, scheme: str
 ) -> None:
     """Bytes that nobody loaded cannot pass for weights: whoever reads them too soon gets NaN."""
-    start: Callable[[Residency, Any, int], None] = Residency._start
+    start = Residency._start
 
-    def poisoned(self: Residency, slot: Any, number: int) -> None:
-        if slot.buffer is not None:
-            slot.buffer.fill_(0xFF)
-        start(self, slot, number)
+    def poisoned(self: Residency, home: Any) -> None:
+        if home.slot.buffer is not None:
+            home.slot.buffer[home.start : home.stop].fill_(0xFF)
+        start(self, home)
 
     monkeypatch.setattr(Residency, "_start", poisoned)
     model = Stack(5) if scheme == "none" else packed_stack(scheme)

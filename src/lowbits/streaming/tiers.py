@@ -12,11 +12,11 @@ from lowbits.core.report import format_bytes
 from lowbits.errors import ConfigError, InsufficientMemoryError, suggestion
 from lowbits.streaming.host import (
     Reader,
-    ScratchFile,
     file_is_larger_than_memory,
     pinned_empty,
 )
 from lowbits.streaming.masters import FileMaster, HostMaster, Master
+from lowbits.streaming.scratch import ScratchFile
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
