@@ -14,10 +14,10 @@ import lowbits
 from lowbits import errors
 
 NAMES = {
-    "BackendInfo", "CancelToken", "Handle", "LayerReport", "LowbitsConfig", "Packed",
-    "ProgressEvent", "QuantBackend", "Report", "Scheme", "SchemeInfo", "__version__", "apply",
-    "backend", "backends", "dequantize", "errors", "handle", "quantize", "register_backend",
-    "restore", "schemes", "testing",
+    "BackendInfo", "CancelToken", "Handle", "LayerReport", "LayerStreamer", "LowbitsConfig",
+    "Packed", "ProgressEvent", "QuantBackend", "Report", "Scheme", "SchemeInfo", "StreamStats",
+    "UnitStats", "__version__", "apply", "backend", "backends", "dequantize", "errors", "handle",
+    "quantize", "register_backend", "restore", "schemes", "testing",
 }  # fmt: skip
 
 SCHEMES = [

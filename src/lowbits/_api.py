@@ -37,6 +37,7 @@ from lowbits.integrations.diffusers import (
     is_pipeline,
     kept_in_fp32,
 )
+from lowbits.streaming.engine import refuse_streamed
 from lowbits.streaming.models import (
     PlacedModels,
     Placement,
@@ -143,6 +144,10 @@ def dequantize(target: Any) -> None:
     layers = [module for module in modules.values() if isinstance(module, PackedLayer)]
     if not layers:
         raise NotPatchedError(f"nothing in this {type(target).__name__} is packed")
+    for streamed in {id(h): h for h in map(find_handle, modules.values()) if h}.values():
+        streamed.end_streaming()
+    for root in roots:
+        refuse_streamed(root)
     dequantize_layers(layers)
     for module in modules.values():
         owned = find_handle(module)
@@ -373,13 +378,16 @@ def _component(
 
 def _refuse_patched(components: Sequence[Component]) -> None:
     for component in components:
+        if find_handle(component.module) is None or component.scheme is None:
+            refuse_streamed(component.module)
         if component.scheme is None:
             continue
         name = component.name or type(component.module).__name__
         if find_handle(component.module) is not None:
             raise AlreadyPatchedError(
                 f"{name} is packed already: lowbits.handle(target).switch(scheme) packs it in "
-                "another scheme, lowbits.restore(target) undoes it; components=[...] leaves it out"
+                "another scheme, .reconfigure(gpu_weights=...) places it elsewhere, "
+                "lowbits.restore(target) undoes it; components=[...] leaves it out"
             )
         if any(isinstance(module, PackedLayer) for module in component.module.modules()):
             raise AlreadyPatchedError(

@@ -24,8 +24,10 @@ def test_a_picture_is_drawn(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     with Image.open(out) as picture:
         assert picture.size == (32, 32)
-    summary, wrote = result.stdout.splitlines()
+    summary, weights, wrote = result.stdout.splitlines()
     assert "weights packed as gguf-q8_0, originals: none" in summary
+    assert weights.startswith("weights: ")
+    assert weights.endswith("on cpu, all of it to stay")
     assert wrote == f"wrote {out}"
     assert not result.stderr
 

@@ -122,7 +122,9 @@ def test_options_are_checked() -> None:
         lowbits.LowbitsConfig(skip="proj_out")
     with pytest.raises(errors.ConfigError, match="compute_dtype: got torch.int8"):
         lowbits.LowbitsConfig(compute_dtype=torch.int8)
-    with pytest.raises(errors.ConfigError, match="quantize never moves"):
+    with pytest.raises(
+        errors.ConfigError, match="device: quantize moves nothing; use lowbits.apply"
+    ):
         lowbits.quantize(nn.Linear(64, 64), "bnb-nf4", device="cpu")
 
 

@@ -182,6 +182,10 @@ class Handle:
         self._require_active("switch")
         return self._target.switch(self, scheme)
 
+    def end_streaming(self) -> None:
+        """Stop streaming: weights are where they were before."""
+        self._placed.detach()
+
     def release(self) -> None:
         """Let the target go without restoring it: it stays packed, and has no handle.
 

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, Final, final
 
 from torch import nn
 
+from lowbits.errors import PatchError
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
@@ -73,16 +75,32 @@ def announce_device(module: nn.Module, engine: Engine) -> Callable[[], None]:
     Returns:
         What takes it back.
     """
-    module._hf_hook = _Announcement(engine)  # type: ignore[assignment] # not a Parameter or module
-    return lambda: module.__dict__.pop("_hf_hook", None)
+    announcement = _Announcement(engine)
+    module.__dict__["_hf_hook"] = announcement
+
+    def take_back() -> None:
+        if module.__dict__.get("_hf_hook") is announcement:
+            del module.__dict__["_hf_hook"]
+
+    return take_back
 
 
 @final
 class _Announcement:
     """Answers diffusers; copies and pickles of the model have one that answers nothing."""
 
+    #: Tells the streamer that this hook moves nothing.
+    is_lowbits = True
+
     def __init__(self, engine: Engine | None = None) -> None:
         self._engine = engine
+
+    def init_hook(self, module: nn.Module) -> nn.Module:
+        """Refuse to be joined with a hook of accelerate's that moves weights."""
+        raise PatchError(
+            f"this {type(module).__name__} is streamed: accelerate cannot move its weights too. "
+            "Undo the streaming (lowbits.restore), or change it (handle.reconfigure)"
+        )
 
     @property
     def execution_device(self) -> torch.device | None:

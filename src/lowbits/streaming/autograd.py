@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, final
 
 import torch
+from torch.utils._pytree import tree_map_only
+
+from lowbits.errors import StreamError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -77,3 +80,28 @@ def reread_for_backward(entry: Stored, tensors: Sequence[Tensor]) -> AbstractCon
         return saved.read() if isinstance(saved, _Saved) else saved
 
     return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+
+
+def refuse_training(entry: Stored, result: Any) -> Any:
+    """Return what a unit's forward returned; a backward pass to its weights is refused.
+
+    They are frozen while they are in use: an optimizer would see no gradient, and change nothing.
+    """
+    is_trained = torch.is_grad_enabled() and entry.unit.module.training and entry.wants_grad
+    if not is_trained:
+        return result
+
+    def refuse(_: Tensor) -> None:
+        raise StreamError(
+            f"weights of {entry.unit.name!r} require gradients, and what is streamed is frozen: "
+            "call model.requires_grad_(False) and train adapters, or detach the streamer",
+            entry.unit.name,
+            "training",
+        )
+
+    def guard(tensor: Tensor) -> Tensor:
+        if tensor.requires_grad:
+            tensor.register_hook(refuse)  # type: ignore[no-untyped-call]
+        return tensor
+
+    return tree_map_only(torch.Tensor, guard, result)

@@ -183,6 +183,7 @@ class Engine:
             self.recoveries += 1
 
     def _enter(self) -> Stage:
+        _refuse_foreign(self.root, self.name or type(self.root).__name__)
         self.component.notice_new()
         stage = self._arbiter.enter(self.component)
         stage.look()
@@ -321,20 +322,17 @@ def require_fit(root: nn.Module, arbiter: Arbiter) -> ModelLayout:
     return layout
 
 
-def _require_streamable(root: nn.Module) -> None:
+def refuse_streamed(root: nn.Module) -> None:
+    """Raise where a model, or a part of it, is streamed.
+
+    Raises:
+        AlreadyPatchedError: naming the part.
+    """
     for name, module in root.named_modules():
-        where = name or type(root).__name__
         if interceptor_of(module) is not None:
             raise AlreadyPatchedError(
-                f"{where} is streamed already: detach its streamer, or restore its handle, first"
-            )
-        foreign = [hook for hook in _diffusers_hooks(module) if hook in _FOREIGN_HOOKS]
-        if "_hf_hook" in module.__dict__ or foreign:
-            raise PatchError(
-                f"{where} has hooks of accelerate or diffusers that move its weights "
-                f"({', '.join(foreign) or '_hf_hook'}): remove them first "
-                "(pipe.remove_all_hooks(), accelerate.hooks.remove_hook_from_module): two cannot "
-                "decide where they are"
+                f"{name or type(root).__name__} is streamed already: call its LayerStreamer's "
+                "detach(), or lowbits.restore on what was applied, first"
             )
     for holder, tensor in held_tensors(root):
         if isinstance(tensor, StreamedTensor) or getattr(tensor, "is_streamed", False):
@@ -342,11 +340,31 @@ def _require_streamable(root: nn.Module) -> None:
                 f"{holder.fqn} is streamed already, with the model that it is a part of: detach "
                 "that streamer, or restore its handle, first"
             )
+
+
+def _require_streamable(root: nn.Module) -> None:
+    refuse_streamed(root)
+    for name, module in root.named_modules():
+        _refuse_foreign(module, name or type(root).__name__)
+    for holder, tensor in held_tensors(root):
         if tensor.is_meta and tensor.numel():
             raise PatchError(
                 f"{holder.name} of a {type(holder.module).__name__} has no bytes (the meta "
                 "device): load the weights before streaming"
             )
+
+
+def _refuse_foreign(module: nn.Module, where: str) -> None:
+    """Raise where hooks of another library move a module's weights."""
+    foreign = [hook for hook in _diffusers_hooks(module) if hook in _FOREIGN_HOOKS]
+    hook = module.__dict__.get("_hf_hook")
+    if foreign or not (hook is None or getattr(hook, "is_lowbits", False)):
+        raise PatchError(
+            f"{where} has hooks of accelerate or diffusers that move its weights "
+            f"({', '.join(foreign) or '_hf_hook'}): remove them (pipe.remove_all_hooks(), "
+            "accelerate.hooks.remove_hook_from_module), or undo the streaming "
+            "(lowbits.restore; handle.reconfigure changes it): two cannot decide where they are"
+        )
 
 
 def _diffusers_hooks(module: nn.Module) -> tuple[str, ...]:

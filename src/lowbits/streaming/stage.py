@@ -6,10 +6,7 @@ import os
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final, final
 
-import torch
-
-from lowbits.errors import StreamError
-from lowbits.streaming.autograd import reread_for_backward
+from lowbits.streaming.autograd import refuse_training, reread_for_backward
 from lowbits.streaming.order import CallOrder
 from lowbits.streaming.plan import StreamPlan, UnitCost, make_plan
 from lowbits.streaming.residency import Residency
@@ -39,6 +36,7 @@ class Stage:
     Attributes:
         components: the models.
         plan: what is resident and what is streamed; None while nothing is on the device.
+        last_plan: the same, while nothing is on the device too.
         method: ``"queue"`` or ``"async"``.
         timing: what was measured.
         uses: forwards of its models that are under way.
@@ -63,6 +61,7 @@ class Stage:
         """
         self.components = tuple(components)
         self.plan: StreamPlan | None = None
+        self.last_plan: StreamPlan | None = None
         self.timing = Timing(ops)
         self.uses = 0
         self._is_in_pass = False
@@ -123,7 +122,7 @@ class Stage:
 
     def slots_of(self, component: Component) -> set[int]:
         """Return which of a component's units are streamed, by their numbers there."""
-        slot_of = self.plan.slot_of if self.plan else {}
+        slot_of = self.last_plan.slot_of if self.last_plan else {}
         return {n for n, e in enumerate(component.units) if self._numbers[id(e)] in slot_of}
 
     def begins_with(self, component: Component) -> bool:
@@ -187,7 +186,8 @@ class Stage:
             residency.inherit(self._residency)
         is_new = self._residency is None
         self._is_warm = False
-        self.plan, self._residency = plan, residency
+        self.plan = self.last_plan = plan
+        self._residency = residency
         if is_new:
             try:
                 self._show_bases(residency)
@@ -336,7 +336,6 @@ class Stage:
         residency, number = self._residency, self._numbers[id(entry)]
         assert residency is not None
         entry.check()
-        self._require_frozen(entry)
         called = self._ops.mark_computed()
         if not self._is_in_pass:
             self._see_pass(number)
@@ -355,7 +354,7 @@ class Stage:
                 result = forward(*args, **kwargs)
             if entry.has_buffers and residency.version(number) != version:
                 self._keep_buffers(entry, number, residency)
-            return residency.detached(number, result)
+            return refuse_training(entry, residency.detached(number, result))
         except BaseException as error:
             error.add_note(f"lowbits: raised in {entry.unit.name!r}, while it was streamed")
             raise
@@ -373,17 +372,6 @@ class Stage:
             self.end_pass()
         if not self._order.is_under_way:
             self.timing.begin_pass()
-
-    def _require_frozen(self, entry: Stored) -> None:
-        """Refuse to train what an optimizer would never reach."""
-        if torch.is_grad_enabled() and entry.unit.module.training and entry.wants_grad:
-            raise StreamError(
-                f"weights of {entry.unit.name!r} require gradients, and what is streamed is "
-                "frozen: call model.requires_grad_(False) and train adapters, or model.eval(), or "
-                "detach the streamer",
-                entry.unit.name,
-                "training",
-            )
 
     def _keep_buffers(self, entry: Stored, number: int, residency: Residency) -> None:
         """Write to the master what a forward wrote into its buffers: statistics, counters."""

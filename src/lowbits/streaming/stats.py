@@ -134,7 +134,7 @@ def make_stats(engines: Sequence[Engine], arbiter: Arbiter) -> StreamStats:
             stage.timing.resolve()
         units = tuple(unit for engine in engines for unit in _units_of(engine, arbiter))
         staging = sum(stage.staging_bytes for stage in stages)
-        plans = [stage.plan for stage in stages if stage.plan]
+        plans = [stage.last_plan for stage in stages if stage.last_plan]
         return StreamStats(
             device=str(arbiter.ops.device),
             method=", ".join(dict.fromkeys(stage.method for stage in stages)),
@@ -154,7 +154,7 @@ def make_stats(engines: Sequence[Engine], arbiter: Arbiter) -> StreamStats:
             passes=sum(stage.timing.passes for stage in stages),
             slow_passes=sum(stage.timing.slow_passes for stage in stages),
             predicted_s=sum(plan.predicted_s for plan in plans),
-            actual_s=sum(s.timing.walls[-1] for s in stages if s.plan and s.timing.walls),
+            actual_s=sum(stage.timing.walls[-1] for stage in stages if stage.timing.walls),
             units=units,
             notes=tuple(dict.fromkeys(note for tier in tiers for note in tier.notes)),
         )
@@ -169,7 +169,7 @@ def _units_of(engine: Engine, arbiter: Arbiter) -> list[UnitStats]:
             name=".".join(part for part in (component.name, entry.unit.name) if part),
             nbytes=entry.unit.nbytes,
             is_base=entry is component.base,
-            is_resident=stage.plan is not None and number not in streamed,
+            is_resident=stage.last_plan is not None and number not in streamed,
             copies=entry.copies,
             stall_s=entry.stall_s,
             misses=entry.misses,

@@ -1,0 +1,152 @@
+"""peft's LoRA on streamed pipelines: the same pictures as on resident ones."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from loras import save_lora
+from pipelines import PIPELINES, draw
+from safetensors.torch import save_file
+from streamed import MODES, Anatomy, mode_name, smallest_budget
+
+import lowbits
+from lowbits import errors
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@pytest.fixture(scope="module")
+def lora(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("lora")
+    save_lora(folder)
+    return folder
+
+
+@pytest.fixture(params=MODES, ids=mode_name)
+def mode(request: pytest.FixtureRequest) -> dict[str, Any]:
+    return dict(request.param)
+
+
+def states(pipe: Any, lora: Path) -> list[torch.Tensor]:
+    """Draw with a LoRA loaded, scaled, switched off and on, and taken away."""
+    pictures = [draw("flux", pipe)]
+    pipe.load_lora_weights(lora, adapter_name="one")
+    pictures.append(draw("flux", pipe))
+    pipe.set_adapters(["one"], [0.5])
+    pictures.append(draw("flux", pipe))
+    pipe.disable_lora()
+    pictures.append(draw("flux", pipe))
+    pipe.enable_lora()
+    pictures.append(draw("flux", pipe))
+    pipe.unload_lora_weights()
+    pictures.append(draw("flux", pipe))
+    return pictures
+
+
+@pytest.mark.parametrize("scheme", ["native", "bnb-nf4", "torchao-int8"])
+def test_a_lora_comes_and_goes_while_streamed(
+    scheme: str, mode: dict[str, Any], lora: Path
+) -> None:
+    pipe: Any = PIPELINES["flux"].build()
+    with lowbits.apply(pipe, scheme, device="cpu", keep_source="memory"):
+        expected = states(pipe, lora)
+    anatomy = Anatomy(pipe)  # peft leaves attributes behind
+    budget = 4 * smallest_budget(pipe, scheme, keep_source="memory")
+    handle = lowbits.apply(
+        pipe, scheme, device="cpu", gpu_weights=budget, keep_source="memory", **mode
+    )
+    found = states(pipe, lora)
+    assert [torch.equal(a, b) for a, b in zip(found, expected, strict=True)] == [True] * 6
+    assert handle.stats().peak_device_bytes <= budget
+    handle.restore()
+    anatomy.check()
+
+
+def test_the_factors_count_in_the_budget(lora: Path) -> None:
+    pipe: Any = PIPELINES["flux"].build()
+    budget = 2 * smallest_budget(pipe)
+    handle = lowbits.apply(pipe, device="cpu", gpu_weights=budget, swap="queue")
+    pipe.load_lora_weights(lora)
+    for _ in range(2):
+        with pytest.raises(errors.InsufficientMemoryError) as caught:
+            draw("flux", pipe)
+    handle.reconfigure(gpu_weights=caught.value.needed_bytes)
+    picture = draw("flux", pipe)
+    assert handle.stats().peak_device_bytes <= caught.value.needed_bytes
+    handle.restore()
+    assert torch.equal(draw("flux", pipe), picture)
+
+
+def test_a_native_lora_is_fused_while_streamed(mode: dict[str, Any], lora: Path) -> None:
+    def fused(pipe: Any) -> list[torch.Tensor]:
+        pipe.load_lora_weights(lora, adapter_name="one")
+        pipe.fuse_lora(lora_scale=0.7)
+        pictures = [draw("flux", pipe)]
+        pipe.unfuse_lora()
+        return [*pictures, draw("flux", pipe)]
+
+    expected = fused(PIPELINES["flux"].build())
+    pipe: Any = PIPELINES["flux"].build()
+    budget = 4 * smallest_budget(pipe)
+    handle = lowbits.apply(pipe, device="cpu", gpu_weights=budget, **mode)
+    found = fused(pipe)
+    handle.restore()
+    found.append(draw("flux", pipe))
+    expected.append(expected[-1])
+    assert [torch.equal(a, b) for a, b in zip(found, expected, strict=True)] == [True] * 3
+
+
+def test_a_fused_native_lora_outlives_the_streaming(mode: dict[str, Any], lora: Path) -> None:
+    pipe: Any = PIPELINES["flux"].build()
+    handle = lowbits.apply(pipe, device="cpu", gpu_weights=4 * smallest_budget(pipe), **mode)
+    pipe.load_lora_weights(lora)
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    fused = draw("flux", pipe)
+    handle.reconfigure(gpu_weights="all")
+    assert torch.equal(draw("flux", pipe), fused)
+    handle.restore()
+    assert torch.equal(draw("flux", pipe), fused)
+    assert not torch.equal(draw("flux", PIPELINES["flux"].build()), fused)
+
+
+def test_fusing_into_packed_weights_is_refused(mode: dict[str, Any], lora: Path) -> None:
+    pipe: Any = PIPELINES["flux"].build()
+    budget = 4 * smallest_budget(pipe, "bnb-nf4", keep_source="memory")
+    handle = lowbits.apply(
+        pipe, "bnb-nf4", device="cpu", gpu_weights=budget, keep_source="memory", **mode
+    )
+    pipe.load_lora_weights(lora)
+    beside = draw("flux", pipe)
+    with pytest.raises(errors.PatchError, match="lowbits.restore"):
+        pipe.fuse_lora()
+    assert torch.equal(draw("flux", pipe), beside)
+    handle.restore()
+
+
+@pytest.mark.parametrize("scheme", ["native", "gguf-q8_0"])
+def test_a_lora_fused_before_is_not_undone_by_the_file(
+    scheme: str, lora: Path, tmp_path: Path
+) -> None:
+    pipe: Any = PIPELINES["flux"].build()
+    state = {name: value.contiguous() for name, value in pipe.transformer.state_dict().items()}
+    save_file(state, tmp_path / "model.safetensors")
+    plain = draw("flux", pipe)
+    pipe.load_lora_weights(lora)
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    anatomy = Anatomy(pipe)
+    fused = draw("flux", pipe)
+    assert not torch.equal(plain, fused)
+    with lowbits.apply(pipe, scheme, device="cpu", keep_source="memory"):
+        expected = draw("flux", pipe)
+    options: dict[str, Any] = {"source": tmp_path, "keep_source": "memory", "location": "disk"}
+    budget = smallest_budget(pipe, scheme, **options)
+    with lowbits.apply(pipe, scheme, device="cpu", gpu_weights=budget, **options) as handle:
+        assert torch.equal(draw("flux", pipe), expected)
+        assert handle.stats().disk_bytes > 0
+    anatomy.check()
+    assert torch.equal(draw("flux", pipe), fused)
