@@ -329,7 +329,7 @@ def test_detach_when_the_copying_thread_has_died() -> None:
 
 @pytest.mark.parametrize("after", ["error", "pass", "detach"])
 def test_the_copying_thread_dies(after: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A pass says so, in bounded time; then another one is right, or at least detach works."""
+    """The next pass has a new one, or says so in bounded time; what follows is right."""
     monkeypatch.setattr("lowbits.streaming.transfer._PATIENCE_S", 0.02)
     model, expected = reference(), reference()(inputs())
     streamer = streamer_of(model, location="cpu").attach()
@@ -342,8 +342,7 @@ def test_the_copying_thread_dies(after: str, monkeypatch: pytest.MonkeyPatch) ->
         except StreamError as error:
             errors.append(error)
             break
-    assert len(errors) == 1
-    assert errors[0].unit in str(errors[0])
+    assert all(error.unit in str(error) for error in errors)
     if after == "pass":
         assert same(model(inputs()), expected)
     if after == "detach":

@@ -188,7 +188,7 @@ def test_statistics_add_up() -> None:
         assert 0 < stats.peak_device_bytes <= stats.budget_bytes
         assert stats.host_bytes == sum(unit.nbytes for unit in stats.units)
         assert all(unit.compute_s > 0 for unit in stats.units[:-1])
-        assert stats.units[-1].name == "(base)"
+        assert [unit.is_base for unit in stats.units] == [False] * (len(stats.units) - 1) + [True]
         assert stats.actual_s > 0
         assert stats.predicted_s > 0
         text = str(stats)

@@ -154,10 +154,6 @@ def through_rows(layer: Any) -> None:
             row.add_(1)
 
 
-def through_detach(layer: Any) -> None:
-    layer.weight.detach().add_(1)
-
-
 def under_inference_mode(layer: Any) -> None:
     with torch.inference_mode():
         layer.weight.copy_(layer.weight + 1)
@@ -180,7 +176,6 @@ def under_inference_mode(layer: Any) -> None:
         through_a_view,
         through_a_row,
         through_rows,
-        through_detach,
         under_inference_mode,
     ],
 )

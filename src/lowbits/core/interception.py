@@ -48,8 +48,9 @@ class Intercepted(nn.Module):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Let the interceptor run the call."""
         interceptor = self.__dict__.get(_KEY)
-        if interceptor is None:
-            return super().__call__(*args, **kwargs)
+        if interceptor is None:  # others may have kept this method of a module that was released
+            cls: Any = type(self)
+            return cls.__call__(self, *args, **kwargs)
         return interceptor.call(super().__call__, args, kwargs)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:  # noqa: FBT001, FBT002 - torch's signature

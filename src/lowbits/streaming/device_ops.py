@@ -212,7 +212,10 @@ class AcceleratorOps(DeviceOps):
 
     def free_bytes(self) -> int | None:
         """Return the free memory of the device, and what torch's allocator keeps unused."""
-        free, _ = torch.accelerator.get_memory_info(self.device)
+        try:
+            free, _ = torch.accelerator.get_memory_info(self.device)
+        except RuntimeError:
+            return None  # a backend without an allocator of torch's does not say
         cached = torch.accelerator.memory_reserved(self.device)
         return int(free + cached - torch.accelerator.memory_allocated(self.device))
 

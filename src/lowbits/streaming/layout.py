@@ -172,7 +172,7 @@ class ModelLayout:
         units: in the order in which their modules are registered.
         base: all other tensors that are nothing but their bytes.
         loose: what is moved one by one, and never streamed: markers of packed layers, which have no
-            bytes, and tensors of other libraries' classes.
+            bytes, adapters that are trained, and tensors of other libraries' classes.
     """
 
     units: tuple[Unit, ...]
@@ -205,7 +205,7 @@ def lay_out(root: nn.Module, *, budget_bytes: int, depth: int | None) -> ModelLa
     cut = _Cut(root)
     # Where the usual number does not fit, one at a time may.
     for beside in (_USUAL_DEPTH, 1) if depth is None else (depth,):
-        while cut.refine(budget_bytes, beside):
+        while cut.refine(budget_bytes, beside, must_fit=depth is not None):
             pass
     return cut.layout
 
@@ -219,7 +219,7 @@ class _Cut:
         least = _tree_bytes(root) * _SMALL_SHARE
         self.layout = self._lay_out(_blocks(root, least))
 
-    def refine(self, budget_bytes: int, depth: int) -> bool:
+    def refine(self, budget_bytes: int, depth: int, *, must_fit: bool) -> bool:
         """Make the largest units smaller, or else the base; return False where nothing helps."""
         units = self.layout.units
         sizes = sorted((unit.nbytes for unit in units), reverse=True)[:depth]
@@ -227,10 +227,9 @@ class _Cut:
         room = budget_bytes - self.layout.fixed_bytes
         if sum(sizes) <= room or budget_bytes >= self.layout.nbytes:
             return False
-        chosen: list[nn.Module] = []
-        for unit in units:
-            is_large = depth * unit.nbytes > room
-            chosen += _parts(unit.module) if is_large else [unit.module]
+        chosen = self._split(room // depth + 1)
+        if len(chosen) == len(units) and must_fit and sizes:
+            chosen = self._split(sizes[-1])  # what is too large is whole; its neighbours are not
         if len(chosen) == len(units):
             leaf = self._promoted(largest, depth)
             chosen += [leaf] if leaf is not None else []
@@ -238,6 +237,13 @@ class _Cut:
             return False
         self.layout = self._lay_out(chosen)
         return True
+
+    def _split(self, least: int) -> list[nn.Module]:
+        """Return the modules of all units, of those of some size on their parts instead."""
+        chosen: list[nn.Module] = []
+        for unit in self.layout.units:
+            chosen += _parts(unit.module) if unit.nbytes >= least else [unit.module]
+        return chosen
 
     def _promoted(self, largest: int, depth: int) -> nn.Module | None:
         """Return the module of the base that makes most room by becoming a unit."""
@@ -270,8 +276,9 @@ class _Cut:
         holders: dict[int, list[Holder]] = defaultdict(list)
         tensors: dict[int, Tensor] = {}
         loose = []
+        adapters = _adapters(self.root)
         for holder, tensor in held_tensors(self.root):
-            if not tensor.numel() or not _is_plain(tensor):
+            if not tensor.numel() or not _is_plain(tensor) or id(tensor) in adapters:
                 loose.append((holder, tensor))
                 continue
             tensors[id(tensor)] = tensor
@@ -327,6 +334,16 @@ def _span(shape: torch.Size, stride: tuple[int, ...]) -> int:
 def padded(nbytes: int) -> int:
     """Round up to `ALIGNMENT`."""
     return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+
+def _adapters(root: nn.Module) -> set[int]:
+    """Return the Parameters that are trained in a model whose others are frozen.
+
+    An optimizer holds them, so they stay on the device, and stay the same objects.
+    """
+    floating = [p for p in root.parameters() if p.is_floating_point() and p.numel()]
+    trained = {id(p) for p in floating if p.requires_grad}
+    return trained if len(trained) < len(floating) else set()
 
 
 def _is_plain(tensor: Tensor) -> bool:

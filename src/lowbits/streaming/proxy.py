@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lowbits.core.proxy import METADATA, describe_call, read_only, written_argument
-from lowbits.errors import StreamError
+from lowbits.errors import PatchError, StreamError
 from lowbits.streaming.layout import Place
 
 if TYPE_CHECKING:
@@ -176,6 +176,11 @@ def _compute(
     targets = [leaf for leaf in tree_leaves(written) if isinstance(leaf, StreamedTensor)]
     new_args, new_kwargs = tree_map(lambda x: values.get(id(x), x), (tuple(args), kwargs))
     result = func(*new_args, **new_kwargs)
+    if isinstance(result, torch.Tensor) and result.is_meta:
+        raise PatchError(
+            "cannot move a part of a streamed model to the meta device: detach the streamer first "
+            "(lowbits.restore, or LayerStreamer.detach)"
+        )
     for target in targets:
         target.store(values[id(target)])
     # An in-place function returns what it was called on.

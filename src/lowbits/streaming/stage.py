@@ -314,7 +314,7 @@ class Stage:
             self._use_plan(better)
         elif any(costs):
             # The same units in the same slots, but what was predicted is known better now.
-            self.plan = replace(
+            self.plan = self.last_plan = replace(
                 self.plan,
                 predicted_s=now.wall_s,
                 compute_s=better.compute_s,

@@ -167,6 +167,8 @@ class Stored:
     def _require_alike(self, holder: Holder, found: Tensor | None, place: Place) -> None:
         if found is None or found.shape != place.shape or found.dtype != place.dtype:
             raise self._replaced(holder, "by another shape or dtype")
+        if found.is_meta:
+            raise self._replaced(holder, "by one without bytes (on the meta device)")
 
     def _replaced(self, holder: Holder, how: str) -> StreamError:
         return StreamError(

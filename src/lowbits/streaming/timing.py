@@ -40,7 +40,7 @@ class Timing:
         self.passes = self.slow_passes = 0
         self.walls: deque[float] = deque(maxlen=_KEPT_PASSES)
         self.bandwidth = _BANDWIDTH
-        self._is_measured = False
+        self._copied_bytes = self._copy_s = 0.0
         self._ops = ops
         self._begin: Any = None
         self._units: deque[tuple[Stored, Any, Any, Any]] = deque()
@@ -53,6 +53,9 @@ class Timing:
     def end_pass(self) -> None:
         """Note the end of a completed pass, and look at what has happened meanwhile."""
         self.passes += 1
+        # What was copied long ago counts less and less.
+        self._copied_bytes *= 1 - _NEWEST
+        self._copy_s *= 1 - _NEWEST
         self._passes.append((self._begin, self._ops.mark_computed()))
         self.resolve()
 
@@ -62,11 +65,10 @@ class Timing:
 
     def note_copy(self, nbytes: int, seconds: float) -> None:
         """Note a copy."""
-        if seconds > 0:
-            found = nbytes / seconds
-            # A guess that is far off would outweigh what was measured for many copies.
-            self.bandwidth = _mean(self.bandwidth, found) if self._is_measured else found
-            self._is_measured = True
+        self._copied_bytes += nbytes
+        self._copy_s += seconds
+        if self._copied_bytes and self._copy_s:
+            self.bandwidth = self._copied_bytes / self._copy_s
 
     def forget_marks(self) -> None:
         """Forget events that nobody will look at any more."""
