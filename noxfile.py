@@ -12,7 +12,10 @@ PROJECT = nox.project.load_toml("pyproject.toml")
 CONSTRAINTS = ("-c", "constraints.txt")
 BACKENDS = ("bnb", "torchao", "quanto", "gguf", "float8")
 #: From seconds to 20 minutes each; every one prints what it did not run.
-CPU_BENCHMARKS = ("bench_import", "conversion_memory", "bench_gguf", "bench_layers", "bench_model")
+CPU_BENCHMARKS = (
+    *("bench_import", "conversion_memory", "bench_gguf", "bench_layers", "bench_model"),
+    "bench_streaming",
+)
 #: With their arguments; the report on the GPU does not overwrite the one on the CPU.
 GPU_BENCHMARKS = (
     (
@@ -20,6 +23,7 @@ GPU_BENCHMARKS = (
         *("--json", "out/bench_layers_gpu.json"),
     ),
     ("bench_flux_gpu",),
+    ("bench_streaming", "--device", "cuda", "--json", "out/bench_streaming_gpu.json"),
 )
 PRINT_ACCELERATOR = (
     "import torch as t; d = t.accelerator.current_accelerator(check_available=True); "
@@ -67,9 +71,9 @@ def tests(session: nox.Session) -> None:
 def backends(session: nox.Session) -> None:
     """Run the full product of schemes and checks, and fail where a backend was skipped."""
     install_for_tests(session)
-    session.run(
-        "pytest", "-m", "not gpu", "-n", "2", "tests/backends", *session.posargs, env=ENVIRONMENT
-    )
+    folders = ("tests/backends", "tests/streaming", "tests/integrations")
+    arguments = ("-m", "not gpu", "-n", "2", "--dist", "worksteal", *session.posargs)
+    session.run("pytest", *folders, *arguments, env=ENVIRONMENT)
     check = "import lowbits as l; assert all(b.available for b in l.backends()), l.backends()"
     session.run("python", "-c", check)
 

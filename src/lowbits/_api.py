@@ -378,8 +378,6 @@ def _component(
 
 def _refuse_patched(components: Sequence[Component]) -> None:
     for component in components:
-        if find_handle(component.module) is None or component.scheme is None:
-            refuse_streamed(component.module)
         if component.scheme is None:
             continue
         name = component.name or type(component.module).__name__
@@ -394,6 +392,8 @@ def _refuse_patched(components: Sequence[Component]) -> None:
                 f"{name} holds packed layers already (a part of it was applied, or it is a copy of "
                 "an applied module): restore that part, or call lowbits.dequantize(target) first"
             )
+    for component in components:
+        refuse_streamed(component.module)
 
 
 def _require_one(components: Sequence[Component], decisions: Sequence[Decision]) -> None:

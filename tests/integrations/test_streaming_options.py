@@ -141,7 +141,9 @@ def test_numbers_agree_with_each_other(scheme: str, mode: dict[str, Any]) -> Non
         assert stats.pinned_bytes == 0
         assert {unit.name.partition(".")[0] for unit in stats.units} == set(handle.components)
         assert stats.to_dict()["units"][0]["name"] == stats.units[0].name
-    assert second.passes == 2 * first.passes == 8
+    # Four of each picture's five passes are known at its end: decode's ends with the next one.
+    assert first.passes == 4
+    assert second.passes == 9
     assert second.copied_bytes > first.copied_bytes
 
 

@@ -33,7 +33,6 @@ def test_switch_keeps_the_options_of_streaming(scheme: str) -> None:
     switched.restore()
 
 
-@pytest.mark.xfail(strict=True, reason="streaming goes on over layers that are not packed any more")
 @pytest.mark.parametrize("mode", [QUEUE_CPU, ASYNC_DISK], ids=["queue-cpu", "async-disk"])
 def test_dequantized_while_streamed(mode: dict[str, Any]) -> None:
     expected_pipe, _ = build("native")

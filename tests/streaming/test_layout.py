@@ -29,7 +29,9 @@ MODES = (torch.no_grad, torch.inference_mode, torch.enable_grad)
 LOCATIONS = ("cpu", "disk")
 
 
-def layout_of(model: nn.Module, budget_bytes: int = 1 << 40, depth: int = 3) -> ModelLayout:
+def layout_of(
+    model: nn.Module, budget_bytes: int = 1 << 40, depth: int | None = None
+) -> ModelLayout:
     return lay_out(model, budget_bytes=budget_bytes, depth=depth)
 
 

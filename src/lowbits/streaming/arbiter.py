@@ -83,16 +83,20 @@ class Arbiter:
         Raises:
             InsufficientMemoryError: the budget is too small for it.
         """
+        for known in [part for stage in self.stages() for part in stage.components]:
+            known.notice_new()
         stage = self.stage_of(component)
         if stage.plan is None:
             stage = self._join(stage)
-            others = [other for other in self.stages() if other is not stage]
-            if stage.nbytes + sum(other.reserved_bytes for other in others) > self.budget_bytes:
-                for other in others:
-                    if not other.uses:  # else it is its forward that calls this one
-                        other.park()
-            taken = sum(other.reserved_bytes for other in others)
-            stage.activate(self.budget_bytes - taken)
+        others = [other for other in self.stages() if other is not stage]
+        wanted = stage.nbytes if stage.plan is None else stage.reserved_bytes
+        if wanted + sum(other.reserved_bytes for other in others) > self.budget_bytes:
+            for other in others:
+                if not other.uses:  # else it is its forward that calls this one
+                    other.park()
+        room = self.budget_bytes - sum(other.reserved_bytes for other in others)
+        if stage.plan is None or stage.reserved_bytes > room:
+            stage.activate(room)
         return stage
 
     def shrink(self, stage: Stage) -> None:

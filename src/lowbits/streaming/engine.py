@@ -184,7 +184,6 @@ class Engine:
 
     def _enter(self) -> Stage:
         _refuse_foreign(self.root, self.name or type(self.root).__name__)
-        self.component.notice_new()
         stage = self._arbiter.enter(self.component)
         stage.look()
         return stage
