@@ -303,11 +303,6 @@ def test_another_pipeline_over_the_same_components(scheme: str, mode: dict[str, 
     assert lowbits.handle(pipe) is None
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=ValueError,
-    reason="diffusers compares a component's class, which is another",
-)
 def test_from_pipe(scheme: str) -> None:
     pipe, expected, _ = build(scheme)
     handle = stream(pipe, scheme, keep_source="memory")

@@ -188,7 +188,7 @@ class Stored:
         has_changed = False
         for place, held in zip(self.unit.places, self._held, strict=True):
             is_buffer = not place.holders[0].is_parameter
-            if held.requires_grad != place.original.requires_grad:
+            if self.is_base and held.requires_grad != place.original.requires_grad:
                 place.original.requires_grad_(held.requires_grad)
             if isinstance(held, StreamedTensor) or (buffers_only and not is_buffer):
                 continue
