@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, Final, final
 
@@ -178,7 +179,9 @@ class Engine:
                 stage.uses -= 1
                 if is_pass:
                     stage.leave_pass()
-            # Here the traceback is gone, and with it what the frames of the failed pass held.
+            # Here the traceback is gone, and with it what the frames of the failed pass held, but
+            # for what refers to itself.
+            gc.collect()
             self._arbiter.shrink(stage)
             self.recoveries += 1
 
