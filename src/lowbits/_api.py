@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, final
 
@@ -144,7 +144,7 @@ def dequantize(target: Any) -> None:
     layers = [module for module in modules.values() if isinstance(module, PackedLayer)]
     if not layers:
         raise NotPatchedError(f"nothing in this {type(target).__name__} is packed")
-    for streamed in {id(h): h for h in map(find_handle, modules.values()) if h}.values():
+    for streamed in _handles_of(modules.values()):
         streamed.end_streaming()
     for root in roots:
         refuse_streamed(root)
@@ -165,14 +165,19 @@ def handle(target: Any) -> Handle | None:
 
 def restore(target: Any) -> None:
     """Undo `apply` or `quantize`: see `Handle.restore`; all of a pipeline's handles."""
-    handles = {id(h): h for h in map(find_handle, _modules_of(target).values()) if h}
+    handles = _handles_of(_modules_of(target).values())
     if not handles:
         raise NotPatchedError(
             f"this {type(target).__name__} has no handle: it was not applied, was restored "
             "already, or is a copy of an applied one (lowbits.dequantize works on those)"
         )
-    for owned in handles.values():
+    for owned in handles:
         owned.restore()
+
+
+def _handles_of(modules: Iterable[nn.Module]) -> list[Handle]:
+    """Return the handles of some modules, each once."""
+    return list({id(owned): owned for owned in map(find_handle, modules) if owned}.values())
 
 
 def schemes() -> tuple[SchemeInfo, ...]:
@@ -217,11 +222,12 @@ def _apply(
     rules = {glob: request_of(value).scheme for glob, value in (config.rules or {}).items()}
     decisions = select(components, Selection(rules, config.skip, DEFAULT))
     _require_one(components, decisions)
-    placed = _placed(modules, config, device, stored_bytes_of(decisions))
+    files = _source_files(config)
+    placed = _placed(modules, config, device, stored_bytes_of(decisions), files)
     is_streamed = isinstance(placed, StreamedModels)
     options = ConvertOptions(
         keep_source=config.keep_source,
-        source=None if config.source is None else SourceFiles(config.source),
+        source=files,
         device=device,
         hold=torch.device("cpu") if is_streamed else None,
         progress=config.progress,
@@ -262,6 +268,7 @@ def _placed(
     config: LowbitsConfig,
     device: torch.device | None,
     nbytes: int,
+    files: SourceFiles | None,
 ) -> PlacedModels:
     """Decide whether models of some bytes, as they will be stored, stay on the device."""
     if device is None:
@@ -272,8 +279,11 @@ def _placed(
     if budget is None:
         return ResidentModels(modules, device)
     announce = None if "" in modules else announce_device
-    source = None if config.source is None else SourceFiles(config.source)
-    return StreamedModels(modules, placement, budget, announce, source)
+    return StreamedModels(modules, placement, budget, announce, files)
+
+
+def _source_files(config: LowbitsConfig) -> SourceFiles | None:
+    return None if config.source is None else SourceFiles(config.source)
 
 
 @final
@@ -283,26 +293,23 @@ class _Target:
     def __init__(
         self, modules: Mapping[str, nn.Module], config: LowbitsConfig, device: torch.device | None
     ) -> None:
-        self._references = {name: weakref.ref(module) for name, module in modules.items()}
+        self._modules = weakref.WeakValueDictionary(modules)
         self._config, self._device = config, device
-
-    def _modules(self) -> dict[str, nn.Module]:
-        live = {name: reference() for name, reference in self._references.items()}
-        return {name: module for name, module in live.items() if module is not None}
 
     def switch(self, owned: Handle, scheme: Any) -> Handle:
         """Pack the target in another scheme, with the options in force."""
-        return _switch(owned, self._modules(), self._config, self._device, scheme)
+        return _switch(owned, dict(self._modules), self._config, self._device, scheme)
 
     def place_again(self, owned: Handle, placed: Placed, changes: Mapping[str, Any]) -> Placed:
         """Place the target in another way, or as it was if that fails."""
         if self._device is None:
             raise ConfigError("lowbits.quantize never moves a module: use lowbits.apply for that")
-        config, modules = replace(self._config, **changes), self._modules()
+        config, modules = replace(self._config, **changes), dict(self._modules)
+        files = _source_files(config)
         placed.detach()
         try:
             nbytes = sum({id(t): t.nbytes for t in tensors_of(modules.values())}.values())
-            new = _placed(modules, config, self._device, nbytes)
+            new = _placed(modules, config, self._device, nbytes, files)
             homes = [] if isinstance(new, StreamedModels) else _homes(modules, self._device)
             for module, _ in homes:
                 module.to(self._device)

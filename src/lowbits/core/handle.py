@@ -7,7 +7,7 @@ from collections import OrderedDict
 from typing import TYPE_CHECKING, Any, Final, Protocol, final
 
 from lowbits.core.packed import PackedLayer, read_weight
-from lowbits.core.surgery import Journal, undo
+from lowbits.core.surgery import Journal, take_back, verify_sources
 from lowbits.errors import NotPatchedError, PatchError
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ class Handle:
         target: Target,
         placed: Placed,
     ) -> None:
-        self._components = {name: weakref.ref(module) for name, module in components.items()}
+        self._components = weakref.WeakValueDictionary(components)
         self._report, self._target, self._placed = report, target, placed
         self._homes: list[tuple[weakref.ref[nn.Module], torch.device]] = []
         self._hooks: list[RemovableHandle] = []
@@ -83,8 +83,7 @@ class Handle:
     @property
     def components(self) -> dict[str, nn.Module]:
         """The modules that this handle is for, by name; those that still exist."""
-        live = {name: reference() for name, reference in self._components.items()}
-        return {name: module for name, module in live.items() if module is not None}
+        return dict(self._components)
 
     @property
     def is_active(self) -> bool:
@@ -152,11 +151,10 @@ class Handle:
         """
         self._require_active("restore")
         journals = [part.journal for part in self._parts()]
-        for source in {id(s): s for journal in journals for s in journal.sources()}.values():
-            source.verify()  # before streaming ends: it is not begun again for nothing
+        verify_sources(journals)  # before streaming ends: it is not begun again for nothing
         self._placed.detach()
         try:
-            undo(journals)
+            take_back(journals)
         except BaseException:
             self._placed.attach()
             raise

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from lowbits.core.backend import Packed, QuantBackend
 
 #: Attributes and methods that the wrapper's own metadata answers.
-METADATA: Final = frozenset(
+_METADATA: Final = frozenset(
     """
     shape dtype device layout ndim requires_grad is_leaf is_cuda is_cpu is_xpu is_mps
     is_meta is_sparse is_quantized is_nested is_mkldnn grad grad_fn names nbytes itemsize
@@ -33,7 +33,8 @@ METADATA: Final = frozenset(
 )
 #: Reads that give the proxy itself.
 _SELF: Final = frozenset(("data", "detach", "requires_grad_", "contiguous"))
-_STORAGE: Final = frozenset(("data_ptr", "untyped_storage", "storage", "_typed_storage"))
+#: Reads that need memory of the wrapper's own, which it has not.
+STORAGE: Final = frozenset(("data_ptr", "untyped_storage", "storage", "_typed_storage"))
 
 
 @final
@@ -104,13 +105,13 @@ class WeightProxy(torch.Tensor):
         if proxy is not None:
             raise PatchError(_refusal(name, proxy))
         if args and isinstance(args[0], WeightProxy) and not is_write:
-            if name in _STORAGE:
+            if name in STORAGE:
                 raise PatchError(_refusal(name, args[0]))
             if name in _SELF:
                 return args[0]
             if name == "__repr__":
                 return repr(args[0])
-            if name in METADATA and not (name == "type" and len(args) > 1):
+            if is_metadata(name, args):
                 with torch._C.DisableTorchFunctionSubclass():
                     return func(*args, **kwargs)
         dense = {id(p): p.dequantized() for p in tree_leaves((args, kwargs)) if type(p) is cls}
@@ -169,6 +170,11 @@ def written_argument(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
 
 def _find(written: Any) -> WeightProxy | None:
     return next((leaf for leaf in tree_leaves(written) if isinstance(leaf, WeightProxy)), None)
+
+
+def is_metadata(name: str, args: Sequence[Any]) -> bool:
+    """Say whether the wrapper itself can answer: ``type()`` does, and ``type(dtype)`` converts."""
+    return name in _METADATA and not (name == "type" and len(args) > 1)
 
 
 def describe_call(func: Callable[..., Any]) -> tuple[str, bool]:

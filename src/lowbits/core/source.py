@@ -19,7 +19,7 @@ from lowbits.core.memory import bytes_of
 from lowbits.errors import ConfigError, SourceUnavailableError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from torch import Tensor
 
@@ -162,10 +162,8 @@ class SourceFiles:
         A file may hold the weight in another dtype, if converting gives these bits exactly as
         loading did. A path, a size or a date prove nothing: a LoRA may have been fused since.
         """
-        for file in self._files(component).get(fqn, ()):
-            tensor = read_tensor(file, fqn)
-            if tensor.shape == parameter.shape and _same_bits(tensor, parameter.detach()):
-                return FileSource(file, fqn, parameter, digest(tensor))
+        for file, stored in self._alike(component, fqn, parameter):
+            return FileSource(file, fqn, parameter, digest(stored))
         return None
 
     def locate(self, component: str, fqn: str, tensor: Tensor) -> Extent | None:
@@ -175,12 +173,17 @@ class SourceFiles:
         """
         if not tensor.is_contiguous():
             return None
-        for file in self._files(component).get(fqn, ()):
-            stored = read_tensor(file, fqn)
-            is_alike = stored.shape == tensor.shape and stored.dtype == tensor.dtype
-            if is_alike and _same_bits(stored, tensor.detach()):
+        for file, stored in self._alike(component, fqn, tensor):
+            if stored.dtype == tensor.dtype:
                 return extent_of(file, fqn)
         return None
+
+    def _alike(self, component: str, fqn: str, tensor: Tensor) -> Iterator[tuple[Path, Tensor]]:
+        """Yield each file that holds a tensor's bits, converted if need be, and what it holds."""
+        for file in self._files(component).get(fqn, ()):
+            stored = read_tensor(file, fqn)
+            if stored.shape == tensor.shape and _same_bits(stored, tensor.detach()):
+                yield file, stored
 
     def _files(self, component: str) -> Mapping[str, Sequence[Path]]:
         """Return which files hold each tensor of a component: variants may lie side by side."""

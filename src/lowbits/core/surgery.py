@@ -141,12 +141,10 @@ class Journal:
             for change in self._changes
         ]
 
-    def verify(self) -> None:
-        """Raise where undoing would not give the model that there was."""
+    def require_untouched(self) -> None:
+        """Raise where others changed a layer so that its original would be wrong in it."""
         for change in self._changes:
             _require_untouched(change)
-        for source in {id(source): source for source in self.sources()}.values():
-            source.verify()
 
     def undo(self, originals: dict[int, nn.Parameter]) -> None:
         """Take every change back, the last one first.
@@ -160,19 +158,36 @@ class Journal:
             self._changes.pop()
 
 
-@torch.inference_mode(mode=False)
 def undo(journals: Sequence[Journal]) -> None:
-    """Take back what some journals of one target hold.
-
-    Everything is verified before the first layer is touched. A file that fails after that leaves
-    the layers that were not yet restored packed and working, and in their journals.
+    """Take back what some journals of one target hold: all of it is verified first.
 
     Raises:
         SourceUnavailableError: naming the way out.
         PatchError: somebody changed a packed layer in a way that cannot be kept.
     """
+    verify_sources(journals)
+    take_back(journals)
+
+
+def verify_sources(journals: Sequence[Journal]) -> None:
+    """Raise `SourceUnavailableError` where an original cannot be had; reads files, once each."""
+    sources = (source for journal in journals for source in journal.sources())
+    for source in {id(source): source for source in sources}.values():
+        source.verify()
+
+
+@torch.inference_mode(mode=False)
+def take_back(journals: Sequence[Journal]) -> None:
+    """Take back what some journals of one target hold, whose sources were verified.
+
+    A file that fails after that leaves the layers that were not yet restored packed and working,
+    and in their journals.
+
+    Raises:
+        PatchError: somebody changed a packed layer in a way that cannot be kept; nothing changes.
+    """
     for journal in journals:
-        journal.verify()
+        journal.require_untouched()
     originals: dict[int, nn.Parameter] = {}
     for journal in reversed(journals):
         journal.undo(originals)

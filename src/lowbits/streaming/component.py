@@ -120,16 +120,13 @@ class Component:
         """
         if not self._tree.has_changed():
             return
-        known = {id(h.module): set[str]() for entry in self.entries for h in _holders(entry)}
-        for entry in self.entries:
-            for holder in _holders(entry):
-                known[id(holder.module)].add(holder.name)
-        for loose in self._loose:
-            known.setdefault(id(loose.holder.module), set()).add(loose.holder.name)
+        holders = [holder for entry in self.entries for holder, _ in entry.unit.holders()]
+        holders += [loose.holder for loose in self._loose]
+        known = {(id(holder.module), holder.name) for holder in holders}
         self._extras = [
             _Loose(holder, tensor)
             for holder, tensor in held_tensors(self.root)
-            if holder.name not in known.get(id(holder.module), ())
+            if (id(holder.module), holder.name) not in known
         ]
         for extra in self._extras:
             extra.move(self._device)
@@ -174,10 +171,6 @@ class Component:
         for loose in (*self._loose, *self._extras):
             if is_cast(loose.holder, loose.tensor.dtype):
                 loose.cast(dtypes[loose.tensor.dtype])
-
-
-def _holders(entry: Stored) -> list[Holder]:
-    return [holder for holder, _ in entry.unit.holders()]
 
 
 @final

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, final
 
 import torch
@@ -121,43 +122,25 @@ class Engine:
                 release(module)
             self.component.tier.close()
 
-    def run(
-        self,
-        call: _Call,
-        forward: Callable[..., Any],
-        args: Sequence[Any],
-        kwargs: Mapping[str, Any],
-    ) -> Any:
+    def run(self, call: _Call, forward: Callable[[], Any]) -> Any:
         """Run the forward of the model, or of one of its modules."""
         with self._arbiter.lock:
             if self._is_running:
-                return self._run_part(call, forward, args, kwargs)
+                return self._run_part(call, forward)
             self._is_running = True
             try:
-                return self._run_first(call, forward, args, kwargs)
+                return self._run_first(call, forward)
             finally:
                 self._is_running = False
 
-    def _run_part(
-        self,
-        call: _Call,
-        forward: Callable[..., Any],
-        args: Sequence[Any],
-        kwargs: Mapping[str, Any],
-    ) -> Any:
+    def _run_part(self, call: _Call, forward: Callable[[], Any]) -> Any:
         if call.unit is None:
-            return forward(*args, **kwargs)
+            return forward()
         entry = self.component.units[call.unit]
         stage = self._arbiter.stage_of(self.component)
-        return stage.run_unit(entry, forward, args, kwargs)
+        return stage.run_unit(entry, forward)
 
-    def _run_first(
-        self,
-        call: _Call,
-        forward: Callable[..., Any],
-        args: Sequence[Any],
-        kwargs: Mapping[str, Any],
-    ) -> Any:
+    def _run_first(self, call: _Call, forward: Callable[[], Any]) -> Any:
         """Run what was called from outside, once more with fewer residents if memory runs out."""
         while True:
             stage = self._enter()
@@ -166,7 +149,7 @@ class Engine:
                 stage.begin_pass()
             stage.uses += 1
             try:
-                result = self._run_part(call, forward, args, kwargs)
+                result = self._run_part(call, forward)
             except torch.OutOfMemoryError as error:
                 if not self._may_repeat(call, stage):
                     error.add_note(_ADVICE)
@@ -226,20 +209,19 @@ class Engine:
             PatchError: another device than the one that the model computes on.
             StreamError: called inside the model's forward.
         """
-        device = self._arbiter.ops.device
+        square = torch.empty(2, 2, 2, 2, device=self.device)
         dtypes = {}
         for dtype in self.component.dtypes():
-            probe = function(torch.empty(0, dtype=dtype, device=device))
-            if probe.device != torch.empty(0, device=device).device:
+            probe = function(torch.empty(0, dtype=dtype, device=self.device))
+            if probe.device != square.device:
                 raise PatchError(
                     f"cannot move a streamed {type(self.root).__name__} to {probe.device}: its "
-                    f"blocks are copied to {device} as it runs. Undo the streaming first "
+                    f"blocks are copied to {self.device} as it runs. Undo the streaming first "
                     "(LayerStreamer.detach, handle.restore), or stream to that device "
                     "(handle.reconfigure)"
                 )
             if probe.dtype != dtype:
                 dtypes[dtype] = probe.dtype
-        square = torch.empty(2, 2, 2, 2, device=device)
         if function(square).stride() != square.stride():
             raise PatchError(
                 "cannot change the memory format of a streamed model: do it before streaming begins"
@@ -285,7 +267,7 @@ class _Call(Interceptor):
         self, forward: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
     ) -> Any:
         """Run the forward with its weights on the device."""
-        return self._engine.run(self, forward, args, kwargs)
+        return self._engine.run(self, partial(forward, *args, **kwargs))
 
     def settled(self) -> AbstractContextManager[None]:
         """Let the model's modules hold what can be saved."""

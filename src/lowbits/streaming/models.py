@@ -121,12 +121,12 @@ class ResidentModels(PlacedModels):
             modules: by name; not kept alive.
             device: that they are on; None: wherever that is.
         """
-        self._modules = [weakref.ref(module) for module in modules.values()]
+        self._modules = weakref.WeakValueDictionary(modules)
         self._device = device
 
     def stats(self) -> StreamStats:
         """Return the bytes that they take now."""
-        live = [module for module in (reference() for reference in self._modules) if module]
+        live = list(self._modules.values())
         devices = dict.fromkeys(str(self._device or tensor.device) for tensor in tensors_of(live))
         return resident_stats(", ".join(devices), live)
 

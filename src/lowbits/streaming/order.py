@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 class CallOrder:
     """The order that the next pass is expected to have.
 
-    The first pass is traced. Later ones are compared with it: a unit that is called out of turn is
-    reported, and an order that two passes in a row have is expected from then on.
+    The first pass is traced. Later ones are compared with it: an order that two passes in a row
+    have is expected from then on.
 
     Attributes:
         expected: numbers of units, in order; a unit that is called twice is there twice.
@@ -32,16 +32,15 @@ class CallOrder:
         self._position = 0
         self._trace = []
 
-    def enter(self, unit: int) -> bool:
-        """Note that a unit is called; return whether it was its turn."""
+    def enter(self, unit: int) -> None:
+        """Note that a unit is called, in or out of turn."""
         self._trace.append(unit)
         count = len(self.expected)
         for ahead in range(count):
             at = (self._position + ahead) % count
             if self.expected[at] == unit:
                 self._position = at + 1
-                return ahead == 0
-        return False
+                return
 
     def closes(self, unit: int) -> bool:
         """Say whether calling a unit begins a new pass, where nothing else says so."""

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from lowbits.core.proxy import METADATA, describe_call, read_only, written_argument
+from lowbits.core.proxy import STORAGE, describe_call, is_metadata, read_only, written_argument
 from lowbits.errors import PatchError, StreamError
 from lowbits.streaming.layout import Place
 
@@ -23,7 +23,10 @@ if TYPE_CHECKING:
 
     from lowbits.streaming.masters import Master
 
-_STORAGE: Final = frozenset(("data_ptr", "untyped_storage", "storage", "_typed_storage"))
+_NO_META: Final = (
+    "cannot move a part of a streamed model to the meta device: detach the streamer first "
+    "(lowbits.restore, or LayerStreamer.detach)"
+)
 
 
 @final
@@ -91,10 +94,7 @@ class StreamedTensor(torch.Tensor):
         """Replace the master's tensor."""
         place = self._place
         if value.is_meta:
-            raise StreamError(
-                "cannot move a part of a streamed model to the meta device: detach the streamer "
-                "first (lowbits.restore, or LayerStreamer.detach)"
-            )
+            raise StreamError(_NO_META)
         if value.shape != place.shape or value.dtype != place.dtype:
             raise StreamError(
                 f"cannot set a streamed weight of {place.dtype} {tuple(place.shape)} to "
@@ -136,7 +136,7 @@ class StreamedTensor(torch.Tensor):
         kwargs = dict(kwargs or {})
         first = args[0] if args else None
         if isinstance(first, StreamedTensor):
-            if name in _STORAGE:
+            if name in STORAGE:
                 raise StreamError(f"a streamed weight has no {name} between two uses of its block")
             if name in _ANSWERS and not is_write:
                 return _ANSWERS[name](first)
@@ -145,7 +145,7 @@ class StreamedTensor(torch.Tensor):
             if name == "requires_grad_" or (name == "requires_grad" and is_write):
                 first._place.original.requires_grad_(*args[1:], **kwargs)
                 name = "requires_grad"
-            if name in METADATA and not (name == "type" and len(args) > 1):
+            if is_metadata(name, args):
                 with torch._C.DisableTorchFunctionSubclass():
                     return func(*args, **kwargs)
         return _compute(func, args, kwargs, writes=is_write)
@@ -177,10 +177,7 @@ def _compute(
     new_args, new_kwargs = tree_map(lambda x: values.get(id(x), x), (tuple(args), kwargs))
     result = func(*new_args, **new_kwargs)
     if isinstance(result, torch.Tensor) and result.is_meta:
-        raise PatchError(
-            "cannot move a part of a streamed model to the meta device: detach the streamer first "
-            "(lowbits.restore, or LayerStreamer.detach)"
-        )
+        raise PatchError(_NO_META)
     for target in targets:
         target.store(values[id(target)])
     # An in-place function returns what it was called on.

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_map_only
 from lowbits.errors import StreamError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from torch import Tensor
 
@@ -75,7 +75,12 @@ class Residency:
     """
 
     def __init__(
-        self, stored: Sequence[Stored], plan: StreamPlan, ops: DeviceOps, transfer: Transfer
+        self,
+        stored: Sequence[Stored],
+        plan: StreamPlan,
+        ops: DeviceOps,
+        transfer: Transfer,
+        note_peak: Callable[[], None],
     ) -> None:
         """Lay out the buffers; each is made at its first use, on the stream current then.
 
@@ -84,7 +89,9 @@ class Residency:
             plan: says who shares which slot.
             ops: makes buffers.
             transfer: fills them.
+            note_peak: called whenever a buffer was made.
         """
+        self._note_peak = note_peak
         self._stored, self._ops, self._transfer = stored, ops, transfer
         self._ring = [_Slot(nbytes) for nbytes in plan.slot_bytes]
         self._homes: list[_Home] = []
@@ -247,6 +254,7 @@ class Residency:
         freed = [h.freed for h in (home, *rivals) if h.freed is not None]
         if slot.buffer is None:
             slot.buffer = self._ops.empty(slot.nbytes)
+            self._note_peak()
             # Whoever had this memory before may be computing with it still.
             freed.append(self._ops.mark_computed())
         # First: whatever is raised from here on, the old bytes count as overwritten.

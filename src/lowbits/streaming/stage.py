@@ -14,7 +14,7 @@ from lowbits.streaming.timing import MethodTrial, Timing
 from lowbits.streaming.transfer import DirectTransfer, InlineTransfer, ThreadTransfer, Transfer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Sequence
 
     from lowbits.streaming.component import Component
     from lowbits.streaming.device_ops import DeviceOps
@@ -155,7 +155,7 @@ class Stage:
             InsufficientMemoryError: the budget is below `minimum_bytes`.
         """
         self._budget_bytes = min(budget_bytes, self._limit_bytes or budget_bytes)
-        self._use_plan(self._make_plan())
+        self.replan()
 
     def _make_plan(self) -> StreamPlan:
         if self._transfer is None:
@@ -181,7 +181,7 @@ class Stage:
 
     def _use_plan(self, plan: StreamPlan) -> None:
         assert self._transfer
-        residency = Residency(self._entries, plan, self._ops, self._transfer)
+        residency = Residency(self._entries, plan, self._ops, self._transfer, self._note_peak)
         if self._residency is not None:
             residency.inherit(self._residency)
         is_new = self._residency is None
@@ -289,7 +289,7 @@ class Stage:
         if self._trial is not None and self.plan and self.plan.slot_bytes:
             self._try_methods(self._trial)
         if is_other_order:
-            self._use_plan(self._make_plan())
+            self.replan()
             self._prefetch()
         elif self.timing.passes == _MEASURED_PASSES and self.plan and self.plan.slot_bytes:
             self._improve()
@@ -322,16 +322,10 @@ class Stage:
             )
 
     def replan(self) -> None:
-        """Plan again: something was added to the device."""
+        """Plan, or plan again: for another budget, another order, more that is fixed."""
         self._use_plan(self._make_plan())
 
-    def run_unit(
-        self,
-        entry: Stored,
-        forward: Callable[..., Any],
-        args: Sequence[Any],
-        kwargs: Mapping[str, Any],
-    ) -> Any:
+    def run_unit(self, entry: Stored, forward: Callable[[], Any]) -> Any:
         """Run a unit's forward with its bytes on the device."""
         residency, number = self._residency, self._numbers[id(entry)]
         assert residency is not None
@@ -345,13 +339,12 @@ class Stage:
             entry.misses += 1
         tensors = residency.acquire(number)
         started = self._ops.mark_computed()
-        self._note_peak()
         entry.begin_use(tensors)
         version = residency.version(number)
         try:
             self._prefetch()
             with reread_for_backward(entry, tensors if residency.is_streamed(number) else ()):
-                result = forward(*args, **kwargs)
+                result = forward()
             if entry.has_buffers and residency.version(number) != version:
                 self._keep_buffers(entry, number, residency)
             return refuse_training(entry, residency.detached(number, result))
@@ -381,4 +374,3 @@ class Stage:
     def _prefetch(self) -> None:
         if self.method == "async" and self._residency is not None:
             self._residency.prefetch(self._order.upcoming())
-            self._note_peak()

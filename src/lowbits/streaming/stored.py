@@ -33,6 +33,7 @@ class Stored:
         unit: what it is.
         is_base: whether it is what no unit of its model holds.
         master: its bytes for good.
+        has_buffers: whether its forward may write into one of its tensors.
         compute_s: seconds of its forward, a running mean; 0 until it was called.
         stall_s: seconds that compute has waited for its bytes.
         copies: how often it was copied to the device.
@@ -58,6 +59,7 @@ class Stored:
             StreamedTensor(place, master, device, self._count_miss) for place in unit.places
         ]
         self._holders = list(unit.holders())
+        self.has_buffers = any(not place.holders[0].is_parameter for place in unit.places)
         self._uses = 0
         # Originals at first: `hide` takes them away.
         self._held: Sequence[Tensor] = [place.original for place in unit.places]
@@ -202,11 +204,6 @@ class Stored:
     def wants_grad(self) -> bool:
         """Whether an original requires a gradient."""
         return any(place.original.requires_grad for place in self.unit.places)
-
-    @property
-    def has_buffers(self) -> bool:
-        """Whether a forward may write into one of its tensors."""
-        return any(not place.holders[0].is_parameter for place in self.unit.places)
 
 
 def _bits(tensor: Tensor) -> Tensor:
