@@ -97,12 +97,17 @@ def computed(
     if not x.is_floating_point():
         raise PatchError(f"a packed layer takes floating inputs, as any other; got {x.dtype}")
     device_type = x.device.type
-    is_available = torch.amp.is_autocast_available(device_type)
-    is_left_alone = not is_available or x.dtype == torch.float64
+    is_left_alone = not _has_autocast(device_type) or x.dtype == torch.float64
     if is_left_alone or not torch.is_autocast_enabled(device_type):
         return function(x, dtype).to(x.dtype)
     with torch.autocast(device_type, enabled=False):
         return function(x, dtype).to(torch.get_autocast_dtype(device_type))
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _has_autocast(device_type: str) -> bool:
+    # A constant to compilers: that of torch 2.11 does not know the function.
+    return torch.amp.is_autocast_available(device_type)
 
 
 def _wants_grad(*tensors: Tensor | None) -> bool:
