@@ -45,6 +45,8 @@ _FUSED: Final = (torch.float16, torch.bfloat16, torch.float32)
 
 _FP4_SCHEME: Final = "bnb-fp4"
 _NESTED: Final = "bnb-nf4-dq"
+#: A byte of two codes of 0.
+_NF4_ZEROS: Final = 0x77
 
 _SCHEMES: Final = (
     Scheme(
@@ -104,15 +106,11 @@ class BitsAndBytesBackend(QuantBackend):
 
     def pack(self, weight: Tensor, scheme: Scheme) -> Packed:
         """Quantize with bitsandbytes."""
+        if scheme.name == "bnb-int8":
+            return _pack_int8(weight, scheme)
         from bitsandbytes import functional as bnb
 
         shape = (weight.shape[0], weight.shape[1])
-        if scheme.name == "bnb-int8":
-            codes, absmax, _ = bnb.int8_vectorwise_quant(weight)
-            # LLM.int8() divides by 127 when it multiplies; the scale is stored ready to use.
-            return Packed(
-                scheme.name, shape, {"qdata": codes, "scale": (absmax / 127).unsqueeze(1)}
-            )
         kind = "fp4" if scheme.name == _FP4_SCHEME else "nf4"
         sliceable = shape[1] % BLOCK == 0
         grid = (shape[0], -1) if sliceable else (1, -1)
@@ -126,6 +124,8 @@ class BitsAndBytesBackend(QuantBackend):
             return Packed(
                 scheme.name, shape, tensors | {"scale": absmax.view(grid)}, row_sliceable=sliceable
             )
+        # A scale that was 0 is decoded as something else, and CUDA's kernel has any code for 0 / 0.
+        _zero_codes(tensors["qdata"], absmax == 0)
         offset = absmax.mean()
         scale, nested = bnb.quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCK)
         tensors |= {
@@ -213,6 +213,21 @@ class BitsAndBytesBackend(QuantBackend):
         self._dynamic.write(part["scale"], scale)
         scale = scale * nested + packed["offset"]
         return replace(part, tensors={"qdata": part["qdata"], "scale": scale})
+
+
+def _pack_int8(weight: Tensor, scheme: Scheme) -> Packed:
+    """Quantize as ``int8_vectorwise_quant`` does on a CPU; on CUDA it takes nothing but float16."""
+    absmax = weight.abs().amax(1, keepdim=True).float()
+    codes = torch.round(weight * torch.where(absmax > 0, 127.0 / absmax, 0.0)).to(torch.int8)
+    # LLM.int8() divides by 127 when it multiplies; the scale is stored ready to use.
+    tensors = {"qdata": codes, "scale": absmax / 127}
+    return Packed(scheme.name, (weight.shape[0], weight.shape[1]), tensors)
+
+
+def _zero_codes(codes: Tensor, is_zero: Tensor) -> None:
+    """Write NF4's code of 0 into blocks; two codes are in a byte."""
+    flat = codes.view(-1)
+    flat[is_zero.repeat_interleave(BLOCK // 2)[: len(flat)]] = _NF4_ZEROS
 
 
 @constant
