@@ -1,4 +1,7 @@
-"""The contract of a backend: what each of its schemes is checked for, on small layers."""
+"""The contract of a backend: what each of its schemes is checked for, on small layers.
+
+Checks run on torch's default device: ``with torch.device("cuda"): check()``.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ import lowbits
 from lowbits.core.registry import DEFAULT
 from lowbits.core.scheme import ALL_KINDS, LINEAR
 from lowbits.testing import copies, layers, modes, tracing
+from lowbits.testing.layers import random
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -91,7 +95,7 @@ def _checks_in(
 
 
 def _weight(rows: int = _ROWS, row_length: int = _ROW_LENGTH, seed: int = 0) -> Tensor:
-    return torch.randn(rows, row_length, generator=torch.Generator().manual_seed(seed)) * 0.05
+    return random(rows, row_length, seed=seed) * 0.05
 
 
 def _unpacked(backend: QuantBackend, packed: Packed) -> Tensor:
@@ -202,7 +206,7 @@ def _check_odd_row_lengths(backend: QuantBackend, scheme: Scheme) -> None:
 
 def _check_linear_multiplies_by_the_weight(backend: QuantBackend, scheme: Scheme) -> None:
     packed = backend.pack(_weight(), scheme)
-    x = torch.randn(3, 5, _ROW_LENGTH, generator=torch.Generator().manual_seed(1))
+    x = random(3, 5, _ROW_LENGTH, seed=1)
     bias = torch.arange(_ROWS, dtype=torch.float32)
     expected = functional.linear(x, _unpacked(backend, packed), bias)
     got = backend.matmul(x, packed, bias)

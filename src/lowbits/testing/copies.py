@@ -100,6 +100,8 @@ def check_loads_in_a_fresh_process(backend: QuantBackend, scheme: Scheme) -> Non
     model, _ = packed_model(scheme.name)
     parts = {
         "backend": type(backend),
+        "device": torch.get_default_device(),
+        "allow_tf32": torch.backends.cudnn.allow_tf32,
         "model": pickle.dumps(model),
         "state": model.state_dict(),
         "expected": model(tokens()).detach(),
@@ -124,11 +126,13 @@ def reload(path: str) -> None:
     backend's library, which takes seconds, and which loading does not need.
     """
     parts = torch.load(path, weights_only=False)
+    torch.set_default_device(parts["device"])
+    torch.backends.cudnn.allow_tf32 = parts["allow_tf32"]
     if parts["backend"].name not in DEFAULT.all():
         # Known to the parent by `register_backend`, and not by an entry point.
         lowbits.register_backend(parts["backend"]())
     unpickled = pickle.loads(parts["model"])  # noqa: S301 - written by the parent
-    loaded = copy.deepcopy(unpickled).to_empty(device="cpu")
+    loaded = copy.deepcopy(unpickled).to_empty(device=torch.get_default_device())
     loaded.load_state_dict(parts["state"], strict=True)
     for model in (unpickled, loaded):
         assert torch.allclose(model(tokens()), parts["expected"], rtol=1e-5, atol=1e-6)
@@ -139,9 +143,10 @@ def check_casts_keep_the_codes(backend: QuantBackend, scheme: Scheme) -> None:
     model, _ = packed_model(scheme.name)
     layer: Any = model.blocks[0]
     codes, bits = stored(model), stored_bytes(layer)
+    here = torch.get_default_device()
     casts: dict[torch.dtype, tuple[Callable[[Model], Any], ...]] = {
         torch.float16: (Model.half, lambda m: m.to(torch.float16)),
-        torch.bfloat16: (Model.bfloat16, lambda m: m.to("cpu", torch.bfloat16)),
+        torch.bfloat16: (Model.bfloat16, lambda m: m.to(here, torch.bfloat16)),
         torch.float64: (Model.double, lambda m: m.to(dtype=torch.float64)),
         torch.float32: (Model.float, lambda m: m.to(torch.zeros(1))),
     }
@@ -174,7 +179,7 @@ def check_moves_keep_the_codes(backend: QuantBackend, scheme: Scheme) -> None:
     model, _ = packed_model(scheme.name)
     state, expected = copy.deepcopy(model.state_dict()), model(tokens())
     codes = stored(model)
-    model.cpu().to("cpu")
+    model.cpu().to(torch.get_default_device())
     assert same_codes(model, codes)
     assert _is_tied(model)
     for load in (_assign, _fill):
@@ -190,7 +195,7 @@ def _assign(twin: Model, state: dict[str, Any]) -> None:
 
 
 def _fill(twin: Model, state: dict[str, Any]) -> None:
-    twin.to_empty(device="cpu").load_state_dict(state)
+    twin.to_empty(device=torch.get_default_device()).load_state_dict(state)
 
 
 def check_dtypes_of_a_state_dict_are_kept(backend: QuantBackend, scheme: Scheme) -> None:

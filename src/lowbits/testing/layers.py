@@ -73,6 +73,12 @@ def tokens(batch: int = 2) -> Tensor:
     return torch.arange(batch * 32).view(batch, 32) * 7 % 32
 
 
+def random(*shape: int, seed: int) -> Tensor:
+    """Return normally distributed values, the same on every device."""
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(seed), device="cpu")
+    return values.to(torch.get_default_device())
+
+
 def row_length_for(scheme: Scheme) -> int:
     """Return a row length of 64 or more that a scheme can hold."""
     return math.lcm(_WIDTH, scheme.row_multiple)

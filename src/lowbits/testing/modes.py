@@ -18,6 +18,7 @@ from lowbits.testing.layers import (
     inputs_of,
     model_for,
     packed_model,
+    random,
     same_codes,
     stored,
     tokens,
@@ -58,11 +59,10 @@ def check_adapters_train_through_packed_layers(backend: QuantBackend, scheme: Sc
 
 
 def _adapter_gradients(model: Model) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(1)
     first, second = model.train().blocks
     x = inputs_of(first)
-    down = torch.randn(x.shape[1], 4, generator=generator).requires_grad_()
-    up = torch.randn(4, 96, generator=generator).requires_grad_()
+    down = random(x.shape[1], 4, seed=1).requires_grad_()
+    up = random(4, 96, seed=2).requires_grad_()
     second(torch.tanh(first(x) + x @ down @ up)).square().mean().backward()
     assert down.grad is not None
     assert up.grad is not None
@@ -107,7 +107,7 @@ def check_autocast(backend: QuantBackend, scheme: Scheme) -> None:
     model, _ = packed_model(scheme.name)
     twin, codes = dense_twin(model), stored(model)
     x = inputs_of(model.blocks[0])
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+    with torch.no_grad(), torch.autocast(x.device.type, torch.bfloat16):
         got, expected = model.blocks[0](x), twin.blocks[0](x)
         assert model.conv1(torch.ones(1, 32, 8)).dtype == torch.bfloat16
         assert model(tokens()).dtype == twin(tokens()).dtype

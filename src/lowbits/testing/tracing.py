@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lowbits.testing.layers import packed_model, tokens
+from lowbits.testing.layers import close, packed_model, tokens
 
 if TYPE_CHECKING:
     from lowbits.core.backend import QuantBackend
@@ -27,7 +27,7 @@ def check_compiles_whole_and_only_once(backend: QuantBackend, scheme: Scheme) ->
     with torch.no_grad():
         expected = model(tokens())
         for _ in range(3):
-            assert torch.allclose(compiled(tokens()), expected, rtol=1e-4, atol=1e-5)
+            assert close(compiled(tokens()), expected, scheme)
     assert len(graphs) == 1
 
 
@@ -37,4 +37,4 @@ def check_exports(backend: QuantBackend, scheme: Scheme) -> None:
     program = torch.export.export(model, (tokens(),))
     with torch.no_grad():
         got = program.module()(tokens())
-        assert torch.allclose(got, model(tokens()), rtol=1e-4, atol=1e-5)
+        assert close(got, model(tokens()), scheme)
