@@ -14,9 +14,7 @@ of its own. Seconds are those of a picture, text encoders included, after a warm
 from __future__ import annotations
 
 import gc
-import json
-import subprocess
-import sys
+import multiprocessing
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -31,6 +29,7 @@ from paired import (
     machine,
     machine_line,
     number,
+    one_line,
     parser,
     sample_s,
     split,
@@ -46,8 +45,16 @@ import lowbits
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Callable, Iterator, Sequence
+    from multiprocessing.connection import Connection
 
 GIB: Final = 1024**3
+#: Where rows run: forks of a process that has imported these, and has touched no device.
+PROCESSES: Final = multiprocessing.get_context("forkserver")
+PRELOADED: Final = (
+    *("diffusers.pipelines.flux.pipeline_flux", "diffusers.models.transformers.transformer_flux"),
+    *("transformers.models.t5.modeling_t5", "transformers.models.clip.modeling_clip"),
+    *("bitsandbytes", "torchao.quantization", "optimum.quanto", "gguf", "lowbits"),
+)
 LIBRARIES: Final = ("lowbits", "upstream")
 Row = dict[str, Any]
 
@@ -143,20 +150,38 @@ def measure_here(scheme: str, library: str, given: argparse.Namespace) -> Row:
     return row
 
 
+def answer(pipe: Connection, scheme: str, library: str, given: argparse.Namespace) -> None:
+    """Measure a scheme, and send the row, or what went wrong: a process's whole job."""
+    torch.set_num_threads(given.threads)
+    try:
+        with torch.no_grad():
+            pipe.send(measure_here(scheme, library, given))
+    except Exception as error:  # noqa: BLE001 - the other rows are measured all the same
+        pipe.send({"error": one_line(error)})
+
+
 def measure(scheme: str, library: str, given: argparse.Namespace, timeout_s: float | None) -> Row:
-    """Measure a scheme in a process of its own.
+    """Measure a scheme in a process of its own, forked from one that has imported everything.
 
     Raises:
-        RuntimeError: with the last line of what the process said.
-        subprocess.TimeoutExpired: it took longer.
+        RuntimeError: with the first line of what went wrong.
+        TimeoutError: it took longer.
     """
-    command = [sys.executable, __file__, "--one", f"{scheme},{library}"]
-    command += ["--device", str(given.device), "--steps", str(given.steps)]
-    command += ["--threads", str(given.threads), *(["--tiny"] if given.tiny else [])]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=timeout_s)
-    if done.returncode:
-        raise RuntimeError(done.stderr.strip().splitlines()[-1])
-    row: Row = json.loads(done.stdout.splitlines()[-1])
+    here, there = PROCESSES.Pipe()
+    process = PROCESSES.Process(target=answer, args=(there, scheme, library, given))
+    process.start()
+    there.close()
+    try:
+        if not here.poll(timeout_s):
+            raise TimeoutError
+        row: Row = here.recv()
+    except EOFError:
+        raise RuntimeError("the process ended without an answer") from None
+    finally:
+        process.kill()
+        process.join()
+    if "error" in row:
+        raise RuntimeError(row["error"])
     return row
 
 
@@ -170,7 +195,7 @@ def rows(given: argparse.Namespace, budget: Budget) -> Iterator[Row]:
             left = None if budget.seconds is None else budget.seconds - budget.elapsed_s()
             try:
                 yield measure(scheme, library, given, left)
-            except subprocess.TimeoutExpired:
+            except TimeoutError:
                 budget.skip(what, f"the budget of {budget.seconds:g} s ran out in it")
             except RuntimeError as error:
                 budget.skip(what, error)
@@ -212,7 +237,6 @@ def options() -> argparse.Namespace:
     made.add_argument("--libraries", type=split, default=["lowbits"], help=", ".join(LIBRARIES))
     made.add_argument("--steps", type=int, help="default: 50")
     made.add_argument("--tiny", action="store_true", help="a tiny model on the CPU, 2 steps")
-    made.add_argument("--one", type=split, help="scheme,library: measure it in this process")
     given = made.parse_args()
     given.steps = given.steps or (2 if given.tiny else 50)
     if given.device is None:
@@ -227,11 +251,7 @@ def main() -> None:
     """Measure, print, and write after each row."""
     given = options()
     torch.set_num_threads(given.threads)
-    if given.one:
-        with torch.no_grad():
-            scheme, library = given.one
-            print(json.dumps(measure_here(scheme, library, given)))
-        return
+    PROCESSES.set_forkserver_preload([*PRELOADED])
     name = "CPU" if given.device.type == "cpu" else accelerator_name(given.device)
     print(f"{name}\n{machine_line(machine(given.device))}", flush=True)
     budget = Budget(given.seconds)

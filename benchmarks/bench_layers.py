@@ -153,13 +153,12 @@ def packed_layer(dense: nn.Module, scheme: str) -> nn.Module:
     Raises:
         ValueError: the scheme does not hold this layer, which fell back to another one.
     """
-    device = next(dense.parameters()).device
-    layer = copy.deepcopy(dense).cpu()
+    layer = copy.deepcopy(dense)
     handle = lowbits.quantize(layer, scheme, rules={"*": scheme}, keep_source="none")
     found = next(iter(handle.report().layers))
     if found.scheme != scheme:
         raise ValueError(f"stored as {found.scheme}: {found.reason}")
-    return layer.to(device)
+    return layer
 
 
 def upstream_layer(dense: nn.Module, case: Case) -> tuple[nn.Module, str]:
