@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache, wraps
+from functools import wraps
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 import torch
@@ -39,12 +39,16 @@ def constant(function: Callable[P, R]) -> Callable[P, R]:
     Results are ordinary tensors wherever the first call is: in inference mode, in an export that
     computes on fake tensors.
     """
-    cached = cache(function)
+    results: dict[tuple[object, ...], R] = {}
 
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        with torch.inference_mode(mode=False), _python_dispatch._disable_current_modes():
-            return cached(*args, **kwargs)  # type: ignore[arg-type] # Hashable, as they are
+        key = (*args, *kwargs.items())
+        if key not in results:
+            # Not around a look-up: every forward makes some, and entering costs ten of them.
+            with torch.inference_mode(mode=False), _python_dispatch._disable_current_modes():
+                results[key] = function(*args, **kwargs)
+        return results[key]
 
     marked: Callable[P, R] = torch.compiler.assume_constant_result(call)  # type: ignore[no-untyped-call]
     return marked
