@@ -144,7 +144,7 @@ class Engine:
         """Run what was called from outside, once more with fewer residents if memory runs out."""
         while True:
             stage = self._enter()
-            is_pass = call.is_root and stage.begins_with(self.component)
+            is_pass = stage.is_begun_by(self.component) and call.is_root
             if is_pass:
                 stage.begin_pass()
             stage.uses += 1

@@ -65,6 +65,7 @@ class Stage:
         self.timing = Timing(ops)
         self.uses = 0
         self._is_in_pass = False
+        self._last_called: Component | None = None
         self._pid = os.getpid()
         self._note_peak = note_peak
         self._ops, self._depth = ops, depth
@@ -125,9 +126,16 @@ class Stage:
         slot_of = self.last_plan.slot_of if self.last_plan else {}
         return {n for n, e in enumerate(component.units) if self._numbers[id(e)] in slot_of}
 
-    def begins_with(self, component: Component) -> bool:
-        """Say whether a pass begins with this component's forward."""
-        return self.components[0] is component
+    def is_begun_by(self, component: Component) -> bool:
+        """Note that a component was called; say whether a pass begins with that.
+
+        Guidance calls each of two that share a ring twice in its turn: their pass begins where the
+        first one is called after another.
+        """
+        is_again = self._last_called is component
+        self._last_called = component
+        is_alone = len(self.components) == 1
+        return self.components[0] is component and (is_alone or not is_again)
 
     @property
     def can_shrink(self) -> bool:
