@@ -14,7 +14,7 @@ from torch import nn
 
 from lowbits.config import LowbitsConfig
 from lowbits.core.convert import ConvertOptions, convert, stored_bytes_of
-from lowbits.core.handle import Handle, Placed, allow_saving, find_handle
+from lowbits.core.handle import Handle, Placed, allow_methods, find_handle
 from lowbits.core.memory import storage_bytes
 from lowbits.core.packed import PackedLayer
 from lowbits.core.registry import DEFAULT
@@ -154,7 +154,7 @@ def dequantize(target: Any) -> None:
         # A handle of more than this target keeps the way back to the rest, and to this.
         if owned and all(id(component) in modules for component in owned.components.values()):
             owned.release()
-        allow_saving(module)
+        allow_methods(module)
 
 
 def handle(target: Any) -> Handle | None:

@@ -120,11 +120,6 @@ def test_accelerate_hooks_do_not_change_a_packed_result(order: str) -> None:
         assert target(x).shape == (1, 64)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="fuse_qkv_projections() while packed makes ordinary layers of dequantized weights, "
-    "which the model goes on using after restore(), without a word",
-)
 def test_projections_fused_while_packed_are_not_used_after_restore(flux: Any) -> None:
     transformer = copy.deepcopy(flux.transformer)
     inputs = flux_inputs()
@@ -137,6 +132,35 @@ def test_projections_fused_while_packed_are_not_used_after_restore(flux: Any) ->
         except lowbits.errors.LowbitsError:
             return
         assert torch.allclose(transformer(**inputs)[0], expected, atol=1e-4)
+
+
+def test_projections_are_fused_before_packing_or_after_restore_and_not_between(flux: Any) -> None:
+    transformer = copy.deepcopy(flux.transformer)
+    inputs = flux_inputs()
+    with torch.no_grad():
+        expected = transformer(**inputs)[0]
+        handle = pack(transformer)
+        packed = transformer(**inputs)[0]
+        attention = transformer.transformer_blocks[0].attn
+        for module, name in [
+            (transformer, "fuse_qkv_projections"),
+            (attention, "fuse_projections"),
+            (copy.deepcopy(transformer), "fuse_qkv_projections"),
+        ]:
+            with pytest.raises(lowbits.errors.PatchError, match="Fuse before lowbits.apply"):
+                getattr(module, name)()
+        assert torch.equal(transformer(**inputs)[0], packed)
+        assert not attention.fused_projections
+        handle.restore()
+        assert torch.equal(transformer(**inputs)[0], expected)
+        assert "fuse_projections" not in vars(attention)
+        transformer.fuse_qkv_projections()
+        fused = transformer(**inputs)[0]
+        handle = pack(transformer)
+        assert isinstance(attention.to_qkv, PackedLayer)
+        assert not torch.equal(transformer(**inputs)[0], fused)
+        handle.restore()
+        assert torch.equal(transformer(**inputs)[0], fused)
 
 
 def two_handles(pipe: Any) -> dict[str, lowbits.Handle]:

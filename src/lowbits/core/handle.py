@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import OrderedDict
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, Protocol, final
 
 from lowbits.core.packed import PackedLayer, read_weight
@@ -11,7 +12,7 @@ from lowbits.core.surgery import Journal, take_back, verify_sources
 from lowbits.errors import NotPatchedError, PatchError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from types import TracebackType
 
     import torch
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
     from lowbits.core.report import Report
 
 _OWNED: Final = "_lowbits_handle"
-#: How diffusers and transformers call it.
-_SAVE: Final = "save_pretrained"
 
 
 class Placed(Protocol):
@@ -78,7 +77,7 @@ class Handle:
                 register: Any = module._register_state_dict_hook
                 self._hooks.append(register(_answer_weight_lookups))
                 for part in module.modules():
-                    _guard_saving(part)
+                    _guard_methods(part)
 
     @property
     def components(self) -> dict[str, nn.Module]:
@@ -196,7 +195,7 @@ class Handle:
     def detach(self) -> None:
         """Make the target forget this handle; nothing else changes.
 
-        Components that are not packed any more may be saved again.
+        Components that are not packed any more may be saved, and fused, again.
         """
         for hook in self._hooks:
             hook.remove()
@@ -205,7 +204,7 @@ class Handle:
             if find_handle(module) is self:
                 del module.__dict__[_OWNED]
                 for part in module.modules():
-                    allow_saving(part)
+                    allow_methods(part)
 
     def _require_active(self, what: str) -> None:
         if not self.is_active:
@@ -260,21 +259,47 @@ def refuse_saving(*_: Any, **__: Any) -> None:
     )
 
 
-def _guard_saving(module: nn.Module) -> None:
-    """Refuse ``save_pretrained`` of what holds packed layers; peft's saves adapters only."""
-    is_model = getattr(module, _SAVE, None) is not None
-    if is_model and not type(module).__module__.startswith("peft.") and _holds_packed(module):
-        module.__dict__[_SAVE] = refuse_saving
+def refuse_fusing(*_: Any, **__: Any) -> None:
+    """Stand for diffusers' ``fuse_qkv_projections`` of what is packed, copies included.
+
+    Raises:
+        PatchError: always. It would concatenate what packed layers decode to into new ordinary
+            ones, which the model goes on using after `restore`.
+    """
+    raise PatchError(
+        "fuse_qkv_projections would make full-size layers of the packed weights, and the model "
+        "would keep them after lowbits.restore. Fuse before lowbits.apply, which packs the fused "
+        "layers; now: lowbits.restore(target), fuse, and apply again"
+    )
+
+
+#: Methods of diffusers' and transformers' modules that packed ones must not run.
+_REFUSALS: Final[Mapping[str, Callable[..., None]]] = MappingProxyType(
+    {
+        "save_pretrained": refuse_saving,
+        "fuse_qkv_projections": refuse_fusing,
+        "fuse_projections": refuse_fusing,
+    }
+)
+
+
+def _guard_methods(module: nn.Module) -> None:
+    """Refuse some methods of what holds packed layers; peft saves adapters only."""
+    found = [name for name in _REFUSALS if getattr(module, name, None) is not None]
+    if found and not type(module).__module__.startswith("peft.") and _holds_packed(module):
+        module.__dict__.update((name, _REFUSALS[name]) for name in found)
 
 
 def _holds_packed(module: nn.Module) -> bool:
     return any(isinstance(part, PackedLayer) for part in module.modules())
 
 
-def allow_saving(module: nn.Module) -> None:
-    """Give a module its own ``save_pretrained`` back, unless it is packed still."""
-    if module.__dict__.get(_SAVE) is refuse_saving and not _holds_packed(module):
-        del module.__dict__[_SAVE]
+def allow_methods(module: nn.Module) -> None:
+    """Give a module its own methods back, unless it is packed still."""
+    refused = [name for name, stub in _REFUSALS.items() if module.__dict__.get(name) is stub]
+    if refused and not _holds_packed(module):
+        for name in refused:
+            del module.__dict__[name]
 
 
 class _StateDict(OrderedDict[str, Any]):
