@@ -12,9 +12,13 @@ import threading
 from collections import deque
 from typing import TYPE_CHECKING, Final, final
 
+from lowbits.core.report import format_bytes
+from lowbits.errors import InsufficientMemoryError
 from lowbits.streaming.stage import Stage
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from lowbits.streaming.component import Component
     from lowbits.streaming.device_ops import DeviceOps
 
@@ -96,8 +100,32 @@ class Arbiter:
                     other.park()
         room = self.budget_bytes - sum(other.reserved_bytes for other in others)
         if stage.plan is None or stage.reserved_bytes > room:
+            if room < stage.minimum_bytes:
+                room = self._share(stage, [other for other in others if other.uses])
             stage.activate(room)
         return stage
+
+    def _share(self, stage: Stage, callers: Sequence[Stage]) -> int:
+        """Let stages whose forwards call another one give way; return what there is for that one.
+
+        Raises:
+            InsufficientMemoryError: the budget is too small for all of them at once.
+        """
+        needed = stage.minimum_bytes + sum(caller.busy_bytes for caller in callers)
+        above = self.budget_bytes - needed
+        if above < 0:
+            raise InsufficientMemoryError(
+                f"a model that is called inside another's forward needs {needed} bytes "
+                f"({format_bytes(needed)}) on {self.ops.device} together with it; the budget is "
+                f"{self.budget_bytes} bytes ({format_bytes(self.budget_bytes)})",
+                needed,
+                self.budget_bytes,
+                str(self.ops.device),
+            )
+        for caller in callers:
+            caller.give_way(caller.busy_bytes + above // (len(callers) + 1))
+        self.ops.release_cached()
+        return self.budget_bytes - sum(caller.reserved_bytes for caller in callers)
 
     def shrink(self, stage: Stage) -> None:
         """Make a stage take less of the device from now on, and give cached memory back."""
@@ -117,8 +145,9 @@ class Arbiter:
         if a is not a_again or b is not b_again or a is b:
             return stage
         joined = self._stage(*a.components, *b.components)
+        is_free = not (a.uses or b.uses)
         is_short = max(a_now - a_passes, b_now - b_passes) <= _SHORT_TURN
-        if not is_short or joined.minimum_bytes > self.budget_bytes:
+        if not (is_short and is_free) or joined.minimum_bytes > self.budget_bytes:
             return stage
         for old in (a, b):
             old.close()

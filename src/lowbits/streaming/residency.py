@@ -104,25 +104,35 @@ class Residency:
             self._homes.append(_Home(number, slot, start, nbytes))
         self._streamed = frozenset(plan.slot_of)
         self._held: dict[int, _Home] = {}
+        self._left: set[_Slot] = set()
         self._under_way: list[tuple[int, Load]] = []
         self.copied_bytes = 0
 
     @property
     def device_bytes(self) -> int:
-        """Bytes of the buffers that were made."""
-        slots = {id(home.slot): home.slot for home in self._homes}.values()
+        """Bytes of the buffers that were made, and of those before them that are in use still."""
+        slots = self._slots() | self._left
         return sum(slot.nbytes for slot in slots if slot.buffer is not None)
+
+    def _slots(self) -> set[_Slot]:
+        return {home.slot for home in self._homes}
+
+    def used_bytes(self, numbers: Iterable[int]) -> int:
+        """Return the bytes of the buffers that some units are using now."""
+        used = {self._held[number].slot for number in numbers if number in self._held}
+        return sum(slot.nbytes for slot in used)
 
     def inherit(self, old: Residency) -> None:
         """Take over those residents of another residency of the same units that stay residents.
 
-        The other one is spent: its other buffers are let go.
+        The other one is spent: its other buffers are let go, those in use as soon as they are not.
         """
         old.drain()
         for number, home in enumerate(old._homes):
             if number not in old._streamed and number not in self._streamed:
                 self._homes[number] = home
-        self._held = {n: h for n, h in old._held.items() if self._homes[n] is h}
+        self._held = old._held
+        self._left = {home.slot for home in self._held.values()} - self._slots()
         self.copied_bytes = old.copied_bytes
         old.let_go(self._homes)
 
@@ -223,18 +233,30 @@ class Residency:
         if not home.users:
             home.freed = self._ops.mark_computed()
             del self._held[number]
-            if home is not self._homes[number]:
+            if home.slot in self._left:
+                self._leave(home.slot)
+            elif home is not self._homes[number]:
                 home.slot.homes.remove(home)
                 # Who comes into this slot next has to wait for this use, too.
                 for other in home.slot.homes:
                     other.freed = home.freed
 
+    def _leave(self, slot: _Slot) -> None:
+        """Let go of a buffer that another residency made, unless it is in use still."""
+        if not any(home.users for home in slot.homes):
+            self._left.remove(slot)
+            slot.buffer = None
+            for home in slot.homes:
+                home.tensors = home.load = None
+
     def prefetch(self, upcoming: Iterable[int]) -> None:
         """Ask for copies of the units that come next, as far as slots are free.
 
         A place in a slot is free when its last user is done, and nothing that comes earlier is in
-        it.
+        it. None is while buffers from before are in use.
         """
+        if self._left:
+            return
         expected: set[int] = set()
         for number in upcoming:
             home = self._homes[number]
@@ -253,14 +275,14 @@ class Residency:
         rivals = home.rivals()
         freed = [h.freed for h in (home, *rivals) if h.freed is not None]
         if slot.buffer is None:
-            slot.buffer = self._ops.empty(slot.nbytes)
-            self._note_peak()
+            self._make_buffer(slot, entry)
             # Whoever had this memory before may be computing with it still.
             freed.append(self._ops.mark_computed())
         # First: whatever is raised from here on, the old bytes count as overwritten.
         for overwritten in (home, *rivals):
             overwritten.is_present = False
         home.version = entry.master.version
+        assert slot.buffer is not None
         target = slot.buffer[home.start : home.stop]
         home.load = self._transfer.start(entry.unit.name, entry.master, target, freed)
         home.is_present = True
@@ -268,18 +290,28 @@ class Residency:
         entry.copies += 1
         self.copied_bytes += entry.unit.nbytes
 
+    def _make_buffer(self, slot: _Slot, entry: Stored) -> None:
+        capacity_bytes = sum(each.nbytes for each in self._slots())
+        if self._left and self.device_bytes + slot.nbytes > capacity_bytes:
+            raise self._no_slot(entry)
+        slot.buffer = self._ops.empty(slot.nbytes)
+        self._note_peak()
+
     def _spare(self, wanted: _Home) -> _Home:
         """Return a home in a slot that nobody is using, for a unit whose own is in use."""
         entry, nbytes = self._stored[wanted.number], wanted.stop - wanted.start
         for slot in self._ring:
             if slot.nbytes >= nbytes and not any(home.users for home in slot.homes):
                 return _Home(wanted.number, slot, 0, nbytes)
+        raise self._no_slot(entry)
+
+    def _no_slot(self, entry: Stored) -> StreamError:
         users = ", ".join(
             repr(self._stored[number].unit.name)
             for number in self._held
             if self.is_streamed(number)
         )
-        raise StreamError(
+        return StreamError(
             f"{entry.unit.name!r} was called inside {users}, and there is no slot left for it: "
             "stream with a larger budget, or a larger depth",
             entry.unit.name,

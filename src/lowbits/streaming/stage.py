@@ -150,6 +150,19 @@ class Stage:
         self._depth = None
         self.replan()
 
+    def give_way(self, budget_bytes: int) -> None:
+        """Take less of the device from now on, inside a forward; not below `busy_bytes`."""
+        assert self.plan
+        if self.plan.device_bytes > budget_bytes:
+            self._budget_bytes = budget_bytes
+            self.replan()
+
+    @property
+    def busy_bytes(self) -> int:
+        """The smallest budget that the stage can go on in, with the units that are in use now."""
+        used = self._residency.used_bytes(range(self._n_units)) if self._residency else 0
+        return max(self.minimum_bytes, self.fixed_bytes + used)
+
     @property
     def minimum_bytes(self) -> int:
         """The smallest budget that the stage can run in."""
@@ -363,7 +376,8 @@ class Stage:
             # Who keeps the traceback of an error would keep a slot's memory with it.
             del tensors
             entry.end_use()
-            residency.release(number)
+            # Another one where a model that was called inside has made this one give way.
+            (self._residency or residency).release(number)
             self.timing.note(entry, called, started, self._ops.mark_computed())
             self._prefetch()
 
