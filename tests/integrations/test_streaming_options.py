@@ -147,7 +147,6 @@ def test_numbers_agree_with_each_other(scheme: str, mode: dict[str, Any]) -> Non
     assert second.copied_bytes > first.copied_bytes
 
 
-@pytest.mark.xfail(strict=True, reason="a parked model's plan is forgotten by the statistics")
 def test_numbers_tell_of_every_model_and_not_of_the_last_one() -> None:
     pipe = PIPELINES["sdxl"].build()
     budget = smallest_budget(pipe)

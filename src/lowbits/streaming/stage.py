@@ -282,7 +282,7 @@ class Stage:
         A pass of several models ends where the next one begins.
         """
         if len(self.components) > 1 and self._order.is_under_way:
-            self.end_pass()
+            self.end_pass(is_over=True)
         self._order.begin()
         self.timing.begin_pass()
         self._is_in_pass = True
@@ -298,11 +298,15 @@ class Stage:
             self._is_in_pass = False
             self._order.begin()
 
-    def end_pass(self) -> None:
-        """End a pass; see whether another plan is better now."""
+    def end_pass(self, *, is_over: bool = False) -> None:
+        """End a pass; see whether another plan is better now.
+
+        Args:
+            is_over: it ended with the last use of a unit, and nothing said so then.
+        """
         self._is_in_pass = False
         is_other_order = self._order.end()
-        self.timing.end_pass()
+        self.timing.end_pass(is_over=is_over)
         self._is_warm = True
         assert self._residency
         for nbytes, seconds in self._residency.finished_copies():
@@ -384,7 +388,7 @@ class Stage:
     def _see_pass(self, number: int) -> None:
         """See where a pass ends and begins, where the model itself is never called."""
         if self._order.closes(number):
-            self.end_pass()
+            self.end_pass(is_over=True)
         if not self._order.is_under_way:
             self.timing.begin_pass()
 

@@ -67,7 +67,7 @@ class StreamStats:
         passes: completed forwards of models.
         slow_passes: those that took more than three times the median: on Windows, probably the
             driver moving device memory to the host. Use a smaller budget.
-        predicted_s: of a pass of each model on the device, by the plan.
+        predicted_s: of a pass of each model, by its plan, and what was measured outside of units.
         actual_s: of their last passes; 0 before the first.
         units: one by one.
         notes: why something is another way than it was asked for.
@@ -153,7 +153,9 @@ def make_stats(engines: Sequence[Engine], arbiter: Arbiter) -> StreamStats:
             recoveries=sum(engine.recoveries for engine in engines),
             passes=sum(stage.timing.passes for stage in stages),
             slow_passes=sum(stage.timing.slow_passes for stage in stages),
-            predicted_s=sum(plan.predicted_s for plan in plans),
+            predicted_s=sum(
+                s.last_plan.predicted_s + s.timing.outside_s for s in stages if s.last_plan
+            ),
             actual_s=sum(stage.timing.walls[-1] for stage in stages if stage.timing.walls),
             units=units,
             notes=tuple(dict.fromkeys(note for tier in tiers for note in tier.notes)),

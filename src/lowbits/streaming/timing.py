@@ -34,6 +34,7 @@ class Timing:
         slow_passes: those that took more than three times the median.
         walls: seconds of the last passes.
         bandwidth: bytes that were copied per second.
+        outside_s: seconds of a pass that are no unit's, a running mean; 0 until a pass was timed.
     """
 
     def __init__(self, ops: DeviceOps) -> None:
@@ -42,26 +43,35 @@ class Timing:
         self.bandwidth = _BANDWIDTH
         self._copied_bytes = self._copy_s = 0.0
         self._ops = ops
+        self.outside_s = self._inside_s = 0.0
         self._begin: Any = None
-        self._units: deque[tuple[Stored, Any, Any, Any]] = deque()
-        self._passes: deque[tuple[Any, Any]] = deque()
+        self._last_use: Any = None
+        # Uses of units, and passes behind the uses that they are made of.
+        self._marks: deque[tuple[Stored | None, Any, Any, Any]] = deque()
 
     def begin_pass(self) -> None:
         """Note the beginning of a pass."""
         self._begin = self._ops.mark_computed()
 
-    def end_pass(self) -> None:
-        """Note the end of a completed pass, and look at what has happened meanwhile."""
+    def end_pass(self, *, is_over: bool = False) -> None:
+        """Note the end of a completed pass, and look at what has happened meanwhile.
+
+        Args:
+            is_over: it ended with the last use of a unit: what came since is no part of it.
+        """
         self.passes += 1
         # What was copied long ago counts less and less.
         self._copied_bytes *= 1 - _NEWEST
         self._copy_s *= 1 - _NEWEST
-        self._passes.append((self._begin, self._ops.mark_computed()))
+        is_known = is_over and self._last_use is not None
+        end = self._last_use if is_known else self._ops.mark_computed()
+        self._marks.append((None, self._begin, None, end))
         self.resolve()
 
     def note(self, entry: Stored, called: Any, started: Any, done: Any) -> None:
         """Note a use of a unit: when it was called, had its bytes, and was done."""
-        self._units.append((entry, called, started, done))
+        self._last_use = done
+        self._marks.append((entry, called, started, done))
 
     def note_copy(self, nbytes: int, seconds: float) -> None:
         """Note a copy."""
@@ -73,8 +83,7 @@ class Timing:
     def forget_marks(self) -> None:
         """Forget events that nobody will look at any more."""
         self.resolve()
-        self._units.clear()
-        self._passes.clear()
+        self._marks.clear()
 
     def resolve(self, *, wait: bool = False) -> None:
         """Read the events that have happened, the oldest first.
@@ -82,28 +91,33 @@ class Timing:
         Args:
             wait: for the last pass to end.
         """
-        if wait and self._passes:
-            self._ops.host_after(self._passes[-1][1])
-        while self._units:
-            entry, called, started, done = self._units[0]
-            stall, compute = self._ops.seconds(called, started), self._ops.seconds(started, done)
-            if stall is None or compute is None:
+        if wait and self._marks:
+            self._ops.host_after(self._marks[-1][3])
+        while self._marks:
+            entry, called, started, done = self._marks[0]
+            total = self._ops.seconds(called, done)
+            stall = 0.0 if entry is None else self._ops.seconds(called, started)
+            if total is None or stall is None:
                 break
-            self._units.popleft()
-            entry.stall_s += stall
-            entry.compute_s = _mean(entry.compute_s, compute) if entry.compute_s else compute
-        while self._passes:
-            wall = self._ops.seconds(*self._passes[0])
-            if wall is None:
-                break
-            self._passes.popleft()
-            if len(self.walls) > 2 and wall > _SPILL_FACTOR * median(self.walls):
-                self.slow_passes += 1
-            self.walls.append(wall)
+            self._marks.popleft()
+            if entry is None:
+                self._note_pass(total)
+            else:
+                self._inside_s += total
+                entry.stall_s += stall
+                entry.compute_s = _mean(entry.compute_s, total - stall)
+
+    def _note_pass(self, wall_s: float) -> None:
+        if len(self.walls) > 2 and wall_s > _SPILL_FACTOR * median(self.walls):
+            self.slow_passes += 1
+        self.walls.append(wall_s)
+        self.outside_s = _mean(self.outside_s, max(0.0, wall_s - self._inside_s))
+        self._inside_s = 0.0
 
 
 def _mean(old: float, new: float) -> float:
-    return old + _NEWEST * (new - old)
+    """Return a running mean; one that is 0 has not begun."""
+    return old + _NEWEST * (new - old) if old else new
 
 
 @final
