@@ -5,11 +5,15 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import tempfile
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from diffusers import FluxImg2ImgPipeline
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
+from diffusers import FirstBlockCacheConfig, FluxImg2ImgPipeline
+from diffusers.hooks import apply_group_offloading, apply_layerwise_casting
 from pipelines import PIPELINES, draw
 from safetensors.torch import load_file, save_file, save_model
 from streamed import ASYNC_DISK, QUEUE_CPU, Anatomy, smallest_budget, stream
@@ -174,9 +178,38 @@ def _model_offload(pipe: Any) -> None:
     pipe.enable_model_cpu_offload(device="cpu")
 
 
-@pytest.mark.xfail(strict=True, reason="offload hooks that come while streamed are not refused")
+def _function_group(pipe: Any) -> None:
+    apply_group_offloading(
+        pipe.text_encoder_2, onload_device=CPU, offload_device=CPU, offload_type="leaf_level"
+    )
+
+
+def _dispatch(pipe: Any) -> None:
+    import accelerate
+
+    parts = dict.fromkeys((name for name, _ in pipe.transformer.named_children()), "cpu")
+    parts["transformer_blocks"] = "disk"
+    with tempfile.TemporaryDirectory() as folder:
+        accelerate.dispatch_model(pipe.transformer, parts, main_device="cpu", offload_dir=folder)
+
+
+def _one_hook(pipe: Any) -> None:
+    hook = AlignDevicesHook(CPU, offload=True, place_submodules=True)
+    add_hook_to_module(pipe.transformer.x_embedder, hook)
+
+
 @pytest.mark.parametrize(
-    "offload", [_sequential, _accelerate, _group, _model_group, _model_offload]
+    "offload",
+    [
+        _sequential,
+        _accelerate,
+        _group,
+        _model_group,
+        _model_offload,
+        _function_group,
+        _dispatch,
+        _one_hook,
+    ],
 )
 def test_another_way_to_offload_is_refused(offload: Callable[[Any], None], scheme: str) -> None:
     pipe, expected, _ = build(scheme)
@@ -187,6 +220,69 @@ def test_another_way_to_offload_is_refused(offload: Callable[[Any], None], schem
     assert torch.equal(draw("flux", pipe), expected)
     handle.restore()
     anatomy.check()
+
+
+def test_a_hook_on_a_layer_inside_of_a_unit_is_refused(scheme: str) -> None:
+    """No call of lowbits stands before such a layer, but its weights are stand-ins."""
+    pipe, expected, _ = build(scheme)
+    handle = stream(pipe, scheme, keep_source="memory", **QUEUE_CPU)
+    layer = pipe.transformer.transformer_blocks[0].attn.to_q
+    with pytest.raises(errors.LowbitsError, match="handle.reconfigure"):
+        add_hook_to_module(layer, AlignDevicesHook(CPU, offload=True))
+    remove_hook_from_module(layer)
+    assert torch.equal(draw("flux", pipe), expected)
+    handle.restore()
+
+
+@pytest.mark.parametrize("is_method", [True, False])
+def test_layerwise_casting_is_refused(
+    scheme: str, mode: dict[str, Any], *, is_method: bool
+) -> None:
+    pipe, expected, _ = build(scheme)
+    anatomy = Anatomy(pipe)
+    handle = stream(pipe, scheme, keep_source="memory", **mode)
+    dtypes = {"storage_dtype": torch.float8_e4m3fn, "compute_dtype": torch.float32}
+    casting: Callable[..., None] = partial(apply_layerwise_casting, pipe.text_encoder_2)
+    if is_method:
+        casting = pipe.transformer.enable_layerwise_casting
+    with pytest.raises(errors.PatchError, match="float8-e4m3fn-raw"):
+        casting(**dtypes)
+    assert pipe.transformer.dtype == torch.float32
+    assert torch.equal(draw("flux", pipe), expected)
+    handle.restore()
+    anatomy.check()
+
+
+def test_the_scheme_that_the_refusal_names_is_what_casting_makes() -> None:
+    pipe: Any = PIPELINES["flux"].build()
+    other = copy.deepcopy(pipe.transformer)
+    apply_layerwise_casting(other, torch.float8_e4m3fn, torch.float32)
+    handle = stream(pipe, keep_source="memory", **QUEUE_CPU).switch("float8-e4m3fn-raw")
+    assert handle.stats().units
+    cast = dict(other.named_parameters())["transformer_blocks.0.attn.to_q.weight"]
+    assert cast.dtype == torch.float8_e4m3fn
+    stored = pipe.transformer.state_dict().values()
+    assert any(
+        value.element_size() == 1 and value.shape == cast.shape and same_bits(value, cast)
+        for value in stored
+    )
+    handle.restore()
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+
+
+def test_caches_of_diffusers_are_no_offloading() -> None:
+    pipe, _, _ = build()
+    pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.1))
+    expected = draw("flux", pipe)
+    pipe.transformer.disable_cache()
+    handle = stream(pipe, **QUEUE_CPU)
+    pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.1))
+    assert torch.equal(draw("flux", pipe), expected)
+    handle.restore()
+    assert torch.equal(draw("flux", pipe), expected)
 
 
 def test_hooks_that_were_there_before_are_refused() -> None:

@@ -34,6 +34,14 @@ class Interceptor(ABC):
         """Convert the module's tensors by a function of torch's, as ``.to()`` and others do."""
 
     @abstractmethod
+    def refuse(self, attribute: str) -> None:
+        """Raise: other code would take the module over by setting an attribute.
+
+        Raises:
+            PatchError: always.
+        """
+
+    @abstractmethod
     def settled(self) -> AbstractContextManager[None]:
         """Let the module hold what may be saved, for a moment."""
 
@@ -42,8 +50,36 @@ class Interceptor(ABC):
         """Let the module hold what may be copied, until it is called."""
 
 
+class _Guarded:
+    """An attribute of a module that cannot be set, or deleted, while calls are intercepted.
+
+    A property, and not a ``__setattr__``, which would run for every attribute, and in graphs.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __get__(self, module: nn.Module, _: type[nn.Module]) -> Any:
+        if self._name not in module.__dict__:
+            raise AttributeError(self._name)
+        return module.__dict__[self._name]
+
+    def __set__(self, module: nn.Module, value: Any) -> None:
+        interceptor = interceptor_of(module)
+        if interceptor is not None:
+            interceptor.refuse(self._name)
+        module.__dict__[self._name] = value
+
+    def __delete__(self, module: nn.Module) -> None:
+        """Do nothing: who removes hooks, as a precaution, does not end the interception."""
+
+
 class Intercepted(nn.Module):
     """A mix-in in front of a module's own class; copies and pickles do not have it."""
+
+    # What accelerate sets, in this order; weights move in between.
+    _old_forward = _Guarded("_old_forward")
+    _hf_hook = _Guarded("_hf_hook")
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Let the interceptor run the call."""

@@ -13,6 +13,7 @@ from torch import nn
 from lowbits.core.interception import Interceptor, intercept, interceptor_of, release
 from lowbits.errors import AlreadyPatchedError, PatchError, StreamError
 from lowbits.streaming.component import Component
+from lowbits.streaming.foreign import HookGuard, has_cache_hook, refuse_foreign, refuse_hook
 from lowbits.streaming.layout import UNCALLED, ModelLayout, held_tensors, lay_out
 from lowbits.streaming.plan import UnitCost, make_plan
 from lowbits.streaming.proxy import StreamedTensor
@@ -25,9 +26,6 @@ if TYPE_CHECKING:
     from lowbits.streaming.arbiter import Arbiter
     from lowbits.streaming.stage import Stage
     from lowbits.streaming.tiers import Locate
-
-#: Hooks of diffusers that move or convert weights themselves.
-_FOREIGN_HOOKS: Final = ("group_offloading", "lazy_prefetch_group_offloading", "layerwise_casting")
 
 _ADVICE: Final = (
     "lowbits: every block is streamed already, or the pass cannot be run again (gradients, "
@@ -93,6 +91,8 @@ class Engine:
             raise
         arbiter.add(self.component)
         self._calls = self._intercept()
+        self._guard = HookGuard(root)
+        self._guard.install()
 
     def _intercept(self) -> list[nn.Module]:
         """Stand before the model, its children, which some callers call alone, and its units."""
@@ -118,6 +118,7 @@ class Engine:
             except BaseException:
                 self._arbiter.add(self.component)
                 raise
+            self._guard.remove()
             for module in self._calls:
                 release(module)
             self.component.tier.close()
@@ -169,19 +170,15 @@ class Engine:
             self.recoveries += 1
 
     def _enter(self) -> Stage:
-        _refuse_foreign(self.root, self.name or type(self.root).__name__)
+        refuse_foreign(self.root, self.name or type(self.root).__name__)
+        self._guard.install()
         stage = self._arbiter.enter(self.component)
         stage.look()
         return stage
 
     def _may_repeat(self, call: _Call, stage: Stage) -> bool:
         """Say whether a pass that ran out of memory may run again: nothing remembers the first."""
-        has_cache = any(
-            name not in _FOREIGN_HOOKS and "cache" in name
-            for module in self.root.modules()
-            for name in _diffusers_hooks(module)
-        )
-        is_pure = not (torch.is_grad_enabled() or self.root.training or has_cache)
+        is_pure = not (torch.is_grad_enabled() or self.root.training or has_cache_hook(self.root))
         return is_pure and call.is_root and stage.can_shrink
 
     @contextmanager
@@ -200,6 +197,7 @@ class Engine:
         with self._arbiter.lock:
             if not self._is_running:
                 self._arbiter.stage_of(self.component).park()
+                self._guard.remove()
 
     @torch.inference_mode(mode=False)
     def convert(self, module: nn.Module, function: Callable[..., Any]) -> None:
@@ -281,6 +279,10 @@ class _Call(Interceptor):
         """Convert masters instead of what modules hold."""
         self._engine.convert(self._module, function)
 
+    def refuse(self, attribute: str) -> None:
+        """Raise before accelerate's hooks move weights."""
+        refuse_hook(self._module, attribute)
+
 
 def require_fit(root: nn.Module, arbiter: Arbiter) -> ModelLayout:
     """Return a model cut into units; nothing is changed.
@@ -329,32 +331,13 @@ def refuse_streamed(root: nn.Module) -> None:
 def _require_streamable(root: nn.Module) -> None:
     refuse_streamed(root)
     for name, module in root.named_modules():
-        _refuse_foreign(module, name or type(root).__name__)
+        refuse_foreign(module, name or type(root).__name__)
     for holder, tensor in held_tensors(root):
         if tensor.is_meta and tensor.numel():
             raise PatchError(
                 f"{holder.name} of a {type(holder.module).__name__} has no bytes (the meta "
                 "device): load the weights before streaming"
             )
-
-
-def _refuse_foreign(module: nn.Module, where: str) -> None:
-    """Raise where hooks of another library move a module's weights."""
-    foreign = [hook for hook in _diffusers_hooks(module) if hook in _FOREIGN_HOOKS]
-    hook = module.__dict__.get("_hf_hook")
-    if foreign or not (hook is None or getattr(hook, "is_lowbits", False)):
-        raise PatchError(
-            f"{where} has hooks of accelerate or diffusers that move its weights "
-            f"({', '.join(foreign) or '_hf_hook'}): remove them (pipe.remove_all_hooks(), "
-            "accelerate.hooks.remove_hook_from_module), or undo the streaming "
-            "(lowbits.restore; handle.reconfigure changes it): two cannot decide where they are"
-        )
-
-
-def _diffusers_hooks(module: nn.Module) -> tuple[str, ...]:
-    """Return the names of a module's hooks in diffusers' registry, without importing diffusers."""
-    registry = module.__dict__.get("_diffusers_hook")
-    return tuple(registry.hooks) if registry is not None else ()
 
 
 def _callable_children(root: nn.Module) -> list[nn.Module]:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 _NO_META: Final = (
     "cannot move a part of a streamed model to the meta device: detach the streamer first "
-    "(lowbits.restore, or LayerStreamer.detach)"
+    "(lowbits.restore, or LayerStreamer.detach), or change how it is streamed (handle.reconfigure)"
 )
 
 
