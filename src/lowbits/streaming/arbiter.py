@@ -100,8 +100,9 @@ class Arbiter:
                     other.park()
         room = self.budget_bytes - sum(other.reserved_bytes for other in others)
         if stage.plan is None or stage.reserved_bytes > room:
-            if room < stage.minimum_bytes:
-                room = self._share(stage, [other for other in others if other.uses])
+            callers = [other for other in others if other.uses]
+            if callers and room < stage.minimum_bytes:
+                room = self._share(stage, callers)
             stage.activate(room)
         return stage
 
@@ -111,7 +112,8 @@ class Arbiter:
         Raises:
             InsufficientMemoryError: the budget is too small for all of them at once.
         """
-        needed = stage.minimum_bytes + sum(caller.busy_bytes for caller in callers)
+        apart = sum(s.reserved_bytes for s in self.stages() if s is not stage and s not in callers)
+        needed = apart + stage.minimum_bytes + sum(caller.busy_bytes for caller in callers)
         above = self.budget_bytes - needed
         if above < 0:
             raise InsufficientMemoryError(
@@ -125,7 +127,7 @@ class Arbiter:
         for caller in callers:
             caller.give_way(caller.busy_bytes + above // (len(callers) + 1))
         self.ops.release_cached()
-        return self.budget_bytes - sum(caller.reserved_bytes for caller in callers)
+        return self.budget_bytes - apart - sum(caller.reserved_bytes for caller in callers)
 
     def shrink(self, stage: Stage) -> None:
         """Make a stage take less of the device from now on, and give cached memory back."""

@@ -152,8 +152,7 @@ class Stage:
 
     def give_way(self, budget_bytes: int) -> None:
         """Take less of the device from now on, inside a forward; not below `busy_bytes`."""
-        assert self.plan
-        if self.plan.device_bytes > budget_bytes:
+        if self.reserved_bytes > budget_bytes:
             self._budget_bytes = budget_bytes
             self.replan()
 
