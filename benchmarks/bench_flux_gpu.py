@@ -18,6 +18,7 @@ import multiprocessing
 import time
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final, final
 
 import torch
@@ -48,12 +49,11 @@ if TYPE_CHECKING:
     from multiprocessing.connection import Connection
 
 GIB: Final = 1024**3
-#: Where rows run: forks of a process that has imported these, and has touched no device.
-PROCESSES: Final = multiprocessing.get_context("forkserver")
-PRELOADED: Final = (
+#: Forks would not do: to import diffusers initializes CUDA.
+PROCESSES: Final = multiprocessing.get_context("spawn")
+IMPORTED: Final = (
     *("diffusers.pipelines.flux.pipeline_flux", "diffusers.models.transformers.transformer_flux"),
     *("transformers.models.t5.modeling_t5", "transformers.models.clip.modeling_clip"),
-    *("bitsandbytes", "torchao.quantization", "optimum.quanto", "gguf", "lowbits"),
 )
 LIBRARIES: Final = ("lowbits", "upstream")
 Row = dict[str, Any]
@@ -150,51 +150,65 @@ def measure_here(scheme: str, library: str, given: argparse.Namespace) -> Row:
     return row
 
 
-def answer(pipe: Connection, scheme: str, library: str, given: argparse.Namespace) -> None:
-    """Measure a scheme, and send the row, or what went wrong: a process's whole job."""
+def answer(pipe: Connection, given: argparse.Namespace) -> None:
+    """Import, wait for a scheme and a library, and send their row: a process's whole job."""
+    for name in IMPORTED:
+        import_module(name)
     torch.set_num_threads(given.threads)
     try:
+        scheme, library = pipe.recv()
         with torch.no_grad():
             pipe.send(measure_here(scheme, library, given))
+    except EOFError:
+        return  # there was no row left for it
     except Exception as error:  # noqa: BLE001 - the other rows are measured all the same
         pipe.send({"error": one_line(error)})
 
 
-def measure(scheme: str, library: str, given: argparse.Namespace, timeout_s: float | None) -> Row:
-    """Measure a scheme in a process of its own, forked from one that has imported everything.
+@final
+class Worker:
+    """A process of its own for one row; it imports what it needs while another one is measured."""
 
-    Raises:
-        RuntimeError: with the first line of what went wrong.
-        TimeoutError: it took longer.
-    """
-    here, there = PROCESSES.Pipe()
-    process = PROCESSES.Process(target=answer, args=(there, scheme, library, given))
-    process.start()
-    there.close()
-    try:
-        if not here.poll(timeout_s):
-            raise TimeoutError
-        row: Row = here.recv()
-    except EOFError:
-        raise RuntimeError("the process ended without an answer") from None
-    finally:
-        process.kill()
-        process.join()
-    if "error" in row:
-        raise RuntimeError(row["error"])
-    return row
+    def __init__(self, given: argparse.Namespace) -> None:
+        self._pipe, there = PROCESSES.Pipe()
+        self._process = PROCESSES.Process(target=answer, args=(there, given), daemon=True)
+        self._process.start()
+        there.close()
+
+    def measure(self, scheme: str, library: str, timeout_s: float | None) -> Row:
+        """Measure a scheme, and end.
+
+        Raises:
+            RuntimeError: with the first line of what went wrong.
+            TimeoutError: it took longer.
+        """
+        try:
+            self._pipe.send((scheme, library))
+            if not self._pipe.poll(timeout_s):
+                raise TimeoutError
+            row: Row = self._pipe.recv()
+        except (EOFError, BrokenPipeError):
+            raise RuntimeError("the process ended without an answer") from None
+        finally:
+            self._process.kill()
+            self._process.join()
+        if "error" in row:
+            raise RuntimeError(row["error"])
+        return row
 
 
 def rows(given: argparse.Namespace, budget: Budget) -> Iterator[Row]:
     """Measure what the options ask for."""
+    next_worker = Worker(given)
     for scheme in given.schemes or default_schemes():
         for library in given.libraries if scheme != "native" else given.libraries[:1]:
             what = f"{scheme} {library}"
             if not budget.allows(what):
                 continue
             left = None if budget.seconds is None else budget.seconds - budget.elapsed_s()
+            worker, next_worker = next_worker, Worker(given)
             try:
-                yield measure(scheme, library, given, left)
+                yield worker.measure(scheme, library, left)
             except TimeoutError:
                 budget.skip(what, f"the budget of {budget.seconds:g} s ran out in it")
             except RuntimeError as error:
@@ -251,7 +265,6 @@ def main() -> None:
     """Measure, print, and write after each row."""
     given = options()
     torch.set_num_threads(given.threads)
-    PROCESSES.set_forkserver_preload([*PRELOADED])
     name = "CPU" if given.device.type == "cpu" else accelerator_name(given.device)
     print(f"{name}\n{machine_line(machine(given.device))}", flush=True)
     budget = Budget(given.seconds)

@@ -9,6 +9,7 @@ copy from page-locked memory, probed in the same run.
 from __future__ import annotations
 
 import gc
+import time
 from dataclasses import asdict, dataclass
 from functools import partial
 from statistics import median
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final, final
 
 import torch
 from flux_pipeline import FULL, T5_TOKENS, TINY, loaded
-from paired import Budget, machine_line, number, sample_s, table, write_json
+from paired import Budget, machine_line, number, sample_s, synchronize, table, write_json
 from random_models import flux_inputs
 from streaming_report import AS_FAST, draw_bars
 
@@ -36,7 +37,7 @@ _WARM_UP: Final = 4
 _PROBE_BYTES: Final = 1 << 28
 _HEADER: Final = (
     *("component", "scheme", "model, GB", "budget", "resident units", "ring", "wall, s"),
-    *("C, s", "copied, GB", "T, s", "of max(C, T)", "waited, s"),
+    *("host, s", "C, s", "C: host, s", "copied, GB", "T, s", "of max(C, T)", "waited, s"),
     *("weights on the device, GB", "allocated, GB", "bit-equal"),
 )
 
@@ -54,7 +55,9 @@ class FluxRow:
         units: resident ones, and all.
         depth: slots of the ring.
         wall_s: median.
+        host_s: median until the call returned, the device still computing.
         compute_s: median with all weights on the device.
+        compute_host_s: of that, until the call returned: where it is as long, the host limits it.
         copied_bytes: to the device.
         transfer_s: of those bytes, at the probed bandwidth.
         stall_s: that compute has waited.
@@ -70,7 +73,9 @@ class FluxRow:
     units: tuple[int, int]
     depth: int
     wall_s: float
+    host_s: float
     compute_s: float
+    compute_host_s: float
     copied_bytes: float
     transfer_s: float
     stall_s: float
@@ -88,7 +93,8 @@ class FluxRow:
         return [
             *(self.component, self.scheme, number(self.model_bytes / GB), self.budget),
             *("{} of {}".format(*self.units), str(self.depth), number(self.wall_s, 3)),
-            *(number(self.compute_s, 3), number(self.copied_bytes / GB)),
+            *(number(value, 3) for value in (self.host_s, self.compute_s, self.compute_host_s)),
+            number(self.copied_bytes / GB),
             *(number(value, 3) for value in (self.transfer_s, self.ratio, self.stall_s)),
             *(number(count / GB) for count in (self.weight_bytes, self.allocated_bytes)),
             str(self.is_equal),
@@ -104,6 +110,20 @@ class Resident:
     call: Callable[[], Tensor]
     result: Tensor
     compute_s: float
+    host_s: float
+
+
+def timed(call: Callable[[], Tensor], given: argparse.Namespace) -> tuple[float, float]:
+    """Return the median seconds of a pass, and those until its call returned."""
+    walls, hosts = [], []
+    for _ in range(given.rounds):
+        synchronize(given.device)
+        start = time.perf_counter()
+        call()
+        hosts.append(time.perf_counter() - start)
+        synchronize(given.device)
+        walls.append(time.perf_counter() - start)
+    return median(walls), median(hosts)
 
 
 def bandwidth(device: torch.device) -> float:
@@ -141,9 +161,9 @@ def resident(name: str, scheme: str, given: argparse.Namespace) -> Resident:
     model = loaded(name, config, given.device, None if scheme == "native" else packs)
     call = call_of(name, model, is_small=is_small, device=given.device)
     result = call()
-    compute_s = median(sample_s(call, given.device) for _ in range(given.rounds))
+    compute_s, host_s = timed(call, given)
     model.to("cpu")
-    return Resident(model, call, result.cpu(), compute_s)
+    return Resident(model, call, result.cpu(), compute_s, host_s)
 
 
 def streamed(
@@ -162,7 +182,7 @@ def streamed(
         del result
         reset_peak(device)
         before = streamer.stats()
-        wall = median(sample_s(full.call, device) for _ in range(given.rounds))
+        wall, host = timed(full.call, given)
         after = streamer.stats()
         copied = (after.copied_bytes - before.copied_bytes) / given.rounds
         return FluxRow(
@@ -173,7 +193,9 @@ def streamed(
             (sum(unit.is_resident for unit in after.units[:-1]), len(after.units) - 1),
             after.depth,
             wall,
+            host,
             full.compute_s,
+            full.host_s,
             copied,
             copied / link,
             (after.stall_s - before.stall_s) / given.rounds,

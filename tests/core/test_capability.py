@@ -210,24 +210,27 @@ def test_a_float16_asked_for_is_not_forced_on_layers_that_it_is_too_narrow_for()
 
 
 @pytest.mark.parametrize("name", ["bnb-int8", "quanto-float8", "float8-e5m2", "float8-e5m2-raw"])
-def test_accelerators_multiply_by_8_bit_codes_and_scale_after(name: str) -> None:
+@pytest.mark.parametrize("n_tokens", [5, 50])
+def test_accelerators_multiply_by_8_bit_codes_and_scale_what_is_less(
+    name: str, n_tokens: int
+) -> None:
     backend, scheme = DEFAULT.require(name)
     assert backend is not None
     packed = backend.pack(torch.randn(96, 64), scheme)
-    x, bias = torch.randn(2, 5, 64), torch.randn(96)
+    x, bias = torch.randn(2, n_tokens, 64), torch.randn(96)
     kinds = {"quanto-float8": torch.float8_e4m3fn, "bnb-int8": torch.int8}
     codes = packed["qdata"].view(kinds.get(name, torch.float8_e5m2))
     expected = nn.functional.linear(x, backend.unpack(packed, F32), bias)
-    got = products._scaled_after(x, codes, packed.tensors.get("scale"), bias)
+    got = products._scaled_linear(x, codes, packed.tensors.get("scale"), bias)
     assert torch.allclose(got, expected, rtol=1e-4, atol=1e-4)
     assert backend.linear(x.bfloat16(), packed, bias.bfloat16()) is None, "a CPU dequantizes"
     y = backend.linear(
-        torch.empty(2, 5, 64, dtype=BF16, device="meta"),
+        torch.empty(2, n_tokens, 64, dtype=BF16, device="meta"),
         Packed(name, packed.shape, {k: t.to("meta") for k, t in packed.tensors.items()}),
         torch.empty(96, dtype=BF16, device="meta"),
     )
     assert y is not None
-    assert (y.shape, y.dtype) == ((2, 5, 96), BF16)
+    assert (y.shape, y.dtype) == ((2, n_tokens, 96), BF16)
 
 
 @pytest.mark.parametrize("name", ["bnb-nf4", "bnb-nf4-dq", "bnb-fp4"])

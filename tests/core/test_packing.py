@@ -27,7 +27,7 @@ def test_parts_make_the_same_bytes(name: str, monkeypatch: pytest.MonkeyPatch) -
     assert backend is not None
     weight = torch.randn(37, 512 if scheme.row_multiple > 64 else 192)
     whole = packing.pack_weight(weight, "Linear", scheme, backend, CPU)
-    monkeypatch.setattr(packing, "PART_WEIGHTS", 1000)
+    monkeypatch.setattr(packing, "part_weights", lambda _: 1000)
     parts = packing.pack_weight(weight, "Linear", scheme, backend, CPU)
     assert parts.shape == whole.shape
     for key, tensor in whole.tensors.items():
@@ -35,7 +35,7 @@ def test_parts_make_the_same_bytes(name: str, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_bad_value_in_the_last_part_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packing, "PART_WEIGHTS", 1000)
+    monkeypatch.setattr(packing, "part_weights", lambda _: 1000)
     layer = nn.Linear(192, 37)
     with torch.no_grad():
         layer.weight[36, 191] = torch.inf

@@ -102,7 +102,8 @@ def test_gradients_of_inputs() -> None:
 @torch.no_grad()
 def test_blocks_that_are_compiled() -> None:
     model, x, expected = make()
-    budget = 2 * least(model)  # in the smallest one blocks are not moved whole
+    # In the smallest one blocks are not moved whole.
+    budget = sum(tensor.nbytes for tensor in model.state_dict().values()) // 2
     with LayerStreamer(model, device=DEVICE, budget=budget, location="shared"):
         for block in model.blocks:
             block.compile(fullgraph=True)
@@ -122,7 +123,7 @@ def test_memory_that_runs_out_is_made_room_for() -> None:
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     expected = model.to(DEVICE)(x)
-    limit = torch.cuda.max_memory_reserved() - total // 2
+    limit = torch.cuda.max_memory_reserved() - total // 4
     model.to("cpu")
     torch.cuda.empty_cache()
     everything = torch.cuda.get_device_properties(DEVICE).total_memory

@@ -16,7 +16,7 @@ import torch
 from lowbits.core.backend import Packed, QuantBackend, Rows
 from lowbits.core.decode import ByteTable, decode_rows, scale_groups, write_int8
 from lowbits.core.functional import linear_by_rows
-from lowbits.core.memory import PART_WEIGHTS
+from lowbits.core.memory import part_weights
 from lowbits.core.products import widened_linear
 from lowbits.core.scheme import CONVOLUTIONS, LINEAR, PARAMETER, Scheme
 from lowbits.core.tracing import constant, needs_plain_ops
@@ -116,7 +116,7 @@ class BitsAndBytesBackend(QuantBackend):
         grid = (shape[0], -1) if sliceable else (1, -1)
         parts = [
             bnb.quantize_4bit(part, blocksize=BLOCK, compress_statistics=False, quant_type=kind)
-            for part in torch.split(weight.view(-1), PART_WEIGHTS)
+            for part in torch.split(weight.view(-1), part_weights(weight.device))
         ]
         absmax = torch.cat([state.absmax for _, state in parts])
         tensors = {"qdata": torch.cat([codes.view(-1) for codes, _ in parts]).view(grid)}

@@ -21,10 +21,18 @@ if TYPE_CHECKING:
 #: torch, more for memory: libraries make three to five copies of what they quantize.
 PART_WEIGHTS: Final = 1 << 20
 
+#: Times as many are packed at once on an accelerator: launches would take longer than the work.
+_DEVICE_PARTS: Final = 4
+
 #: Weights of a part that is multiplied at once, at most: 64 MB of float32.
 PRODUCT_WEIGHTS: Final = 1 << 24
 
 _scratch = threading.local()
+
+
+def part_weights(device: torch.device) -> int:
+    """Return how many weights are packed at once on a device."""
+    return PART_WEIGHTS if device.type == "cpu" else _DEVICE_PARTS * PART_WEIGHTS
 
 
 def scratch(use: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

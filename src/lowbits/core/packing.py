@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from lowbits.core.backend import Packed
-from lowbits.core.memory import PART_WEIGHTS
+from lowbits.core.memory import part_weights
 from lowbits.core.scheme import rows_of
 from lowbits.errors import NonFiniteWeightError
 
@@ -35,7 +35,7 @@ def pack_weight(
     """
     rows, row_length = rows_of(weight.shape, kind)
     flat = weight.detach().reshape(rows, row_length)
-    step = max(1, PART_WEIGHTS // row_length)
+    step = max(1, part_weights(device) // row_length)
     first = _pack_part(flat[:step], scheme, backend, device)
     if step >= rows:
         return first
@@ -56,7 +56,8 @@ def pack_weight(
 def _pack_part(part: Tensor, scheme: Scheme, backend: QuantBackend, device: torch.device) -> Packed:
     values = part.to(device).float().contiguous()
     # Part by part: torch.isfinite makes a copy of what it looks at.
-    bad: int = sum(_count_bad(piece) for piece in torch.split(values.view(-1), PART_WEIGHTS))
+    pieces = torch.split(values.view(-1), part_weights(device))
+    bad: int = sum(_count_bad(piece) for piece in pieces)
     if bad:
         raise NonFiniteWeightError(f"{bad} of its values are NaN or infinite")
     packed = backend.pack(values, scheme)
@@ -75,7 +76,7 @@ def _require_finite(packed: Packed, values: Tensor, backend: QuantBackend) -> No
     divided a row of zeros by its scale.
     """
     rows, row_length = packed.shape
-    step = packed.rows_at_once(max(1, PART_WEIGHTS // row_length))
+    step = packed.rows_at_once(max(1, part_weights(values.device) // row_length))
     bad = 0
     for start in range(0, rows, step):
         part = backend.unpack(packed, torch.float32, rows=(start, min(start + step, rows)))

@@ -46,6 +46,7 @@ class _Home:
         users: forwards that are using it now.
         freed: event behind its last use.
         tensors: by place; made at the first use.
+        rivals: the other homes whose bytes this one's overwrite.
     """
 
     def __init__(self, number: int, slot: _Slot, start: int, nbytes: int) -> None:
@@ -56,15 +57,18 @@ class _Home:
         self.users = 0
         self.freed: Any = None
         self.tensors: list[Tensor] | None = None
+        self.rivals: list[_Home] = []
+        for other in slot.homes:
+            if other.start < self.stop and self.start < other.stop:
+                self.rivals.append(other)
+                other.rivals.append(self)
         slot.homes.append(self)
 
-    def rivals(self) -> list[_Home]:
-        """Return the other homes whose bytes this one's overwrite."""
-        return [
-            home
-            for home in self.slot.homes
-            if home is not self and home.start < self.stop and self.start < home.stop
-        ]
+    def go(self) -> None:
+        """Leave the slot, which somebody else's home is in."""
+        self.slot.homes.remove(self)
+        for rival in self.rivals:
+            rival.rivals.remove(self)
 
 
 @final
@@ -181,7 +185,7 @@ class Residency:
                 forward calls this one.
         """
         home = self._held.get(number) or self._homes[number]
-        if any(rival.users for rival in home.rivals()):
+        if any(rival.users for rival in home.rivals):
             home = self._spare(home)
         if not self._is_fresh(home):
             self._start(home)
@@ -207,12 +211,16 @@ class Residency:
         assert buffer is not None
         address = buffer.untyped_storage().data_ptr()
 
-        def own(tensor: Tensor) -> Tensor:
-            is_view = tensor.layout == torch.strided and not tensor.is_meta
-            is_view = is_view and tensor.untyped_storage().data_ptr() == address
-            return tensor.clone() if is_view else tensor
+        def own(value: Any) -> Any:
+            if isinstance(value, torch.Tensor):
+                is_view = value.layout == torch.strided and not value.is_meta
+                is_view = is_view and value.untyped_storage().data_ptr() == address
+                return value.clone() if is_view else value
+            if type(value) is tuple:  # what blocks return: a tree costs ten times as much
+                return tuple(map(own, value))
+            return tree_map_only(torch.Tensor, own, value)
 
-        return tree_map_only(torch.Tensor, own, result)
+        return own(result)
 
     def version(self, number: int) -> int:
         """Return how often the buffer of a unit in use was written by torch."""
@@ -224,19 +232,24 @@ class Residency:
         """Say that the device has the newest bytes of a unit in use."""
         self._held[number].version = self._stored[number].master.version
 
-    def release(self, number: int) -> None:
-        """Say that a unit's forward is over, or has failed; nothing where it was not acquired."""
+    def release(self, number: int, freed: Any) -> None:
+        """Say that a unit's forward is over, or has failed; nothing where it was not acquired.
+
+        Args:
+            number: of the unit.
+            freed: event behind it.
+        """
         if number not in self._held:
             return
         home = self._held[number]
         home.users -= 1
         if not home.users:
-            home.freed = self._ops.mark_computed()
+            home.freed = freed
             del self._held[number]
             if home.slot in self._left:
                 self._leave(home.slot)
             elif home is not self._homes[number]:
-                home.slot.homes.remove(home)
+                home.go()
                 # Who comes into this slot next has to wait for this use, too.
                 for other in home.slot.homes:
                     other.freed = home.freed
@@ -261,8 +274,7 @@ class Residency:
         for number in upcoming:
             home = self._homes[number]
             if not self._is_fresh(home):
-                rivals = home.rivals()
-                if home.users or any(r.users or r.number in expected for r in rivals):
+                if home.users or any(r.users or r.number in expected for r in home.rivals):
                     return
                 self._start(home)
             expected.add(number)
@@ -272,14 +284,13 @@ class Residency:
 
     def _start(self, home: _Home) -> None:
         entry, slot = self._stored[home.number], home.slot
-        rivals = home.rivals()
-        freed = [h.freed for h in (home, *rivals) if h.freed is not None]
+        freed = [h.freed for h in (home, *home.rivals) if h.freed is not None]
         if slot.buffer is None:
             self._make_buffer(slot, entry)
             # Whoever had this memory before may be computing with it still.
             freed.append(self._ops.mark_computed())
         # First: whatever is raised from here on, the old bytes count as overwritten.
-        for overwritten in (home, *rivals):
+        for overwritten in (home, *home.rivals):
             overwritten.is_present = False
         home.version = entry.master.version
         assert slot.buffer is not None

@@ -227,7 +227,7 @@ class Stage:
         self._note_peak()
         for component in self.components:
             component.base.hide()
-            residency.release(self._numbers[id(component.base)])
+            residency.release(self._numbers[id(component.base)], self._ops.mark_computed())
         residency.drain()
         residency.let_go()
         self._parked_bytes += residency.copied_bytes
@@ -380,8 +380,9 @@ class Stage:
             del tensors
             entry.end_use()
             # Another one where a model that was called inside has made this one give way.
-            (self._residency or residency).release(number)
-            self.timing.note(entry, called, started, self._ops.mark_computed())
+            done = self._ops.mark_computed()
+            (self._residency or residency).release(number, done)
+            self.timing.note(entry, called, started, done)
             self._prefetch()
 
     def _see_pass(self, number: int) -> None:
@@ -397,5 +398,7 @@ class Stage:
             residency.keep(number)
 
     def _prefetch(self) -> None:
-        if self.method == "async" and self._residency is not None:
+        # Where nothing is streamed, all of it is there after the first pass.
+        has_more = not self._is_warm or (self.plan is not None and bool(self.plan.slot_bytes))
+        if self.method == "async" and self._residency is not None and has_more:
             self._residency.prefetch(self._order.upcoming())
