@@ -1,4 +1,4 @@
-"""Sessions for checking, testing, measuring; docs, bench, gpu and minimums are off by default."""
+"""Sessions for checking, testing, measuring; see CONTRIBUTING.md for those off by default."""
 
 from __future__ import annotations
 
@@ -29,6 +29,9 @@ PRINT_ACCELERATOR = (
     "import torch as t; d = t.accelerator.current_accelerator(check_available=True); "
     "print(t.get_device_module(d).get_device_name(d) if d else 'no accelerator')"
 )
+#: Which tests run before a commit, and how.
+QUICK = ("-m", "not slow and not gpu")
+PARALLEL = ("-n", "2", "--dist", "worksteal")
 #: What each worker of the tests may use, so that they do not fight for cores.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
 
@@ -63,8 +66,18 @@ def types(session: nox.Session) -> None:
 @nox.session
 def tests(session: nox.Session) -> None:
     install_for_tests(session)
-    arguments = session.posargs or ("-n", "2", "--dist", "worksteal")
-    session.run("pytest", "-m", "not slow and not gpu", *arguments, env=ENVIRONMENT)
+    session.run("pytest", *QUICK, *(session.posargs or PARALLEL), env=ENVIRONMENT)
+
+
+@nox.session(default=False)
+def coverage(session: nox.Session) -> None:
+    """Run what `tests` does, and fail where it leaves out more than 5 % of the branches."""
+    install_for_tests(session)
+    arguments = (*QUICK, *(session.posargs or PARALLEL))
+    session.run("coverage", "erase")
+    session.run("coverage", "run", "-m", "pytest", *arguments, env=ENVIRONMENT)
+    session.run("coverage", "combine", "--quiet")
+    session.run("coverage", "report", "--sort=cover", "--fail-under=95")
 
 
 @nox.session
@@ -72,7 +85,7 @@ def backends(session: nox.Session) -> None:
     """Run the full product of schemes and checks, and fail where a backend was skipped."""
     install_for_tests(session)
     folders = ("tests/backends", "tests/streaming", "tests/integrations")
-    arguments = ("-m", "not gpu", "-n", "2", "--dist", "worksteal", *session.posargs)
+    arguments = ("-m", "not gpu", *PARALLEL, *session.posargs)
     session.run("pytest", *folders, *arguments, env=ENVIRONMENT)
     check = "import lowbits as l; assert all(b.available for b in l.backends()), l.backends()"
     session.run("python", "-c", check)
