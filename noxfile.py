@@ -48,6 +48,15 @@ def install_for_tests(session: nox.Session) -> None:
     session.install("--no-deps", "./tests/toy_backend")
 
 
+@nox.session(default=False, venv_backend="none")
+def develop(session: nox.Session) -> None:
+    """Install into this environment what `nox --no-venv --no-install` needs, once for all."""
+    groups = [r for g in ("test", "lint") for r in nox.project.dependency_groups(PROJECT, g)]
+    install = ("python", "-m", "pip", "install", "--quiet")
+    session.run(*install, *CONSTRAINTS, "-e", ".[all]", *groups)
+    session.run(*install, "--no-deps", "./tests/toy_backend")
+
+
 @nox.session
 def lint(session: nox.Session) -> None:
     install(session, "", "lint")
