@@ -1,7 +1,7 @@
 """Measure what packing takes at most: anonymous memory of a process of its own, sampled.
 
     python benchmarks/conversion_memory.py                      # a table over schemes and sources
-    python benchmarks/conversion_memory.py bnb-nf4 memory       # one measurement, as JSON
+    python benchmarks/conversion_memory.py memory bnb-nf4 ...   # some of it, a line of JSON each
 
 The model is four Linear layers of 3072 x 3072 in float32. Peaks shorter than 2 ms may be missed.
 The allocator is told to give freed blocks back at once: what is measured is what is held.
@@ -96,14 +96,14 @@ def measure_here(scheme: str, mode: str, folder: Path) -> dict[str, int]:
     }
 
 
-def measure(scheme: str, mode: str) -> dict[str, int]:
-    """Pack a model in a fresh process.
+def measure(mode: str, *schemes: str) -> list[dict[str, int]]:
+    """Pack a model with one scheme after the other, in one fresh process.
 
     Raises:
         RuntimeError: with what the process said.
     """
     done = subprocess.run(
-        [sys.executable, __file__, scheme, mode],
+        [sys.executable, __file__, mode, *schemes],
         capture_output=True,
         text=True,
         check=False,
@@ -111,8 +111,7 @@ def measure(scheme: str, mode: str) -> dict[str, int]:
     )
     if done.returncode:
         raise RuntimeError(done.stderr)
-    measured: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
-    return measured
+    return [json.loads(line) for line in done.stdout.splitlines()[-len(schemes) :]]
 
 
 def main() -> None:
@@ -121,7 +120,8 @@ def main() -> None:
     print("|---|---|---|---|---|---|")
     for scheme in SCHEMES:
         for mode in ("memory", "file"):
-            m = {name: count / (1 << 20) for name, count in measure(scheme, mode).items()}
+            (measured,) = measure(mode, scheme)
+            m = {name: count / (1 << 20) for name, count in measured.items()}
             peak, left = m["peak"] - m["before"], m["after"] - m["before"]
             print(
                 f"| {scheme} | {mode} | {m['model']:.0f} | {m['packed']:.1f} | {peak:.1f} "
@@ -131,7 +131,10 @@ def main() -> None:
 
 if __name__ == "__main__":
     if len(sys.argv) > 1:
-        with tempfile.TemporaryDirectory() as scratch:
-            print(json.dumps(measure_here(sys.argv[1], sys.argv[2], Path(scratch))))
+        measurements = []
+        for name in sys.argv[2:]:
+            with tempfile.TemporaryDirectory() as scratch:
+                measurements.append(measure_here(name, sys.argv[1], Path(scratch)))
+        print(*map(json.dumps, measurements), sep="\n")
     else:
         main()

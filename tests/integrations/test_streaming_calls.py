@@ -185,8 +185,16 @@ def test_two_threads_take_turns(mode: dict[str, Any]) -> None:
     assert all(f is not None and torch.equal(f, e) for f, e in zip(found, expected, strict=True))
 
 
-@pytest.mark.parametrize("scheme", ["native", "torchao-int8"])
-@pytest.mark.parametrize("first", ["apply", "compile"])
+# Every two of the three choices meet.
+@pytest.mark.parametrize(
+    ("first", "scheme", "mode"),
+    [
+        ("apply", "native", QUEUE_CPU),
+        ("apply", "torchao-int8", ASYNC_DISK),
+        ("compile", "native", ASYNC_DISK),
+        ("compile", "torchao-int8", QUEUE_CPU),
+    ],
+)
 def test_repeated_blocks_compile_once(first: str, scheme: str, mode: dict[str, Any]) -> None:
     pipe: Any = PIPELINES["flux"].build()
     with lowbits.apply(pipe, scheme, device="cpu", keep_source="memory") as resident:
