@@ -192,3 +192,16 @@ def test_scales_that_overflow_are_refused() -> None:
     with pytest.raises(errors.NonFiniteWeightError, match="would decode to NaN or infinity"):
         lowbits.quantize(layer, "gguf-q8_0")
     assert type(layer) is nn.Linear
+
+
+def test_layers_whose_weight_is_more_than_a_tensor_are_left_alone() -> None:
+    model = nn.Sequential(
+        nn.Embedding(64, 64, max_norm=1.0),
+        nn.utils.parametrizations.weight_norm(nn.Linear(64, 64)),
+        nn.Linear(64, 64),
+    )
+    layers = rows(lowbits.quantize(model, "bnb-nf4", rules={"*": "bnb-nf4"}))
+    assert layers["0"].reason == "its max_norm rewrites the weight at each call"
+    reasons = {row.reason for fqn, row in layers.items() if fqn.startswith("1.parametrizations")}
+    assert "parametrized weight" in reasons
+    assert [fqn for fqn, row in layers.items() if row.scheme == "bnb-nf4"] == ["2"]

@@ -14,7 +14,7 @@ from torchao import quantization
 
 import lowbits
 from lowbits import errors
-from lowbits.integrations.configs import Request, request_of
+from lowbits.integrations.configs import Request, component_requests, request_of
 
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
 
@@ -113,6 +113,38 @@ def test_a_pipeline_config_names_components() -> None:
     )
     schemes = {row.component: row.scheme for row in lowbits.apply(pipe, config).report().packed}
     assert schemes == {"transformer": "bnb-nf4"}
+
+
+@pytest.mark.parametrize(
+    ("backend", "options", "scheme"),
+    [
+        ("bitsandbytes_8bit", {"load_in_8bit": True}, "bnb-int8"),
+        ("bitsandbytes_4bit", {**NF4, "bnb_4bit_use_double_quant": True}, "bnb-nf4-dq"),
+        ("bitsandbytes_4bit", {"load_in_4bit": True}, "bnb-fp4"),
+    ],
+)
+def test_a_pipeline_config_of_one_backend(
+    backend: str, options: dict[str, Any], scheme: str
+) -> None:
+    config = diffusers.PipelineQuantizationConfig(
+        quant_backend=backend, quant_kwargs=options, components_to_quantize=["transformer"]
+    )
+    assert component_requests(config) == {"transformer": Request(scheme)}
+
+
+def test_a_pipeline_config_that_names_no_component_is_refused() -> None:
+    kwargs = {"load_in_8bit": True}
+    config = diffusers.PipelineQuantizationConfig("bitsandbytes_8bit", kwargs)
+    with pytest.raises(errors.ConfigError, match="give quant_mapping, or components_to_quantize"):
+        component_requests(config)
+
+
+def test_bitsandbytes_without_a_scheme_is_refused() -> None:
+    with pytest.raises(errors.ConfigError, match="neither load_in_4bit nor load_in_8bit"):
+        request_of(transformers.BitsAndBytesConfig())
+    config = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_use_double_quant=True)
+    with pytest.raises(errors.ConfigError, match="double quantization is offered for nf4 only"):
+        request_of(config)
 
 
 def test_options_are_checked() -> None:

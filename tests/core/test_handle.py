@@ -1,0 +1,56 @@
+"""The handle, and what packed models show of themselves."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+from torch import nn
+
+import lowbits
+from lowbits import errors
+
+
+def quantized() -> tuple[nn.Sequential, lowbits.Handle]:
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    return model, lowbits.quantize(model, "torchao-int8", keep_source="memory")
+
+
+def test_it_says_whether_it_is_active() -> None:
+    _, handle = quantized()
+    assert repr(handle).startswith("Handle(active: ")
+    handle.restore()
+    assert repr(handle).startswith("Handle(restored: ")
+
+
+def test_a_packed_weight_says_what_it_is_and_is_not_printed_in_full() -> None:
+    layer: Any = quantized()[0][0]
+    assert repr(layer.weight) == (
+        "WeightProxy(torchao-int8, shape=(64, 64), dtype=torch.float32, device='cpu')"
+    )
+    assert repr(layer.weight) == str(layer.weight)
+
+
+def test_a_state_dict_answers_for_packed_weights_and_for_nothing_else() -> None:
+    model, _ = quantized()
+    state = model.state_dict()
+    assert "0.weight" not in state
+    assert state["0.weight"].shape == (64, 64)
+    for key in ("2.weight", "0.other", "other", "0.weight.other"):
+        with pytest.raises(KeyError, match=key):
+            state[key]
+
+
+def test_what_was_only_quantized_cannot_be_placed() -> None:
+    model, handle = quantized()
+    with pytest.raises(errors.ConfigError, match="never moves a module: use lowbits.apply"):
+        handle.reconfigure(gpu_weights="1MB")
+    assert lowbits.handle(model) is handle
+
+
+def test_a_copy_and_a_whole_around_a_packed_part_are_refused() -> None:
+    model, _ = quantized()
+    for target in (copy.deepcopy(model), nn.Sequential(model[0], nn.Linear(64, 64))):
+        with pytest.raises(errors.AlreadyPatchedError, match="holds packed layers already"):
+            lowbits.quantize(target, "bnb-nf4")
