@@ -18,10 +18,11 @@ from lowbits.core.handle import Handle, Placed, allow_methods, find_handle
 from lowbits.core.memory import storage_bytes
 from lowbits.core.packed import PackedLayer
 from lowbits.core.registry import DEFAULT
+from lowbits.core.requantize import requantized
 from lowbits.core.scheme import NATIVE, SchemeInfo
 from lowbits.core.select import Component, Decision, Selection, select
 from lowbits.core.source import SourceFiles
-from lowbits.core.surgery import Journal, dequantize_layers, undo
+from lowbits.core.surgery import Journal, dequantize_layers, has_journal, undo
 from lowbits.errors import (
     AlreadyPatchedError,
     ConfigError,
@@ -70,6 +71,7 @@ def apply(  # noqa: PLR0913 - one place for every option
     location: str = "auto",
     keep_source: str = "auto",
     source: str | Path | None = None,
+    on_requantize: str = "warn",
     progress: ProgressCallback | None = None,
     cancel: CancelToken | None = None,
 ) -> Handle:
@@ -86,15 +88,15 @@ def apply(  # noqa: PLR0913 - one place for every option
         device: that the target runs on; None: the accelerator if there is one, else the CPU.
         compute_dtype: that packed layers multiply in; None: what is fast on their device.
         gpu_weights: that weights may take of the device: a size, as ``"6GB"``, is a hard cap, and
-            what is above it is streamed; ``"all"`` keeps them there or raises; ``"auto"`` streams
-            them where they do not fit beside reserve. On a CPU, only a size streams anything.
+            the rest is streamed; ``"all"`` keeps them there or raises; ``"auto"`` streams what does
+            not fit beside reserve. On a CPU, only a size streams anything.
         reserve: left free by ``"auto"``: a size, or ``"auto"``: 10 % of the device, at least 1 GiB.
         swap: how streamed weights are copied, see `LayerStreamer`'s ``method``.
         location: where streamed weights wait, see `LayerStreamer`.
-        keep_source: where originals are kept for `restore`: ``"memory"`` (host), ``"file"`` (only
-            with source, byte for byte proven), ``"none"``, or ``"auto"``: file if proven, else
-            memory if originals and packed weights fit in 60 % of what is free, else none.
+        keep_source: originals for `restore`: in ``"memory"``, in a ``"file"`` (of source, byte for
+            byte proven), ``"none"``, or ``"auto"``: the first of file, memory, none that will do.
         source: safetensors file, or folder, that the weights were loaded from.
+        on_requantize: ``"warn"``, ``"error"`` or ``"allow"`` where weights are in low bits already.
         progress: called after each packed layer.
         cancel: stops the operation between two layers when set.
 
@@ -103,21 +105,21 @@ def apply(  # noqa: PLR0913 - one place for every option
         BackendUnavailableError: the scheme's package is missing or broken.
         AlreadyPatchedError: the target is packed; use ``handle.switch`` or ``handle.restore``.
         NonFiniteWeightError: a weight holds NaN or infinity.
-        SourceUnavailableError: ``keep_source="file"`` and a weight is not in the file.
+        SourceUnavailableError: of ``keep_source="file"`` or ``on_requantize="error"``.
         NoCapableBackendError: not one layer can be packed; `failures` says why.
         InsufficientMemoryError: ``gpu_weights`` is too small; `needed_bytes` says what would do.
     """
-    config = scheme
-    if not isinstance(scheme, LowbitsConfig):
+    if not isinstance(config := scheme, LowbitsConfig):
         config = LowbitsConfig(
             scheme, components, rules, skip, device, compute_dtype, gpu_weights, reserve, swap,
-            location, keep_source, source, progress, cancel)  # fmt: skip
-    place = default_device() if config.device is None else torch.device(config.device)
-    return _apply(_modules_of(target), config, place)
+            location, keep_source, source, on_requantize, progress, cancel)  # fmt: skip
+    return _apply(_modules_of(target), config, _device_of(config))
 
 
 def quantize(module: nn.Module, scheme: Any, **options: Any) -> Handle:
     """Pack a module in place where it is: as `apply`, but nothing is moved to another device.
+
+    Where all of it is packed as asked already, nothing happens, and its handle is returned.
 
     Args:
         module: a `torch.nn.Module` or a diffusers pipeline; changed in place.
@@ -214,14 +216,24 @@ def default_device() -> torch.device:
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
+def _device_of(config: LowbitsConfig) -> torch.device:
+    return default_device() if config.device is None else torch.device(config.device)
+
+
 def _apply(
     modules: Mapping[str, nn.Module], config: LowbitsConfig, device: torch.device | None
 ) -> Handle:
     components = _components(modules, config)
-    _refuse_patched(components)
     rules = {glob: request_of(value).scheme for glob, value in (config.rules or {}).items()}
-    decisions = select(components, Selection(rules, config.skip, DEFAULT))
+    selection = Selection(rules, config.skip, DEFAULT)
+    if device is None and (applied := _applied_alike(components, selection)):
+        return applied
+    _refuse_patched(components)
+    decisions = select(components, selection)
     _require_one(components, decisions)
+    notes = requantized(decisions, config.on_requantize)
+    for note in notes:
+        logger.warning("%s", note)
     files = _source_files(config)
     placed = _placed(modules, config, device, stored_bytes_of(decisions), files)
     is_streamed = isinstance(placed, StreamedModels)
@@ -243,7 +255,7 @@ def _apply(
         for module, _ in homes:
             module.to(device)
         placed.attach()
-        report = conversion.report.noting(placed.notes)
+        report = conversion.report.noting((*notes, *placed.notes))
         target = _Target(modules, config, device)
         owned = Handle(modules if is_streamed else touched or modules, report, target, placed)
         owned.came_from(homes)
@@ -383,6 +395,16 @@ def _component(
     return Component(name, module, request.scheme, "", request.skip, dtype, kept_in_fp32(module))
 
 
+def _applied_alike(components: Sequence[Component], selection: Selection) -> Handle | None:
+    """Return the handle of components that are packed as asked already, every layer of them."""
+    handles = {id(c.module): find_handle(c.module) for c in components if c.scheme}
+    owned = next(iter(handles.values()), None)
+    if owned is None or any(other is not owned for other in handles.values()):
+        return None
+    decisions = select(components, replace(selection, sees_packed=True))
+    return None if any(d.scheme for d in decisions) else owned
+
+
 def _refuse_patched(components: Sequence[Component]) -> None:
     for component in components:
         if component.scheme is None:
@@ -394,10 +416,10 @@ def _refuse_patched(components: Sequence[Component]) -> None:
                 "another scheme, .reconfigure(gpu_weights=...) places it elsewhere, "
                 "lowbits.restore(target) undoes it; components=[...] leaves it out"
             )
-        if any(isinstance(module, PackedLayer) for module in component.module.modules()):
+        if any(has_journal(module) for module in component.module.modules()):
             raise AlreadyPatchedError(
-                f"{name} holds packed layers already (a part of it was applied, or it is a copy of "
-                "an applied module): restore that part, or call lowbits.dequantize(target) first"
+                f"{name} holds packed layers already (a part of it was applied, or it is a part of "
+                "an applied module): restore that, or call lowbits.dequantize(target) first"
             )
     for component in components:
         refuse_streamed(component.module)
@@ -405,7 +427,9 @@ def _refuse_patched(components: Sequence[Component]) -> None:
 
 def _require_one(components: Sequence[Component], decisions: Sequence[Decision]) -> None:
     """Raise where a scheme was asked for and nothing would be packed."""
-    if any(d.scheme for d in decisions) or all(c.scheme in (None, NATIVE) for c in components):
+    if any(d.scheme or d.is_in_scheme for d in decisions) or all(
+        c.scheme in (None, NATIVE) for c in components
+    ):
         return
     matrices = {d.path: d.reason for d in decisions if len(d.shape) > 1 and d.kind != "buffer"}
     listed = "; ".join(

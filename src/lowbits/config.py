@@ -74,6 +74,11 @@ class LowbitsConfig:
     source: str | Path | None = _option(
         None, "safetensors file or folder that the weights were loaded from"
     )
+    on_requantize: str = _option(
+        "warn",
+        "what to do where weights are in low bits already, and would be quantized a second time",
+        ("warn", "error", "allow"),
+    )
     progress: ProgressCallback | None = _option(None, "called after each packed layer")
     cancel: CancelToken | None = _option(None, "stops the operation between two layers when set")
 

@@ -180,7 +180,7 @@ def test_views_are_packed_by_value_and_restored_as_they_were(weight: torch.Tenso
     assert parameter.data_ptr() == weight.data_ptr()
 
 
-@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.complex64, torch.float8_e4m3fn])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.complex64])
 def test_dtypes_that_are_no_full_precision_are_reported(dtype: torch.dtype) -> None:
     odd = nn.Linear(64, 96, bias=False)
     odd.weight = nn.Parameter(torch.ones(96, 64).to(dtype), requires_grad=False)

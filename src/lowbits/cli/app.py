@@ -130,6 +130,7 @@ def run(  # noqa: PLR0913 - a parameter is an option
     compute_dtype: options.ComputeDtype = None,
     keep_source: options.KeepSource = "none",
     source: options.Source = None,
+    on_requantize: options.OnRequantize = "warn",
     gpu_weights: options.GpuWeights = "auto",
     reserve: options.Reserve = "auto",
     swap: options.Swap = "auto",
@@ -149,20 +150,13 @@ def run(  # noqa: PLR0913 - a parameter is an option
         _require(scheme, *(parts or {}).values(), *rules.values())
         pipe = load_pipeline(model, place)
         config = lowbits.LowbitsConfig(
-            scheme=scheme,
-            components=parts,
-            rules=rules or None,
-            skip=tuple(skip or ()),
-            device=place,
-            compute_dtype=getattr(torch, compute_dtype) if compute_dtype else None,
-            gpu_weights=gpu_weights,
-            reserve=reserve,
-            swap=swap,
-            location=location,
-            keep_source=keep_source,
-            source=source or (model if keep_source == "file" else None),
+            scheme=scheme, components=parts, rules=rules or None, skip=tuple(skip or ()),
+            device=place, compute_dtype=getattr(torch, compute_dtype) if compute_dtype else None,
+            gpu_weights=gpu_weights, reserve=reserve, swap=swap, location=location,
+            keep_source=keep_source, source=source or (model if keep_source == "file" else None),
+            on_requantize=on_requantize,
             progress=lambda event: bars.track("packing", event.done_bytes, event.total_bytes),
-        )
+        )  # fmt: skip
         with quiet():
             handle = lowbits.apply(pipe, config)
         pictures = draw(pipe, prompt, [seed], call, lambda done: bars.track("drawing", done, 1))

@@ -121,6 +121,11 @@ Source = Annotated[
     ),
 ]
 
+OnRequantize = Annotated[
+    Literal["warn", "error", "allow"],
+    typer.Option(rich_help_panel=_PACKING, help=_help("on_requantize")),
+]
+
 GpuWeights = Annotated[
     str,
     typer.Option(metavar="SIZE", rich_help_panel=_STREAMING, help=_help("gpu_weights")),

@@ -10,11 +10,23 @@ import torch
 
 from lowbits.core.memory import available_host_bytes
 from lowbits.core.names import dotted
-from lowbits.core.packed import PackedLayer, storage_form, stored_bytes
+from lowbits.core.packed import (
+    PackedLayer,
+    dequantized,
+    storage_form,
+    stored_names,
+)
 from lowbits.core.packing import pack_weight
 from lowbits.core.report import LayerReport, Report, format_bytes
 from lowbits.core.scheme import NATIVE, rows_of
-from lowbits.core.source import AUTO_MEMORY_SHARE, FileSource, MemorySource, SourceFiles
+from lowbits.core.source import (
+    AUTO_MEMORY_SHARE,
+    FileSource,
+    MemorySource,
+    PackedSource,
+    Source,
+    SourceFiles,
+)
 from lowbits.core.surgery import Journal, PackedParameters, packed_parameters
 from lowbits.errors import NonFiniteWeightError, SourceUnavailableError
 from lowbits.progress import CancelToken, ProgressCallback, ProgressEvent
@@ -22,7 +34,7 @@ from lowbits.progress import CancelToken, ProgressCallback, ProgressEvent
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from torch import nn
+    from torch import Tensor, nn
 
     from lowbits.core.select import Decision
 
@@ -104,7 +116,7 @@ def _prove(chosen: Sequence[Decision], options: ConvertOptions) -> dict[int, Fil
         return {}
     proven = {}
     for decision in chosen:
-        if decision.tie not in proven:
+        if decision.tie not in proven and not decision.is_packed:
             fqn = dotted(_module_fqn(decision), decision.name)
             source = options.source.prove(
                 decision.component, fqn, cast("nn.Parameter", decision.tensor)
@@ -135,10 +147,10 @@ def _memory_or_none(
     available = available_host_bytes()
     if available is None or not rest:
         return "memory"
-    original = sum({d.tie: d.tensor.nbytes for d in rest}.values())
+    original = sum({d.tie: d.nbytes for d in rest}.values())
     packed = sum({d.tie: _packed_bytes(d) for d in chosen}.values())
     # Originals in host memory are there already: what is free has to hold the rest of the sum.
-    on_host = sum({d.tie: d.tensor.nbytes for d in rest if d.tensor.device.type == "cpu"}.values())
+    on_host = sum({d.tie: d.nbytes for d in rest if d.tensor.device.type == "cpu"}.values())
     fits = original + packed <= AUTO_MEMORY_SHARE * (available + on_host)
     return "memory" if fits else "none"
 
@@ -152,12 +164,12 @@ def _packed_bytes(decision: Decision) -> int:
 
 def stored_bytes_of(decisions: Sequence[Decision]) -> int:
     """Return the bytes that all tensors will take once they are packed, tied ones once."""
-    sizes = {d.tie: _packed_bytes(d) if d.scheme else d.tensor.nbytes for d in decisions}
+    sizes = {d.tie: _packed_bytes(d) if d.scheme else d.nbytes for d in decisions}
     return sum(sizes.values())
 
 
 def _bytes_before(decisions: Sequence[Decision]) -> dict[int, int]:
-    return {d.tie: d.tensor.nbytes for d in decisions}
+    return {d.tie: d.nbytes for d in decisions}
 
 
 def _pack_all(
@@ -169,7 +181,7 @@ def _pack_all(
     modules: dict[int, list[Decision]] = defaultdict(list)
     for decision in chosen:
         modules[id(decision.module)].append(decision)
-    total = sum({d.tie: d.tensor.nbytes for d in chosen}.values())
+    total = sum({d.tie: d.nbytes for d in chosen}.values())
     holders = _count_holders(chosen)
     tied: dict[int, tuple[str, PackedParameters]] = {}
     done = 0
@@ -182,7 +194,7 @@ def _pack_all(
                 name, shared = tied[decision.tie]
                 packed[decision.name] = shared.renamed(name, decision.name)
                 continue
-            done += decision.tensor.nbytes
+            done += decision.nbytes
             packed[decision.name] = _pack_one(decision, sources.get(decision.tie), options)
             if holders[decision.tie] > 1:
                 tied[decision.tie] = decision.name, packed[decision.name]
@@ -204,22 +216,34 @@ def _pack_one(
     scheme, backend = decision.scheme, decision.backend
     assert scheme
     assert backend
-    original = cast("nn.Parameter", decision.tensor)
+    device = options.device or decision.tensor.device
+    values, kept = _values_of(decision)
     try:
-        packed = pack_weight(
-            original, decision.kind, scheme, backend, options.device or original.device
-        )
+        packed = pack_weight(values, decision.kind, scheme, backend, device)
     except NonFiniteWeightError as error:
         raise NonFiniteWeightError(
             f"{decision.path} cannot be packed as {scheme.name}: {error}; leave it alone with "
             f"skip=({decision.path!r},), or repair the weight"
         ) from error
-    layout, tensors = storage_form(decision.name, packed, backend, original.shape)
+    layout, tensors = storage_form(decision.name, packed, backend, decision.shape)
     if options.hold is not None:
         tensors = {name: tensor.to(options.hold) for name, tensor in tensors.items()}
     layout = replace(layout, compute_dtype=decision.compute_dtype, keeps_fp32=decision.keeps_fp32)
-    kept = source or MemorySource(original)
-    return packed_parameters(decision.name, layout, tensors, original, kept)
+    dtype = decision.dtype or decision.tensor.dtype
+    return packed_parameters(decision.name, layout, tensors, dtype, source or kept)
+
+
+def _values_of(decision: Decision) -> tuple[Tensor, Source]:
+    """Return a weight's values, and itself as the way back; what is packed decodes in float32."""
+    layer, name = decision.module, decision.name
+    if not (isinstance(layer, PackedLayer) and decision.is_packed):
+        original = cast("nn.Parameter", decision.tensor)
+        return original, MemorySource(original)
+    stored = {
+        key.removeprefix(name): cast("nn.Parameter", layer._parameters[key])
+        for key in stored_names(layer, name)
+    }
+    return dequantized(layer, name, torch.float32), PackedSource(decision.stored_as, stored)
 
 
 def _report(
@@ -233,9 +257,7 @@ def _report(
         is_again = decision.tie in counted
         counted.add(decision.tie)
         bytes_before = before[decision.tie]
-        bytes_after = bytes_before
-        if isinstance(decision.module, PackedLayer) and decision.scheme:
-            bytes_after = stored_bytes(decision.module, decision.name)
+        bytes_after = decision.nbytes if decision.scheme else bytes_before
         source = ("file" if decision.tie in sources else mode) if decision.scheme else "-"
         dropped += bytes_before if source == "none" and not is_again else 0
         numel = decision.shape.numel()
@@ -245,7 +267,7 @@ def _report(
                 component=decision.component,
                 kind=decision.kind,
                 shape=tuple(decision.shape),
-                scheme=decision.scheme.name if decision.scheme else NATIVE,
+                scheme=_scheme_now(decision),
                 bytes_before=0 if is_again else bytes_before,
                 bytes_after=0 if is_again else bytes_after,
                 bits_per_weight=bytes_after * 8 / numel if numel else 0.0,
@@ -259,3 +281,9 @@ def _report(
         else ()
     )
     return Report(tuple(layers), warnings)
+
+
+def _scheme_now(decision: Decision) -> str:
+    if decision.scheme:
+        return decision.scheme.name
+    return decision.stored_as if decision.is_packed else NATIVE

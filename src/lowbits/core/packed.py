@@ -233,10 +233,15 @@ def read_weight(layer: PackedLayer, name: str = "weight") -> Tensor:
     return WeightProxy(read, layout.scheme, layout.backend, layout.shape, _marker(layer, name))
 
 
+def stored_names(layer: PackedLayer, name: str = "weight") -> tuple[str, ...]:
+    """Return the names of the Parameters that hold a packed weight, and of its marker."""
+    fields = layer.lowbits_layouts[name].fields
+    return (marker_name(name), *(field.parameter for field in fields))
+
+
 def stored_bytes(layer: PackedLayer, name: str = "weight") -> int:
     """Return the bytes of the storages that hold a packed weight."""
-    fields = layer.lowbits_layouts[name].fields
-    return storage_bytes(cast("Tensor", layer._parameters[f.parameter]) for f in fields)
+    return storage_bytes(cast("Tensor", layer._parameters[n]) for n in stored_names(layer, name))
 
 
 def workspace_bytes(root: nn.Module) -> int:

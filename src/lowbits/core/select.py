@@ -19,8 +19,9 @@ import torch
 from torch import nn
 
 from lowbits.core.names import dotted
-from lowbits.core.packed import PackedLayer
+from lowbits.core.packed import PackedLayer, marker_name, stored_bytes, stored_names
 from lowbits.core.scheme import EMBEDDING, LINEAR, NATIVE, PARAMETER, Override, Scheme, rows_of
+from lowbits.core.surgery import has_journal
 from lowbits.errors import ConfigError, PatchError
 
 if TYPE_CHECKING:
@@ -36,6 +37,11 @@ TINY_WEIGHTS: Final = 4096
 PROJECTION_RATIO: Final = 8
 
 _FLOATS: Final = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+#: Weights in these are packed as well: their values are known exactly, if not what they were.
+_FLOAT8S: Final = (
+    *(torch.float8_e4m3fn, torch.float8_e5m2),
+    *(torch.float8_e4m3fnuz, torch.float8_e5m2fnuz),
+)
 _LAYERS: Final[Mapping[str, type[nn.Module]]] = {
     LINEAR: nn.Linear,
     "Conv1d": nn.Conv1d,
@@ -83,6 +89,9 @@ class Decision:
         kind: of the layer, e.g. ``"Linear"``; for the rest what it is, e.g. ``"bias"``.
         shape: of the tensor.
         tie: identity of the tensor: the same for tied ones.
+        stored_as: scheme, or float8 dtype, that it is in already; empty in full precision.
+        is_in_scheme: whether that is the scheme asked for.
+        dtype: of the layer once it is packed; None: the tensor's own.
         scheme: that it will be packed in; None where it is left alone.
         backend: of the scheme.
         compute_dtype: as in `Component`.
@@ -97,6 +106,9 @@ class Decision:
     kind: str
     shape: torch.Size
     tie: int
+    stored_as: str = ""
+    is_in_scheme: bool = False
+    dtype: torch.dtype | None = None
     scheme: Scheme | None = None
     backend: QuantBackend | None = None
     compute_dtype: torch.dtype | None = None
@@ -110,10 +122,32 @@ class Decision:
 
     @property
     def tensor(self) -> torch.Tensor:
-        """The parameter or buffer as it is now; decisions keep no reference to it."""
-        tensor = self.module._parameters.get(self.name, self.module._buffers.get(self.name))
+        """The parameter or buffer as it is now; decisions keep no reference to it.
+
+        Of a packed weight, its marker: the same dtype and device, and no values.
+        """
+        name = marker_name(self.name) if self.is_packed else self.name
+        tensor = self.module._parameters.get(name, self.module._buffers.get(name))
         assert tensor is not None
         return tensor
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether it is a packed weight now."""
+        layer = self.module
+        return isinstance(layer, PackedLayer) and self.name in layer.lowbits_layouts
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what holds it now."""
+        if isinstance(self.module, PackedLayer) and self.is_packed:
+            return stored_bytes(self.module, self.name)
+        return self.tensor.nbytes
+
+    @property
+    def is_low_bit(self) -> bool:
+        """Whether fewer than 16 bits are left of each value."""
+        return bool(self.stored_as) and 8 * self.nbytes < 16 * self.shape.numel()
 
 
 @final
@@ -168,11 +202,19 @@ def _names_parameter(pattern: str) -> bool:
 @final
 @dataclass(frozen=True)
 class Selection:
-    """What a caller asks for beside the components' schemes."""
+    """What a caller asks for beside the components' schemes.
+
+    Attributes:
+        rules: scheme by glob.
+        skip: globs.
+        registry: of the schemes.
+        sees_packed: whether weights count that a handle is responsible for; else they are left.
+    """
 
     rules: Mapping[str, str]
     skip: Sequence[str]
     registry: BackendRegistry
+    sees_packed: bool = False
 
 
 def select(components: Sequence[Component], selection: Selection) -> list[Decision]:
@@ -208,24 +250,45 @@ def select(components: Sequence[Component], selection: Selection) -> list[Decisi
 
 def _tensors(component: Component) -> Iterator[Decision]:
     for module_fqn, module in component.module.named_modules():
+        stored: set[str] = set()
+        if isinstance(module, PackedLayer):
+            stored = {key for name in module.lowbits_layouts for key in stored_names(module, name)}
+            yield from _packed_weights(component.name, module_fqn, module)
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
-            if tensor is None:
+            if tensor is None or name in stored:
                 continue
             if nn.parameter.is_lazy(tensor):
                 path = dotted(component.name, module_fqn, name)
                 raise PatchError(f"{path} has no shape yet (lazy): run the model once before")
             kind = _kind(module, name, tensor)
-            own_name = "" if name == "weight" else name
-            fqn = dotted(module_fqn, own_name)
-            yield Decision(component.name, fqn, module, name, kind, tensor.shape, id(tensor))
+            form = str(tensor.dtype).removeprefix("torch.") if tensor.dtype in _FLOAT8S else ""
+            fqn = _fqn(module_fqn, name)
+            yield Decision(component.name, fqn, module, name, kind, tensor.shape, id(tensor), form)
+
+
+def _packed_weights(component: str, fqn: str, module: PackedLayer) -> Iterator[Decision]:
+    for name, layout in module.lowbits_layouts.items():
+        kind = _layer_kind(module) if name == "weight" else PARAMETER
+        tie = id(module._parameters[marker_name(name)])
+        yield Decision(
+            component, _fqn(fqn, name), module, name, kind, layout.shape, tie, layout.scheme
+        )
+
+
+def _fqn(module_fqn: str, name: str) -> str:
+    return dotted(module_fqn, "" if name == "weight" else name)
+
+
+def _layer_kind(module: nn.Module) -> str:
+    kind = next((k for k, cls in _LAYERS.items() if isinstance(module, cls)), None)
+    return kind or type(module).__name__
 
 
 def _kind(module: nn.Module, name: str, tensor: torch.Tensor) -> str:
     if name in module._buffers:
         return "buffer"
     if name == "weight":
-        kind = next((k for k, cls in _LAYERS.items() if isinstance(module, cls)), None)
-        return kind or type(module).__name__
+        return _layer_kind(module)
     if tensor.dim() < 2:
         return "bias" if name == "bias" else "vector"
     return PARAMETER
@@ -250,6 +313,7 @@ class _Decider:
             if isinstance(module, _CONTAINERS)
         ]
         self._adapters = set(_adapter_fqns(component.module))
+        self._dtype = component.compute_dtype or _precision(component.module)
         self._taken: Counter[Override] = Counter()
         self._mixed: dict[int, str] = {}
 
@@ -282,12 +346,14 @@ class _Decider:
 
     def _impossible(self, decision: Decision) -> str:
         """Say why a tensor cannot be packed whatever the caller asks for."""
-        if isinstance(decision.module, PackedLayer):
+        if decision.is_packed and has_journal(decision.module) and not self._selection.sees_packed:
             return "already packed"
         if not _is_layer(decision):
             return _not_a_layer(decision)
         if any(decision.fqn.startswith(prefix + ".") for prefix in self._adapters):
             return "adapter factor"
+        if decision.is_packed:
+            return ""
         return _unsuitable_module(decision.module) or _unsuitable_tensor(decision.tensor)
 
     def _default_reason(self, decision: Decision, *, is_raw: bool) -> str:
@@ -326,13 +392,22 @@ class _Decider:
         _, row_length = rows_of(decision.shape, decision.kind)
         refusal = scheme.refusal(decision.kind, row_length)
         if refusal is None:
-            return replace(decision, scheme=scheme, backend=backend)
+            return self._stored(decision, scheme, backend)
         for fallback in scheme.fallbacks:
             backend, scheme = self._selection.registry.require(fallback)
             if backend and scheme.refusal(decision.kind, row_length) is None:
                 reason = f"instead of {name}: {refusal}"
-                return replace(decision, scheme=scheme, backend=backend, reason=reason)
+                return self._stored(replace(decision, reason=reason), scheme, backend)
         return replace(decision, reason=refusal)
+
+    def _stored(self, decision: Decision, scheme: Scheme, backend: QuantBackend) -> Decision:
+        """Let a weight be packed, unless it is in that scheme already."""
+        if decision.stored_as == scheme.name:
+            return replace(decision, is_in_scheme=True, reason=f"stored as {scheme.name} already")
+        dtype = self._dtype if decision.tensor.dtype in _FLOAT8S else None
+        reason = f"stored as {decision.stored_as} before" if decision.stored_as else ""
+        reason = "; ".join(part for part in (reason, decision.reason) if part)
+        return replace(decision, scheme=scheme, backend=backend, dtype=dtype, reason=reason)
 
     def _of_mix(self, mix: Scheme, decision: Decision) -> str:
         """Return the scheme that a mix has for a layer; tied ones get that of the first."""
@@ -354,6 +429,12 @@ def _not_a_layer(decision: Decision) -> str:
     return f"no scheme holds {decision.kind} layers"
 
 
+def _precision(module: nn.Module) -> torch.dtype:
+    """Return the dtype of a model some of whose weights are in float8."""
+    tensors = (*module.parameters(), *module.buffers())
+    return next((t.dtype for t in tensors if t.dtype in _FLOATS), torch.bfloat16)
+
+
 def _unsuitable_module(module: nn.Module) -> str:
     if isinstance(module, nn.Embedding) and module.max_norm is not None:
         return "its max_norm rewrites the weight at each call"
@@ -361,13 +442,15 @@ def _unsuitable_module(module: nn.Module) -> str:
         return "parametrized weight"
     if type(module).get_extra_state is not nn.Module.get_extra_state:
         return "its module has extra state of its own"
+    if "layerwise_casting" in getattr(module.__dict__.get("_diffusers_hook"), "hooks", ()):
+        return "diffusers casts it at each call (enable_layerwise_casting): remove that hook first"
     return ""
 
 
 def _unsuitable_tensor(tensor: torch.Tensor) -> str:
     if type(tensor) not in (nn.Parameter, torch.Tensor) or type(tensor.data) is not torch.Tensor:
         return f"already stored by another library as {type(tensor.data).__name__}"
-    if tensor.dtype not in _FLOATS:
+    if tensor.dtype not in (*_FLOATS, *_FLOAT8S):
         return f"its dtype {str(tensor.dtype).removeprefix('torch.')} is not a full precision"
     return "" if tensor.numel() else "empty"
 

@@ -57,6 +57,10 @@ class Source(ABC):
     def parameter(self) -> nn.Parameter:
         """Return the original weight, bit for bit."""
 
+    def parameters(self) -> Mapping[str, nn.Parameter]:
+        """Return what a layer held before, by what each name adds to the weight's."""
+        return {"": self.parameter()}
+
 
 @final
 class MemorySource(Source):
@@ -80,6 +84,44 @@ class MemorySource(Source):
         if self._parameter.device != self._device:
             self._parameter.data = self._parameter.data.to(self._device)
         return self._parameter
+
+
+@final
+class PackedSource(Source):
+    """What a weight was before it was quantized a second time: costs its bytes, in host memory."""
+
+    kind: ClassVar[str] = "memory"
+
+    def __init__(self, scheme: str, stored: Mapping[str, nn.Parameter]) -> None:
+        """Keep the Parameters of a packed weight.
+
+        Args:
+            scheme: that they are in.
+            stored: by what each name adds to the weight's.
+        """
+        self._scheme, self._stored = scheme, dict(stored)
+        self._devices = {name: parameter.device for name, parameter in stored.items()}
+
+    def settle(self) -> None:
+        """Move the bytes to the host; the objects stay the same."""
+        for parameter in self._stored.values():
+            parameter.data = parameter.data.cpu()
+
+    def verify(self) -> None:
+        """Nothing can be lost."""
+
+    def parameter(self) -> nn.Parameter:
+        """Refuse: what was decoded from the first form is not the original."""
+        raise SourceUnavailableError(
+            f"the full-precision weight is not known: it was {self._scheme} when it was packed. "
+            "Load the model in full precision and pack that"
+        )
+
+    def parameters(self) -> Mapping[str, nn.Parameter]:
+        """Return the objects that the layer had, on the devices where they were."""
+        for name, parameter in self._stored.items():
+            parameter.data = parameter.data.to(self._devices[name])
+        return self._stored
 
 
 @final

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, cast, final
+from typing import TYPE_CHECKING, Any, Final, cast, final
 
 import torch
 from torch import nn
 
-from lowbits.core.packed import Layout, PackedLayer, dequantized, marker_name, packed_class
-from lowbits.core.source import MemorySource, NoSource, Source
+from lowbits.core.packed import (
+    Layout,
+    PackedLayer,
+    dequantized,
+    marker_name,
+    packed_class,
+    stored_names,
+)
+from lowbits.core.source import MemorySource, NoSource, PackedSource, Source
 from lowbits.errors import PatchError, SourceUnavailableError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-LAYOUTS = "lowbits_layouts"
+LAYOUTS: Final = "lowbits_layouts"
+_OWNER: Final = "_lowbits_owner"
 
 
 @final
@@ -48,7 +57,7 @@ def packed_parameters(
     name: str,
     layout: Layout,
     tensors: Mapping[str, torch.Tensor],
-    like: torch.Tensor,
+    dtype: torch.dtype,
     source: Source,
 ) -> PackedParameters:
     """Wrap stored tensors, and make the marker that stands for the weight.
@@ -57,11 +66,11 @@ def packed_parameters(
         name: of the weight in its layer.
         layout: of the weight.
         tensors: stored tensors by Parameter name; kept.
-        like: gives the marker's dtype; its device is that of the tensors.
+        dtype: of the marker; its device is that of the tensors.
         source: the way back.
     """
     device = next(iter(tensors.values())).device
-    marker = torch.empty(0, dtype=like.dtype, device=device)
+    marker = torch.empty(0, dtype=dtype, device=device)
     frozen = {
         key: nn.Parameter(tensor, requires_grad=False)
         for key, tensor in {marker_name(name): marker, **tensors}.items()
@@ -71,7 +80,10 @@ def packed_parameters(
 
 @dataclass
 class _Change:
-    """What was done to one module; ``is_begun`` from just before the first statement on."""
+    """What was done to one module; ``is_begun`` from just before the first statement on.
+
+    `base` and `before` are what it was: packed itself, where weights are packed once more.
+    """
 
     module: nn.Module
     fqn: str
@@ -79,6 +91,7 @@ class _Change:
     order: tuple[str, ...]
     packed: dict[str, PackedParameters]
     layouts: dict[str, Layout]
+    before: dict[str, Any]
     markers: dict[str, tuple[torch.dtype, torch.device]]
     is_begun: bool = False
 
@@ -100,23 +113,21 @@ class Journal:
         The entry is written before anything is changed, so that an interrupt between any two
         statements can be undone.
         """
-        taken = {key for weight in packed.values() for key in weight.parameters}
-        names = (module._parameters, module._buffers, module._modules, module.__dict__)
-        clash = taken & {name for group in names for name in group}
-        if clash:
-            raise PatchError(f"{fqn} has a {min(clash)!r} of its own; leave it alone with skip=")
-        parameters: dict[str, nn.Parameter | None] = {}
-        for name, parameter in module._parameters.items():
-            parameters.update(packed[name].parameters if name in packed else {name: parameter})
-        layouts = {name: weight.layout for name, weight in packed.items()}
+        parameters = _new_parameters(module, packed, fqn)
+        before: dict[str, Any] = {}
+        before |= {key: module.__dict__[key] for key in (LAYOUTS, _OWNER) if key in module.__dict__}
+        layouts: dict[str, Layout] = dict(before.get(LAYOUTS, {}))
+        layouts |= {name: weight.layout for name, weight in packed.items()}
         order = tuple(module._parameters)
         markers = {name: weight.parameters[marker_name(name)] for name, weight in packed.items()}
         places = {name: (marker.dtype, marker.device) for name, marker in markers.items()}
-        change = _Change(module, fqn, type(module), order, dict(packed), layouts, places)
+        change = _Change(module, fqn, type(module), order, dict(packed), layouts, before, places)
         self._changes.append(change)
         change.is_begun = True
-        module.__dict__.update({"_parameters": parameters, LAYOUTS: layouts})
-        module.__class__ = packed_class(change.base, tuple(packed))
+        module.__dict__.update(
+            {"_parameters": parameters, LAYOUTS: layouts, _OWNER: _Owner(weakref.ref(self))}
+        )
+        module.__class__ = _class_after(change)
         for weight in packed.values():
             weight.source.settle()
 
@@ -133,7 +144,7 @@ class Journal:
                 change,
                 packed={
                     name: replace(weight, source=NoSource())
-                    if isinstance(weight.source, MemorySource)
+                    if isinstance(weight.source, (MemorySource, PackedSource))
                     else weight
                     for name, weight in change.packed.items()
                 },
@@ -146,7 +157,7 @@ class Journal:
         for change in self._changes:
             _require_untouched(change)
 
-    def undo(self, originals: dict[int, nn.Parameter]) -> None:
+    def undo(self, originals: dict[int, Mapping[str, nn.Parameter]]) -> None:
         """Take every change back, the last one first.
 
         Args:
@@ -156,6 +167,55 @@ class Journal:
             if self._changes[-1].is_begun:
                 _uninstall(self._changes[-1], originals)
             self._changes.pop()
+
+
+@final
+class _Owner:
+    """What a packed layer knows of its journal; copies and pickles of the layer know of none."""
+
+    def __init__(self, journal: weakref.ref[Journal] | None = None) -> None:
+        self.journal = journal
+
+    def __reduce__(self) -> tuple[type[_Owner], tuple[()]]:
+        return _Owner, ()
+
+
+def has_journal(module: nn.Module) -> bool:
+    """Say whether somebody holds the way back to what a packed layer was before."""
+    owner = module.__dict__.get(_OWNER)
+    return isinstance(owner, _Owner) and bool(owner.journal and owner.journal())
+
+
+def _new_parameters(
+    module: nn.Module, packed: Mapping[str, PackedParameters], fqn: str
+) -> dict[str, nn.Parameter | None]:
+    """Return a module's Parameters with packed weights in the places of those they stand for."""
+    markers = {name: name for name in packed}
+    gone: set[str] = set()
+    if isinstance(module, PackedLayer):
+        again = [name for name in packed if name in module.lowbits_layouts]
+        markers |= {marker_name(name): name for name in again}
+        gone = {key for name in again for key in stored_names(module, name)}
+    taken = {key for weight in packed.values() for key in weight.parameters} - gone
+    names = (module._parameters, module._buffers, module._modules, module.__dict__)
+    clash = taken & {name for group in names for name in group}
+    if clash:
+        raise PatchError(f"{fqn} has a {min(clash)!r} of its own; leave it alone with skip=")
+    parameters: dict[str, nn.Parameter | None] = {}
+    for key, parameter in module._parameters.items():
+        if key in markers:
+            parameters.update(packed[markers[key]].parameters)
+        elif key not in gone:
+            parameters[key] = parameter
+    return parameters
+
+
+def _plain_class(cls: type[nn.Module]) -> type[nn.Module]:
+    return cls.lowbits_base if issubclass(cls, PackedLayer) else cls
+
+
+def _class_after(change: _Change) -> type[nn.Module]:
+    return packed_class(_plain_class(change.base), tuple(change.layouts))
 
 
 def undo(journals: Sequence[Journal]) -> None:
@@ -188,7 +248,7 @@ def take_back(journals: Sequence[Journal]) -> None:
     """
     for journal in journals:
         journal.require_untouched()
-    originals: dict[int, nn.Parameter] = {}
+    originals: dict[int, Mapping[str, nn.Parameter]] = {}
     for journal in reversed(journals):
         journal.undo(originals)
 
@@ -196,14 +256,17 @@ def take_back(journals: Sequence[Journal]) -> None:
 def _require_untouched(change: _Change) -> None:
     """Raise where others changed a layer so that its original would be wrong in it."""
     module = change.module
-    if not change.is_begun or type(module) is change.base:
+    layouts = module.__dict__.get(LAYOUTS)
+    is_as_before = type(module) is change.base and layouts is change.before.get(LAYOUTS)
+    is_dequantized = type(module) is _plain_class(change.base)
+    if not change.is_begun or is_as_before or is_dequantized:
         return  # not packed yet, or dequantized since: the original is right
-    if type(module) is not packed_class(change.base, tuple(change.packed)):
+    if type(module) is not _class_after(change):
         raise PatchError(
             f"cannot restore {change.fqn}: it became a {type(module).__name__} while it was packed "
             "(torch.nn.utils.parametrize?); undo that first"
         )
-    if module.__dict__.get(LAYOUTS) is not change.layouts:
+    if layouts is not change.layouts:
         raise SourceUnavailableError(
             f"cannot restore {change.fqn}: other weights were loaded into it while it was packed, "
             "and the originals are not theirs; lowbits.dequantize(target) gives ordinary layers"
@@ -217,25 +280,26 @@ def _require_untouched(change: _Change) -> None:
             )
 
 
-def _uninstall(change: _Change, originals: dict[int, nn.Parameter]) -> None:
+def _uninstall(change: _Change, originals: dict[int, Mapping[str, nn.Parameter]]) -> None:
     module = change.module
     live = dict(module._parameters)
-    restored: dict[str, nn.Parameter | None] = {}
-    for name in change.order:
-        if name not in change.packed:
-            restored[name] = live.get(name)
-            continue
-        source = change.packed[name].source
+    held: dict[str, nn.Parameter] = {}
+    for name, weight in change.packed.items():
+        source = weight.source
         if id(source) not in originals:
-            originals[id(source)] = source.parameter()
+            originals[id(source)] = source.parameters()
         # Dequantized since, the layer has no marker: its weight says what the caller did.
         marker = live.get(marker_name(name), live.get(name))
-        restored[name] = _follow(originals[id(source)], marker, change.markers[name])
+        for suffix, original in originals[id(source)].items():
+            held[name + suffix] = _follow(original, marker, change.markers[name])
+    restored = {key: held.get(key, live.get(key)) for key in change.order}
     stored = {key for weight in change.packed.values() for key in weight.parameters}
     added = {k: v for k, v in live.items() if k not in restored and k not in stored}
     module.__class__ = change.base
     module.__dict__["_parameters"] = {**restored, **added}
-    module.__dict__.pop(LAYOUTS, None)
+    for key in (LAYOUTS, _OWNER):
+        module.__dict__.pop(key, None)
+    module.__dict__.update(change.before)
 
 
 def _follow(
@@ -243,7 +307,8 @@ def _follow(
 ) -> nn.Parameter:
     """Do to an original what the caller did to the model since: a cast, a move."""
     if marker is not None and (marker.dtype, marker.device) != was:
-        dtype = marker.dtype if marker.dtype != was[0] else parameter.dtype
+        is_cast = marker.dtype != was[0] and parameter.is_floating_point()
+        dtype = marker.dtype if is_cast else parameter.dtype
         device = marker.device if marker.device != was[1] else parameter.device
         parameter.data = parameter.data.to(device, dtype)
     return parameter
@@ -271,6 +336,8 @@ def dequantize_layers(layers: Iterable[PackedLayer]) -> None:
             module.__dict__.update({"_parameters": packed, LAYOUTS: layouts})
             module.__class__ = cls
         raise
+    for module, *_ in done:
+        module.__dict__.pop(_OWNER, None)
 
 
 def _dense_parameters(
@@ -278,9 +345,7 @@ def _dense_parameters(
 ) -> dict[str, nn.Parameter | None]:
     """Return a layer's Parameters with its packed weights dequantized, in the original order."""
     parameters: dict[str, nn.Parameter | None] = {}
-    stored = set()
-    for layout in layer.lowbits_layouts.values():
-        stored |= {f.parameter for f in layout.fields}
+    stored = {key for name in layer.lowbits_layouts for key in stored_names(layer, name)}
     markers = {marker_name(name): name for name in layer.lowbits_layouts}
     for key, parameter in layer._parameters.items():
         if key in markers:

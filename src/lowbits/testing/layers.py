@@ -196,16 +196,61 @@ def check_weights_are_read_only(backend: QuantBackend, scheme: Scheme) -> None:
 
 
 def check_second_apply_is_refused(backend: QuantBackend, scheme: Scheme) -> None:
-    """Packing twice raises, and changes nothing."""
+    """Applying twice raises; quantizing twice as before does nothing."""
     model, handle = packed_model(scheme.name)
     expected = model(tokens())
-    try:
-        lowbits.quantize(model, scheme.name)
-    except lowbits.errors.AlreadyPatchedError:
-        assert torch.equal(model(tokens()), expected)
-        assert handle.is_active
-        return
-    raise AssertionError("a packed model was packed again")
+    for again in (lowbits.apply, lowbits.quantize):
+        other = scheme.name if again is lowbits.apply else _another(scheme)
+        try:
+            again(model, other, rules={"*": other})
+        except lowbits.errors.AlreadyPatchedError:
+            continue
+        raise AssertionError("a packed model was packed again")
+    assert lowbits.quantize(model, scheme.name, rules={"*": scheme.name}) is handle
+    assert torch.equal(model(tokens()), expected)
+    assert handle.is_active
+
+
+def check_a_copy_is_packed_in_another_scheme(backend: QuantBackend, scheme: Scheme) -> None:
+    """What nobody has the originals of is decoded layer by layer, with one warning, and undone."""
+    model, _ = packed_model(scheme.name)
+    copied = copy.deepcopy(model)
+    before = {name: value.clone() for name, value in copied.state_dict().items()}
+    dense = {fqn: packed.weight.clone() for fqn, packed in _packed_layers(copied)}
+    again = lowbits.quantize(copied, scheme.name, rules={"*": scheme.name})
+    assert not again.report().packed
+    again.restore()
+    other = _another(scheme)
+    handle = lowbits.quantize(copied, other, rules={"*": other}, keep_source="memory")
+    assert {row.scheme for row in handle.report().packed} == {other}
+    for warning in handle.report().warnings:
+        assert f"from {scheme.name} to {other}" in warning
+    assert len(handle.report().warnings) == (scheme.code_bits < 16)
+    for fqn, layer in _packed_layers(copied):
+        if fqn not in dense:
+            continue
+        alone = nn.Linear(1, 1)
+        alone.weight = nn.Parameter(dense[fqn].float().flatten(1))
+        lowbits.quantize(alone, other)
+        assert torch.equal(alone.weight.clone().view(dense[fqn].shape), layer.weight.float())
+    assert copied.tied.weight_like is copied.table.weight_like
+    assert copied(tokens()).isfinite().all()
+    handle.restore()
+    after = copied.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(before[name], value) for name, value in after.items())
+
+
+def _another(scheme: Scheme) -> str:
+    return "float8-e5m2" if scheme.name == "float8-e4m3fn" else "float8-e4m3fn"
+
+
+def _packed_layers(model: nn.Module) -> list[tuple[str, Any]]:
+    return [
+        (fqn, module)
+        for fqn, module in model.named_modules()
+        if isinstance(module, PackedLayer) and "weight" in module.lowbits_layouts
+    ]
 
 
 def check_what_does_not_fit_is_reported(backend: QuantBackend, scheme: Scheme) -> None:
