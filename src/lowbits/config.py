@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 _SIZE: Final = re.compile(r"(\d+(?:\.\d+)?)\s*(?:([kKMGT])(i?))?B?")
 
-_FP16_LORA: Final = " (fp16 LoRA)"
+#: What Forge appends to an entry of its menu where LoRA adapters stay beside the weights.
+FP16_LORA: Final = " (fp16 LoRA)"
 
 #: Entries of Forge's "Diffusion in Low Bits" menu whose names are not a scheme's.
 _FORGE: Final = {"Automatic": "native"}
@@ -135,5 +136,5 @@ def scheme_name(value: str) -> str:
         >>> scheme_name("bnb-nf4 (fp16 LoRA)")
         'bnb-nf4'
     """
-    name = value.removesuffix(_FP16_LORA)
+    name = value.removesuffix(FP16_LORA)
     return _FORGE.get(name, name)

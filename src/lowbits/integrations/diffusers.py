@@ -14,7 +14,7 @@ from torch import nn
 from lowbits.errors import PatchError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
     import torch
 
@@ -35,6 +35,11 @@ def components_of(pipe: Any) -> dict[str, nn.Module]:
     return {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
 
 
+def denoisers_of(components: Iterable[str]) -> list[str]:
+    """Return which components, by name, run at every step."""
+    return [name for name in components if name.startswith(_DENOISERS)]
+
+
 def default_reasons(components: Mapping[str, nn.Module]) -> dict[str, str]:
     """Return why components are left alone by default; those that are packed are not in it.
 
@@ -43,8 +48,9 @@ def default_reasons(components: Mapping[str, nn.Module]) -> dict[str, str]:
     pictures are sensitive to both.
     """
     reasons = {}
+    denoisers = denoisers_of(components)
     for name, module in components.items():
-        if name.startswith(_DENOISERS):
+        if name in denoisers:
             continue
         if name.startswith("text_encoder"):
             if "CLIP" in type(module).__name__:

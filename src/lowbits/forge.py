@@ -1,0 +1,107 @@
+"""Forge's menu: its strings as they stand in its interface, and what each does here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, final
+
+from lowbits import _api
+from lowbits.config import FP16_LORA, scheme_name
+from lowbits.errors import ConfigError, suggestion
+from lowbits.integrations.diffusers import components_of, denoisers_of, is_pipeline
+
+if TYPE_CHECKING:
+    from lowbits.core.handle import Handle
+
+#: What Forge writes as MB: it divides a device's memory by 1024 * 1024.
+_MB: Final = 1 << 20
+
+_LOW_BITS: Final = tuple(
+    name + suffix
+    for name in ("Automatic", "bnb-nf4", "float8-e4m3fn", "bnb-fp4", "float8-e5m2")
+    for suffix in ("", FP16_LORA)
+)
+
+
+@final
+@dataclass(frozen=True)
+class ForgeOption:
+    """One control of Forge's interface.
+
+    Attributes:
+        label: as it is written there.
+        keyword: of `lowbits.forge.apply`.
+        choices: that it offers, as they are written there; empty where it takes a number.
+        default: that it has there; None: what Forge works out from the device.
+    """
+
+    label: str
+    keyword: str
+    choices: tuple[Any, ...]
+    default: Any
+
+
+def options() -> tuple[ForgeOption, ...]:
+    """Return the controls of Forge that `apply` understands, in the order of its interface.
+
+    Source: labels and entries of stable-diffusion-webui-forge, ``modules_forge/main_entry.py``.
+    """
+    return (
+        ForgeOption("Diffusion in Low Bits", "diffusion_in_low_bits", _LOW_BITS, "Automatic"),
+        ForgeOption("Swap Method", "swap_method", ("Queue", "Async"), "Queue"),
+        ForgeOption("Swap Location", "swap_location", ("CPU", "Shared"), "CPU"),
+        ForgeOption("GPU Weights (MB)", "gpu_weights_mb", (), None),
+    )
+
+
+def apply(
+    pipe: Any,
+    *,
+    diffusion_in_low_bits: str = "Automatic",
+    swap_method: str = "Queue",
+    swap_location: str = "CPU",
+    gpu_weights_mb: int | None = None,
+    **others: Any,
+) -> Handle:
+    """Do what Forge's options ask for, in place; see the documentation's page "Forge".
+
+    Entries may be written in any case.
+
+    Args:
+        pipe: a diffusers pipeline, whose denoiser is packed, or a `torch.nn.Module`.
+        diffusion_in_low_bits: how the denoiser's weights are stored; ``"Automatic"`` keeps them.
+        swap_method: ``"Queue"`` copies weights when they are needed, ``"Async"`` ahead of it.
+        swap_location: where weights wait: ``"CPU"`` or ``"Shared"``, page-locked host memory.
+        gpu_weights_mb: a hard cap on weights on the device, in MB of 1048576 bytes; None: what
+            fits beside what is left free for activations.
+        others: of `lowbits.apply`, as ``device``, ``components`` and ``keep_source``.
+
+    Raises:
+        ConfigError: no entry of Forge's.
+        LowbitsError: what `lowbits.apply` raises.
+    """
+    given = locals()
+    chosen = {o.keyword: _choice(o, given[o.keyword]) for o in options() if o.choices}
+    return _api.apply(
+        pipe,
+        scheme_name(chosen["diffusion_in_low_bits"]),
+        gpu_weights="auto" if gpu_weights_mb is None else gpu_weights_mb * _MB,
+        swap=chosen["swap_method"].lower(),
+        location=chosen["swap_location"].lower(),
+        **{"components": _denoisers(pipe), **others},
+    )
+
+
+def _choice(option: ForgeOption, value: str) -> str:
+    """Return a choice as it is written in Forge."""
+    found = next((c for c in option.choices if c.lower() == str(value).lower()), None)
+    if found is None:
+        raise ConfigError(
+            f"{option.keyword}: got {value!r}, expected one of "
+            f"{', '.join(option.choices)}{suggestion(str(value), option.choices)}"
+        )
+    return str(found)
+
+
+def _denoisers(pipe: Any) -> list[str] | None:
+    return denoisers_of(components_of(pipe)) or None if is_pipeline(pipe) else None
