@@ -38,6 +38,7 @@ from lowbits.integrations.diffusers import (
     is_pipeline,
     kept_in_fp32,
 )
+from lowbits.streaming.device_ops import free_bytes
 from lowbits.streaming.engine import refuse_streamed
 from lowbits.streaming.models import (
     PlacedModels,
@@ -242,6 +243,7 @@ def _apply(
         source=files,
         device=device,
         hold=torch.device("cpu") if is_streamed else None,
+        free_bytes=free_bytes,
         progress=config.progress,
         cancel=config.cancel,
     )

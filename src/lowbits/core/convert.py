@@ -17,6 +17,7 @@ from lowbits.core.packed import (
     stored_names,
 )
 from lowbits.core.packing import pack_weight
+from lowbits.core.peak import conversion_peak, require_room
 from lowbits.core.report import LayerReport, Report, format_bytes
 from lowbits.core.scheme import NATIVE, rows_of
 from lowbits.core.source import (
@@ -32,7 +33,7 @@ from lowbits.errors import NonFiniteWeightError, SourceUnavailableError
 from lowbits.progress import CancelToken, ProgressCallback, ProgressEvent
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from torch import Tensor, nn
 
@@ -49,12 +50,14 @@ class ConvertOptions:
         source: a safetensors file or folder that the weights came from.
         device: that quantizes and holds the result; None: the one each weight lies on.
         hold: that holds the result, where it is not the one that quantizes.
+        free_bytes: of a device that is not the host; None where that is not known.
     """
 
     keep_source: str = "auto"
     source: SourceFiles | None = None
     device: torch.device | None = None
     hold: torch.device | None = None
+    free_bytes: Callable[[torch.device], int | None] | None = None
     progress: ProgressCallback | None = None
     cancel: CancelToken | None = None
 
@@ -88,7 +91,8 @@ def convert(
     """Pack the weights that were chosen, in place.
 
     Peak memory above the target's: the packed weights and one part of one layer (`PART_WEIGHTS`);
-    with file sources, originals go as their layers are packed.
+    with file sources, originals go as their layers are packed. Where that is not free, nothing
+    begins.
 
     Args:
         decisions: of every parameter and buffer of the target.
@@ -100,6 +104,8 @@ def convert(
     sources = _prove(chosen, options)
     mode = _memory_or_none(chosen, sources, options.keep_source)
     before = _bytes_before(decisions)
+    peak = conversion_peak(decisions, sources, options.device, options.hold, _packed_bytes)
+    require_room(peak, options.free_bytes)
     _pack_all(chosen, sources, journals, options)
     return Conversion(journals, _report(decisions, before, sources, mode), mode == "none")
 

@@ -235,3 +235,8 @@ def device_ops(device: torch.device) -> DeviceOps:
     if device.type == "mps":
         return UnifiedOps(device)
     return AcceleratorOps(device)
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Return the free memory of a device; None where that is not known."""
+    return None if device.type == "meta" else device_ops(device).free_bytes()
