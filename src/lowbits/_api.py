@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, final
 
@@ -35,9 +35,11 @@ from lowbits.integrations.diffusers import (
     announce_device,
     components_of,
     default_reasons,
+    denoisers_of,
     is_pipeline,
     kept_in_fp32,
 )
+from lowbits.integrations.vae import GuardedModels
 from lowbits.streaming.device_ops import free_bytes
 from lowbits.streaming.engine import refuse_streamed
 from lowbits.streaming.models import (
@@ -72,6 +74,7 @@ def apply(  # noqa: PLR0913 - one place for every option
     location: str = "auto",
     keep_source: str = "auto",
     source: str | Path | None = None,
+    never_oom: Collection[str] = (),
     on_requantize: str = "warn",
     progress: ProgressCallback | None = None,
     cancel: CancelToken | None = None,
@@ -97,6 +100,7 @@ def apply(  # noqa: PLR0913 - one place for every option
         keep_source: originals for `restore`: in ``"memory"``, in a ``"file"`` (of source, byte for
             byte proven), ``"none"``, or ``"auto"``: the first of file, memory, none that will do.
         source: safetensors file, or folder, that the weights were loaded from.
+        never_oom: ``"denoiser"``: none of its blocks stays there; ``"vae"``: in tiles, always.
         on_requantize: ``"warn"``, ``"error"`` or ``"allow"`` where weights are in low bits already.
         progress: called after each packed layer.
         cancel: stops the operation between two layers when set.
@@ -113,7 +117,7 @@ def apply(  # noqa: PLR0913 - one place for every option
     if not isinstance(config := scheme, LowbitsConfig):
         config = LowbitsConfig(
             scheme, components, rules, skip, device, compute_dtype, gpu_weights, reserve, swap,
-            location, keep_source, source, on_requantize, progress, cancel)  # fmt: skip
+            location, keep_source, source, never_oom, on_requantize, progress, cancel)  # fmt: skip
     return _apply(_modules_of(target), config, _device_of(config))
 
 
@@ -127,7 +131,7 @@ def quantize(module: nn.Module, scheme: Any, **options: Any) -> Handle:
         scheme: as for `apply`.
         options: those of `apply`, but ``device`` and what streams.
     """
-    for option in ("device", "gpu_weights", "reserve", "swap", "location"):
+    for option in ("device", "gpu_weights", "reserve", "swap", "location", "never_oom"):
         if option in options:
             raise ConfigError(f"{option}: quantize moves nothing; use lowbits.apply for that")
     return _apply(_modules_of(module), LowbitsConfig(scheme, **options), None)
@@ -237,17 +241,16 @@ def _apply(
         logger.warning("%s", note)
     files = _source_files(config)
     placed = _placed(modules, config, device, stored_bytes_of(decisions), files)
-    is_streamed = isinstance(placed, StreamedModels)
     options = ConvertOptions(
         keep_source=config.keep_source,
         source=files,
         device=device,
-        hold=torch.device("cpu") if is_streamed else None,
+        hold=torch.device("cpu") if placed.is_streamed else None,
         free_bytes=free_bytes,
         progress=config.progress,
         cancel=config.cancel,
     )
-    homes = [] if is_streamed else _homes(modules, device)
+    homes = [] if placed.is_streamed else _homes(modules, device)
     packed = {decision.component for decision in decisions if decision.scheme}
     touched = {c.name: c.module for c in components if c.scheme or c.name in packed}
     journals: defaultdict[str, Journal] = defaultdict(Journal)
@@ -259,7 +262,8 @@ def _apply(
         placed.attach()
         report = conversion.report.noting((*notes, *placed.notes))
         target = _Target(modules, config, device)
-        owned = Handle(modules if is_streamed else touched or modules, report, target, placed)
+        parts = modules if placed.is_streamed else touched or modules
+        owned = Handle(parts, report, target, placed)
         owned.came_from(homes)
         owned.attach(journals)
         conversion.commit()
@@ -287,13 +291,25 @@ def _placed(
     """Decide whether models of some bytes, as they will be stored, stay on the device."""
     if device is None:
         return ResidentModels(modules, None)
-    placement = Placement(device, config.gpu_weights, config.reserve, config.swap, config.location)
+    ring_only = _denoisers(modules) if "denoiser" in config.never_oom else frozenset()
+    placement = Placement(
+        device, config.gpu_weights, config.reserve, config.swap, config.location, ring_only
+    )
     held = storage_bytes(t for t in tensors_of(modules.values()) if _same_device(t.device, device))
     budget = placement.budget(nbytes, held)
-    if budget is None:
-        return ResidentModels(modules, device)
-    announce = None if "" in modules else announce_device
-    return StreamedModels(modules, placement, budget, announce, files)
+    placed: PlacedModels = ResidentModels(modules, device)
+    if budget is not None:
+        announce = None if "" in modules else announce_device
+        placed = StreamedModels(modules, placement, budget, announce, files)
+    return GuardedModels(placed, modules, is_always_tiled="vae" in config.never_oom)
+
+
+def _denoisers(modules: Mapping[str, nn.Module]) -> frozenset[str]:
+    """Return the names of what runs at every step; a target that is a module runs as a whole."""
+    names = [""] if "" in modules else denoisers_of(modules)
+    if not names:
+        raise ConfigError(f"never_oom: the target has no denoiser; it has {', '.join(modules)}")
+    return frozenset(names)
 
 
 def _source_files(config: LowbitsConfig) -> SourceFiles | None:
@@ -324,7 +340,7 @@ class _Target:
         try:
             nbytes = sum({id(t): t.nbytes for t in tensors_of(modules.values())}.values())
             new = _placed(modules, config, self._device, nbytes, files)
-            homes = [] if isinstance(new, StreamedModels) else _homes(modules, self._device)
+            homes = [] if new.is_streamed else _homes(modules, self._device)
             for module, _ in homes:
                 module.to(self._device)
             new.attach()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, final
@@ -75,6 +75,12 @@ class LowbitsConfig:
     source: str | Path | None = _option(
         None, "safetensors file or folder that the weights were loaded from"
     )
+    never_oom: Collection[str] = _option(
+        (),
+        "what must not run out of memory: no block of the 'denoiser' stays on the device, and the "
+        "'vae' always works in tiles",
+        ("denoiser", "vae"),
+    )
     on_requantize: str = _option(
         "warn",
         "what to do where weights are in low bits already, and would be quantized a second time",
@@ -85,21 +91,30 @@ class LowbitsConfig:
 
     def __post_init__(self) -> None:
         for item in fields(self):
-            choices, value = item.metadata["choices"], getattr(self, item.name)
-            if choices and value not in choices:
-                raise ConfigError(
-                    f"{item.name}: got {value!r}, expected one of {', '.join(choices)}"
-                    f"{suggestion(str(value), choices)}"
-                )
+            _require_choice(item.name, getattr(self, item.name), item.metadata["choices"])
         for option, words in (("gpu_weights", ("auto", "all")), ("reserve", ("auto",))):
             value = getattr(self, option)
             if value not in words:
                 # The one place where a frozen field is set: sizes are ints from here on.
                 object.__setattr__(self, option, parse_size(value, option))
-        if isinstance(self.skip, str):
-            raise ConfigError(f"skip: got the string {self.skip!r}, expected a sequence of globs")
+        for option in ("skip", "never_oom"):
+            if isinstance(value := getattr(self, option), str):
+                raise ConfigError(
+                    f"{option}: got the string {value!r}, expected a sequence of them"
+                )
         if self.compute_dtype is not None and not self.compute_dtype.is_floating_point:
             raise ConfigError(f"compute_dtype: got {self.compute_dtype}, expected a floating dtype")
+
+
+def _require_choice(option: str, value: Any, choices: Sequence[str]) -> None:
+    """Raise where a value, or one of several, is not among the choices, if there are any."""
+    given = (value,) if isinstance(value, str) or not isinstance(value, Collection) else value
+    wrong = next((one for one in given if choices and one not in choices), None)
+    if wrong is not None:
+        raise ConfigError(
+            f"{option}: got {wrong!r}, expected one of {', '.join(choices)}"
+            f"{suggestion(str(wrong), choices)}"
+        )
 
 
 def parse_size(value: Any, option: str) -> int:

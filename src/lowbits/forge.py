@@ -44,13 +44,18 @@ class ForgeOption:
 def options() -> tuple[ForgeOption, ...]:
     """Return the controls of Forge that `apply` understands, in the order of its interface.
 
-    Source: labels and entries of stable-diffusion-webui-forge, ``modules_forge/main_entry.py``.
+    Source: labels and entries of stable-diffusion-webui-forge, ``modules_forge/main_entry.py`` and
+    ``extensions-builtin/sd_forge_neveroom``, "Never OOM Integrated".
     """
     return (
         ForgeOption("Diffusion in Low Bits", "diffusion_in_low_bits", _LOW_BITS, "Automatic"),
         ForgeOption("Swap Method", "swap_method", ("Queue", "Async"), "Queue"),
         ForgeOption("Swap Location", "swap_location", ("CPU", "Shared"), "CPU"),
         ForgeOption("GPU Weights (MB)", "gpu_weights_mb", (), None),
+        ForgeOption(
+            "Enabled for UNet (always maximize offload)", "never_oom_unet", (False, True), False
+        ),
+        ForgeOption("Enabled for VAE (always tiled)", "never_oom_vae", (False, True), False),
     )
 
 
@@ -61,6 +66,8 @@ def apply(
     swap_method: str = "Queue",
     swap_location: str = "CPU",
     gpu_weights_mb: int | None = None,
+    never_oom_unet: bool = False,
+    never_oom_vae: bool = False,
     **others: Any,
 ) -> Handle:
     """Do what Forge's options ask for, in place; see the documentation's page "Forge".
@@ -74,6 +81,8 @@ def apply(
         swap_location: where weights wait: ``"CPU"`` or ``"Shared"``, page-locked host memory.
         gpu_weights_mb: a hard cap on weights on the device, in MB of 1048576 bytes; None: what
             fits beside what is left free for activations.
+        never_oom_unet: no block of the denoiser stays on the device.
+        never_oom_vae: the VAE always works in tiles.
         others: of `lowbits.apply`, as ``device``, ``components`` and ``keep_source``.
 
     Raises:
@@ -82,25 +91,28 @@ def apply(
     """
     given = locals()
     chosen = {o.keyword: _choice(o, given[o.keyword]) for o in options() if o.choices}
+    never_oom = {"denoiser": never_oom_unet, "vae": never_oom_vae}
     return _api.apply(
         pipe,
         scheme_name(chosen["diffusion_in_low_bits"]),
         gpu_weights="auto" if gpu_weights_mb is None else gpu_weights_mb * _MB,
         swap=chosen["swap_method"].lower(),
         location=chosen["swap_location"].lower(),
+        never_oom=tuple(part for part, is_asked in never_oom.items() if is_asked),
         **{"components": _denoisers(pipe), **others},
     )
 
 
-def _choice(option: ForgeOption, value: str) -> str:
+def _choice(option: ForgeOption, value: Any) -> Any:
     """Return a choice as it is written in Forge."""
-    found = next((c for c in option.choices if c.lower() == str(value).lower()), None)
-    if found is None:
+    names = {str(choice).lower(): choice for choice in option.choices}
+    if str(value).lower() not in names:
+        known = [str(choice) for choice in option.choices]
         raise ConfigError(
-            f"{option.keyword}: got {value!r}, expected one of "
-            f"{', '.join(option.choices)}{suggestion(str(value), option.choices)}"
+            f"{option.keyword}: got {value!r}, expected one of {', '.join(known)}"
+            f"{suggestion(str(value), known)}"
         )
-    return str(found)
+    return names[str(value).lower()]
 
 
 def _denoisers(pipe: Any) -> list[str] | None:

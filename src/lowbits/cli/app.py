@@ -135,6 +135,7 @@ def run(  # noqa: PLR0913 - a parameter is an option
     reserve: options.Reserve = "auto",
     swap: options.Swap = "auto",
     location: options.Location = "auto",
+    never_oom: options.NeverOom = None,
 ) -> None:
     """Draw a picture with packed weights."""
     call = options.call_settings(settings, num_inference_steps=steps, height=height, width=width)
@@ -154,7 +155,7 @@ def run(  # noqa: PLR0913 - a parameter is an option
             device=place, compute_dtype=getattr(torch, compute_dtype) if compute_dtype else None,
             gpu_weights=gpu_weights, reserve=reserve, swap=swap, location=location,
             keep_source=keep_source, source=source or (model if keep_source == "file" else None),
-            on_requantize=on_requantize,
+            on_requantize=on_requantize, never_oom=tuple(never_oom or ()),
             progress=lambda event: bars.track("packing", event.done_bytes, event.total_bytes),
         )  # fmt: skip
         with quiet():

@@ -121,6 +121,12 @@ Source = Annotated[
     ),
 ]
 
+NeverOom = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="[denoiser|vae]", rich_help_panel=_STREAMING, help=_help("never_oom", "Repeatable.")
+    ),
+]
 OnRequantize = Annotated[
     Literal["warn", "error", "allow"],
     typer.Option(rich_help_panel=_PACKING, help=_help("on_requantize")),

@@ -93,7 +93,7 @@ class Arbiter:
         if stage.plan is None:
             stage = self._join(stage)
         others = [other for other in self.stages() if other is not stage]
-        wanted = stage.nbytes if stage.plan is None else stage.reserved_bytes
+        wanted = stage.wanted_bytes if stage.plan is None else stage.reserved_bytes
         if wanted + sum(other.reserved_bytes for other in others) > self.budget_bytes:
             for other in others:
                 if not other.uses:  # else it is its forward that calls this one

@@ -28,6 +28,7 @@ class Component:
         tier: where its masters are.
         units: in the order in which they are registered.
         base: what no unit holds.
+        is_ring_only: whether none of its units may stay on the device.
     """
 
     def __init__(
@@ -37,6 +38,7 @@ class Component:
         self.name, self.root, self.tier = name, root, tier
         self.units: list[Stored] = []
         self.base: Stored
+        self.is_ring_only = False
         self._device, self._layout = device, layout
         self._loose = [_Loose(holder, tensor) for holder, tensor in layout.loose]
         self._extras: list[_Loose] = []

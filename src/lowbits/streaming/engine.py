@@ -67,6 +67,8 @@ class Engine:
         arbiter: Arbiter,
         location: str,
         locate: Locate | None = None,
+        *,
+        is_ring_only: bool = False,
     ) -> None:
         """Begin: all or nothing.
 
@@ -76,14 +78,16 @@ class Engine:
             arbiter: has the device's budget.
             location: one of `lowbits.streaming.tiers.LOCATIONS`.
             locate: says which file a tensor comes from, for masters on the disk.
+            is_ring_only: whether no unit may stay on the device.
         """
         self.name, self.root = name, root
         self._arbiter = arbiter
         self._is_running = False
         self.recoveries = 0
-        layout = require_fit(root, arbiter)
+        layout = require_fit(root, arbiter, is_ring_only=is_ring_only)
         tier = Tier(location, layout.nbytes, arbiter.ops, locate)
         self.component = Component(name, root, layout, tier, arbiter.ops.device)
+        self.component.is_ring_only = is_ring_only
         try:
             self.component.attach()
         except BaseException:
@@ -284,8 +288,8 @@ class _Call(Interceptor):
         refuse_hook(self._module, attribute)
 
 
-def require_fit(root: nn.Module, arbiter: Arbiter) -> ModelLayout:
-    """Return a model cut into units; nothing is changed.
+def require_fit(root: nn.Module, arbiter: Arbiter, *, is_ring_only: bool = False) -> ModelLayout:
+    """Return a model cut into units, as small ones as can be for a ring only; nothing is changed.
 
     Raises:
         AlreadyPatchedError: it is streamed already.
@@ -294,7 +298,7 @@ def require_fit(root: nn.Module, arbiter: Arbiter) -> ModelLayout:
     """
     _require_streamable(root)
     budget, depth = arbiter.budget_bytes, arbiter.depth if arbiter.is_ahead else 1
-    layout = lay_out(root, budget_bytes=budget, depth=depth)
+    layout = lay_out(root, budget_bytes=0 if is_ring_only else budget, depth=depth)
     make_plan(
         [UnitCost(unit.nbytes, 0.0) for unit in layout.units],
         range(len(layout.units)),

@@ -41,6 +41,7 @@ class Placement:
         reserve: left free by ``"auto"``: ``"auto"``, or bytes.
         method: one of `lowbits.streaming.streamer.METHODS`.
         location: one of `lowbits.streaming.tiers.LOCATIONS`.
+        ring_only: names of models none of whose units stay on the device.
     """
 
     device: torch.device
@@ -48,6 +49,7 @@ class Placement:
     reserve: int | str = "auto"
     method: str = "auto"
     location: str = "auto"
+    ring_only: frozenset[str] = frozenset()
 
     def budget(self, nbytes: int, held_bytes: int) -> int | None:
         """Return the bytes that weights may take on the device; None: they all stay there.
@@ -59,8 +61,15 @@ class Placement:
         Raises:
             InsufficientMemoryError: ``"all"`` does not fit.
         """
+        cap = self._cap(nbytes, held_bytes)
+        if self.ring_only:
+            return cap if cap is not None else 2 * nbytes
+        return None if cap is None or nbytes <= cap else cap
+
+    def _cap(self, nbytes: int, held_bytes: int) -> int | None:
+        """Return the bytes that weights may take; None where there is no limit to know."""
         if isinstance(self.gpu_weights, int):
-            return None if nbytes <= self.gpu_weights else self.gpu_weights
+            return self.gpu_weights
         ops = device_ops(self.device)
         free = ops.free_bytes()
         # What is loaded fits: a copy on the disk would only be slower. Sizes ask for it.
@@ -77,9 +86,8 @@ class Placement:
                     free,
                     str(self.device),
                 )
-            return None
-        room = max(0, free - self._reserve_bytes(ops, free))
-        return None if nbytes <= room else room
+            return free
+        return max(0, free - self._reserve_bytes(ops, free))
 
     def _reserve_bytes(self, ops: DeviceOps, free: int) -> int:
         if isinstance(self.reserve, int):
@@ -91,6 +99,11 @@ class Placement:
 
 class PlacedModels(ABC):
     """Models on their device, for good or in turns."""
+
+    @property
+    @abstractmethod
+    def is_streamed(self) -> bool:
+        """Whether they take turns."""
 
     @abstractmethod
     def stats(self) -> StreamStats:
@@ -113,6 +126,8 @@ class PlacedModels(ABC):
 @final
 class ResidentModels(PlacedModels):
     """Models that are on the device for good."""
+
+    is_streamed = False
 
     def __init__(self, modules: Mapping[str, nn.Module], device: torch.device | None) -> None:
         """Remember them; `lowbits.apply` moves them.
@@ -140,6 +155,8 @@ class ResidentModels(PlacedModels):
 @final
 class StreamedModels(PlacedModels):
     """Models that take turns in one budget."""
+
+    is_streamed = True
 
     def __init__(
         self,
@@ -175,7 +192,10 @@ class StreamedModels(PlacedModels):
         try:
             for name, module in unique.values():
                 locate = partial(self._source.locate, name) if self._source else None
-                engine = Engine(name, module, self._arbiter, where.location, locate)
+                engine = Engine(
+                    name, module, self._arbiter, where.location, locate,
+                    is_ring_only=name in where.ring_only,
+                )  # fmt: skip
                 self._engines[name] = engine
                 if self._announce is not None:
                     self._take_back.append(self._announce(module, engine))

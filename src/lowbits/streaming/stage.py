@@ -99,6 +99,12 @@ class Stage:
         return self.fixed_bytes + sum(e.unit.nbytes for e in self._entries[: self._n_units])
 
     @property
+    def wanted_bytes(self) -> int:
+        """Bytes that it takes of a device where there is room for everything."""
+        is_ring_only = any(component.is_ring_only for component in self.components)
+        return self.minimum_bytes if is_ring_only else self.nbytes
+
+    @property
     def device_bytes(self) -> int:
         """Bytes on the device now."""
         loose = sum(component.loose_bytes for component in self.components)
@@ -184,7 +190,7 @@ class Stage:
             [UnitCost(e.unit.nbytes, e.compute_s) for e in self._entries[: self._n_units]],
             self._order.expected,
             bandwidth=self.timing.bandwidth,
-            budget_bytes=self._budget_bytes,
+            budget_bytes=min(self._budget_bytes, self.wanted_bytes),
             fixed_bytes=self.fixed_bytes,
             depth=self._depth,
             prefetch=self.method == "async",

@@ -63,7 +63,8 @@ class StreamStats:
         copied_bytes: that were copied to the device.
         stall_s: that compute has waited for copies.
         misses: uses of units whose bytes were not on their way.
-        recoveries: passes that ran out of memory, and were run again with fewer residents.
+        recoveries: passes that ran out of memory, and were run again with fewer residents; and
+            calls of VAEs that were run again in tiles.
         passes: completed forwards of models.
         slow_passes: those that took more than three times the median: on Windows, probably the
             driver moving device memory to the host. Use a smaller budget.
