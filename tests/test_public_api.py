@@ -16,8 +16,8 @@ from lowbits import errors
 NAMES = {
     "BackendInfo", "CancelToken", "Handle", "LayerReport", "LayerStreamer", "LowbitsConfig",
     "Packed", "ProgressEvent", "QuantBackend", "Report", "Scheme", "SchemeInfo", "StreamStats",
-    "UnitStats", "__version__", "apply", "backend", "backends", "dequantize", "errors", "forge",
-    "handle", "quantize", "register_backend", "restore", "schemes", "testing",
+    "UnitStats", "__version__", "apply", "backend", "backends", "dequantize", "device_budget",
+    "errors", "forge", "handle", "quantize", "register_backend", "restore", "schemes", "testing",
 }  # fmt: skip
 
 SCHEMES = [

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from lowbits.core.scheme import SchemeInfo as SchemeInfo
     from lowbits.progress import CancelToken as CancelToken
     from lowbits.progress import ProgressEvent as ProgressEvent
+    from lowbits.streaming.budget import device_budget as device_budget
     from lowbits.streaming.stats import StreamStats as StreamStats
     from lowbits.streaming.stats import UnitStats as UnitStats
     from lowbits.streaming.streamer import LayerStreamer as LayerStreamer
@@ -52,6 +53,7 @@ _HOMES = {
     "lowbits.core.report": "LayerReport Report",
     "lowbits.core.scheme": "BackendInfo Scheme SchemeInfo",
     "lowbits.progress": "CancelToken ProgressEvent",
+    "lowbits.streaming.budget": "device_budget",
     "lowbits.streaming.stats": "StreamStats UnitStats",
     "lowbits.streaming.streamer": "LayerStreamer",
 }

@@ -15,6 +15,8 @@ from torch import nn
 from lowbits.config import LowbitsConfig
 from lowbits.core.convert import ConvertOptions, convert, stored_bytes_of
 from lowbits.core.handle import Handle, Placed, allow_methods, find_handle
+from lowbits.core.homes import homes_of, same_device
+from lowbits.core.interception import interceptor_of
 from lowbits.core.memory import storage_bytes
 from lowbits.core.packed import PackedLayer
 from lowbits.core.registry import DEFAULT
@@ -40,6 +42,7 @@ from lowbits.integrations.diffusers import (
     kept_in_fp32,
 )
 from lowbits.integrations.vae import GuardedModels
+from lowbits.streaming.budget import BUDGETS
 from lowbits.streaming.device_ops import free_bytes
 from lowbits.streaming.engine import refuse_streamed
 from lowbits.streaming.models import (
@@ -233,14 +236,17 @@ def _apply(
     selection = Selection(rules, config.skip, DEFAULT)
     if device is None and (applied := _applied_alike(components, selection)):
         return applied
-    _refuse_patched(components)
+    elsewhere = _placed_elsewhere(components)
+    modules = {name: module for name, module in modules.items() if name not in elsewhere}
+    _refuse_patched([component for component in components if component.name in modules])
     decisions = select(components, selection)
     _require_one(components, decisions)
     notes = requantized(decisions, config.on_requantize)
     for note in notes:
         logger.warning("%s", note)
     files = _source_files(config)
-    placed = _placed(modules, config, device, stored_bytes_of(decisions), files)
+    nbytes = stored_bytes_of([d for d in decisions if d.component in modules])
+    placed = _placed(modules, config, device, nbytes, files)
     options = ConvertOptions(
         keep_source=config.keep_source,
         source=files,
@@ -250,7 +256,7 @@ def _apply(
         progress=config.progress,
         cancel=config.cancel,
     )
-    homes = [] if placed.is_streamed else _homes(modules, device)
+    homes = [] if placed.is_streamed else homes_of(modules, device)
     packed = {decision.component for decision in decisions if decision.scheme}
     touched = {c.name: c.module for c in components if c.scheme or c.name in packed}
     journals: defaultdict[str, Journal] = defaultdict(Journal)
@@ -275,6 +281,8 @@ def _apply(
         for module, home in homes:
             module.to(home)
         raise
+    if device is not None:
+        BUDGETS.join(device, owned)
     # Who asked for it knows; what "auto" let go comes as a surprise.
     for warning in conversion.report.warnings if config.keep_source == "auto" else ():
         logger.warning("%s", warning)
@@ -293,9 +301,10 @@ def _placed(
         return ResidentModels(modules, None)
     ring_only = _denoisers(modules) if "denoiser" in config.never_oom else frozenset()
     placement = Placement(
-        device, config.gpu_weights, config.reserve, config.swap, config.location, ring_only
-    )
-    held = storage_bytes(t for t in tensors_of(modules.values()) if _same_device(t.device, device))
+        device, config.gpu_weights, config.reserve, config.swap, config.location, ring_only,
+        BUDGETS.of(device),
+    )  # fmt: skip
+    held = storage_bytes(t for t in tensors_of(modules.values()) if same_device(t.device, device))
     budget = placement.budget(nbytes, held)
     placed: PlacedModels = ResidentModels(modules, device)
     if budget is not None:
@@ -340,7 +349,7 @@ class _Target:
         try:
             nbytes = sum({id(t): t.nbytes for t in tensors_of(modules.values())}.values())
             new = _placed(modules, config, self._device, nbytes, files)
-            homes = [] if new.is_streamed else _homes(modules, self._device)
+            homes = [] if new.is_streamed else homes_of(modules, self._device)
             for module, _ in homes:
                 module.to(self._device)
             new.attach()
@@ -423,6 +432,15 @@ def _applied_alike(components: Sequence[Component], selection: Selection) -> Han
     return None if any(d.scheme for d in decisions) else owned
 
 
+def _placed_elsewhere(components: Sequence[Component]) -> set[str]:
+    """Return the names of components that another handle streams, and that are to stay as is."""
+    return {
+        c.name
+        for c in components
+        if c.scheme is None and find_handle(c.module) and interceptor_of(c.module)
+    }
+
+
 def _refuse_patched(components: Sequence[Component]) -> None:
     for component in components:
         if component.scheme is None:
@@ -458,32 +476,3 @@ def _require_one(components: Sequence[Component], decisions: Sequence[Decision])
         "rules={'*': scheme} packs what is left alone by default",
         matrices,
     )
-
-
-def _homes(
-    modules: Mapping[str, nn.Module], device: torch.device | None
-) -> list[tuple[nn.Module, torch.device]]:
-    """Return the modules that have to move, and where they are now.
-
-    Raises:
-        ConfigError: a module lies on several devices, so that it could not be put back.
-    """
-    moves: dict[int, tuple[nn.Module, torch.device]] = {}
-    if device is None:
-        return []
-    for name, module in modules.items():
-        devices = {t.device for t in (*module.parameters(), *module.buffers())}
-        if not devices or all(_same_device(d, device) for d in devices):
-            continue
-        if len(devices) > 1:
-            places = ", ".join(sorted(map(str, devices)))
-            raise ConfigError(
-                f"{name or 'the target'} lies on several devices ({places}): remove its device map "
-                "or offload hooks, or use lowbits.quantize, which moves nothing"
-            )
-        moves[id(module)] = (module, devices.pop())
-    return list(moves.values())
-
-
-def _same_device(a: torch.device, b: torch.device) -> bool:
-    return a.type == b.type and (a.index == b.index or None in (a.index, b.index))

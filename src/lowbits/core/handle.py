@@ -138,6 +138,11 @@ class Handle:
         changes = {option: value for option, value in asked.items() if value is not None}
         self._placed = self._target.place_again(self, self._placed, changes)
 
+    def place_again(self) -> None:
+        """Place the weights as they would be placed now; nothing where the target was restored."""
+        if self.is_active:
+            self.reconfigure()
+
     def restore(self) -> None:
         """Undo everything: bit-equal weights, the same classes, hooks and order as before.
 

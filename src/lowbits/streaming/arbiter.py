@@ -2,8 +2,9 @@
 
 [Note: one forward at a time]
 All models of an arbiter share one lock, which is held for the whole of a model's forward: buffers
-belong to one forward, and a second thread waits for its turn. Order of locks: the arbiter's, then a
-transfer's queue; a transfer's thread never takes the arbiter's.
+belong to one forward, and a second thread waits for its turn. Arbiters that have a cap in common
+share it. Order of locks: the arbiter's, then a transfer's queue; a transfer's thread never takes
+the arbiter's.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from lowbits.streaming.stage import Stage
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from lowbits.streaming.budget import DeviceBudget
     from lowbits.streaming.component import Component
     from lowbits.streaming.device_ops import DeviceOps
 
@@ -44,12 +46,30 @@ class Arbiter:
     """
 
     def __init__(
-        self, ops: DeviceOps, budget_bytes: int, *, method: str, depth: int | None
+        self,
+        ops: DeviceOps,
+        budget_bytes: int,
+        *,
+        method: str,
+        depth: int | None,
+        shared: DeviceBudget | None = None,
     ) -> None:
-        """Prepare; the device is not touched."""
-        self.lock = threading.RLock()
+        """Prepare; the device is not touched.
+
+        Args:
+            ops: of the device.
+            budget_bytes: as the attribute.
+            method: as the attribute.
+            depth: as the attribute.
+            shared: what all pipelines may take together, if there is such a cap.
+        """
+        self.lock = shared.lock if shared else threading.RLock()
         self.peak_bytes = 0
-        self.budget_bytes, self.ops, self.method, self.depth = budget_bytes, ops, method, depth
+        self.budget_bytes = min(budget_bytes, shared.budget_bytes) if shared else budget_bytes
+        self.ops, self.method, self.depth = ops, method, depth
+        self._shared = shared
+        if shared:
+            shared.join(self)
         self._stages: dict[int, Stage] = {}
         self._turns: deque[tuple[Stage, int]] = deque(maxlen=_TURNS)
 
@@ -66,7 +86,25 @@ class Arbiter:
         return Stage(components, self.ops, self.method, self.depth, self._note_peak)
 
     def _note_peak(self) -> None:
-        self.peak_bytes = max(self.peak_bytes, sum(s.device_bytes for s in self.stages()))
+        self.peak_bytes = max(self.peak_bytes, self.device_bytes)
+        if self._shared:
+            self._shared.note_peak()
+
+    @property
+    def device_bytes(self) -> int:
+        """Bytes on the device now."""
+        return sum(stage.device_bytes for stage in self.stages())
+
+    @property
+    def reserved_bytes(self) -> int:
+        """Bytes on the device once every unit of what is there was used."""
+        return sum(stage.reserved_bytes for stage in self.stages())
+
+    def park(self) -> None:
+        """Take everything off the device, but for models whose forward is under way."""
+        for stage in self.stages():
+            if not stage.uses:
+                stage.park()
 
     def remove(self, component: Component) -> None:
         """Take a component off the device for good; others of its stage stay as they are."""
@@ -94,19 +132,28 @@ class Arbiter:
             stage = self._join(stage)
         others = [other for other in self.stages() if other is not stage]
         wanted = stage.wanted_bytes if stage.plan is None else stage.reserved_bytes
-        if wanted + sum(other.reserved_bytes for other in others) > self.budget_bytes:
+        wanted += sum(other.reserved_bytes for other in others)
+        budget = self._budget_now(wanted)
+        if wanted > budget:
             for other in others:
                 if not other.uses:  # else it is its forward that calls this one
                     other.park()
-        room = self.budget_bytes - sum(other.reserved_bytes for other in others)
+        room = budget - sum(other.reserved_bytes for other in others)
         if stage.plan is None or stage.reserved_bytes > room:
             callers = [other for other in others if other.uses]
             if callers and room < stage.minimum_bytes:
-                room = self._share(stage, callers)
+                room = self._share(stage, callers, budget)
             stage.activate(room)
         return stage
 
-    def _share(self, stage: Stage, callers: Sequence[Stage]) -> int:
+    def _budget_now(self, wanted_bytes: int) -> int:
+        """Return what its models may take now; other pipelines give way."""
+        if self._shared is None:
+            return self.budget_bytes
+        wanted = min(wanted_bytes, self.budget_bytes)
+        return min(self.budget_bytes, self._shared.make_room(self, wanted))
+
+    def _share(self, stage: Stage, callers: Sequence[Stage], budget: int) -> int:
         """Let stages whose forwards call another one give way; return what there is for that one.
 
         Raises:
@@ -114,20 +161,20 @@ class Arbiter:
         """
         apart = sum(s.reserved_bytes for s in self.stages() if s is not stage and s not in callers)
         needed = apart + stage.minimum_bytes + sum(caller.busy_bytes for caller in callers)
-        above = self.budget_bytes - needed
+        above = budget - needed
         if above < 0:
             raise InsufficientMemoryError(
                 f"a model that is called inside another's forward needs {needed} bytes "
                 f"({format_bytes(needed)}) on {self.ops.device} together with it; the budget is "
-                f"{self.budget_bytes} bytes ({format_bytes(self.budget_bytes)})",
+                f"{budget} bytes ({format_bytes(budget)})",
                 needed,
-                self.budget_bytes,
+                budget,
                 str(self.ops.device),
             )
         for caller in callers:
             caller.give_way(caller.busy_bytes + above // (len(callers) + 1))
         self.ops.release_cached()
-        return self.budget_bytes - apart - sum(caller.reserved_bytes for caller in callers)
+        return budget - apart - sum(caller.reserved_bytes for caller in callers)
 
     def shrink(self, stage: Stage) -> None:
         """Make a stage take less of the device from now on, and give cached memory back."""

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from lowbits.core.source import SourceFiles
+    from lowbits.streaming.budget import DeviceBudget
 
 #: Left free for activations: a share of the device, at least this, and as much again on Windows,
 #: whose driver moves device memory to the host before it refuses.
@@ -42,6 +43,7 @@ class Placement:
         method: one of `lowbits.streaming.streamer.METHODS`.
         location: one of `lowbits.streaming.tiers.LOCATIONS`.
         ring_only: names of models none of whose units stay on the device.
+        shared: what all pipelines may take on the device together, if there is such a cap.
     """
 
     device: torch.device
@@ -50,6 +52,7 @@ class Placement:
     method: str = "auto"
     location: str = "auto"
     ring_only: frozenset[str] = frozenset()
+    shared: DeviceBudget | None = None
 
     def budget(self, nbytes: int, held_bytes: int) -> int | None:
         """Return the bytes that weights may take on the device; None: they all stay there.
@@ -62,6 +65,8 @@ class Placement:
             InsufficientMemoryError: ``"all"`` does not fit.
         """
         cap = self._cap(nbytes, held_bytes)
+        if self.shared is not None:
+            return self.shared.budget_bytes if cap is None else min(cap, self.shared.budget_bytes)
         if self.ring_only:
             return cap if cap is not None else 2 * nbytes
         return None if cap is None or nbytes <= cap else cap
@@ -76,6 +81,8 @@ class Placement:
         if self.device.type == "cpu" or free is None:
             return None
         free += held_bytes
+        if self.shared is not None:
+            free += self.shared.device_bytes  # all of it gives way
         if self.gpu_weights == "all":
             if nbytes > free:
                 raise InsufficientMemoryError(
@@ -186,7 +193,9 @@ class StreamedModels(PlacedModels):
         """Begin to stream all of them, or none."""
         where = self._placement
         ops = device_ops(where.device)
-        self._arbiter = Arbiter(ops, self._budget_bytes, method=where.method, depth=None)
+        self._arbiter = Arbiter(
+            ops, self._budget_bytes, method=where.method, depth=None, shared=where.shared
+        )
         unique = {id(module): (name, module) for name, module in self._modules.items()}
         _require_all_fit([module for _, module in unique.values()], self._arbiter)
         try:

@@ -11,6 +11,7 @@ from lowbits.config import parse_size
 from lowbits.core.source import SourceFiles
 from lowbits.errors import AlreadyPatchedError, ConfigError, NotPatchedError, suggestion
 from lowbits.streaming.arbiter import Arbiter
+from lowbits.streaming.budget import BUDGETS
 from lowbits.streaming.device_ops import DeviceOps, device_ops
 from lowbits.streaming.engine import Engine
 from lowbits.streaming.plan import DEEPEST
@@ -97,6 +98,7 @@ class LayerStreamer:
         self._depth = _depth(depth)
         self._source = None if source is None else SourceFiles(source)
         self._engine: Engine | None = None
+        self._is_wanted = False
 
     @property
     def is_attached(self) -> bool:
@@ -121,10 +123,21 @@ class LayerStreamer:
             raise AlreadyPatchedError("this streamer is attached already")
         ops = device_ops(self.device)
         budget = self._budget if isinstance(self._budget, int) else free_budget(ops)
-        arbiter = Arbiter(ops, budget, method=self._method, depth=self._depth)
+        shared = BUDGETS.of(self.device)
+        arbiter = Arbiter(ops, budget, method=self._method, depth=self._depth, shared=shared)
         locate = partial(self._source.locate, "") if self._source else None
         self._engine = Engine("", self.module, arbiter, self._location, locate)
+        self._is_wanted = True
+        BUDGETS.join(self.device, self)
         return self
+
+    def place_again(self) -> None:
+        """Stream the module in the budget that its device has now; nothing where it is detached."""
+        if self._engine is not None:
+            self._engine.detach()
+            self._engine = None
+        if self._is_wanted:
+            self.attach()
 
     def detach(self) -> None:
         """Stop streaming: every Parameter and buffer is the object that it was, bit for bit.
@@ -135,7 +148,7 @@ class LayerStreamer:
             FormatError: the scratch file cannot be read; the module is streamed still.
         """
         self._require_engine().detach()
-        self._engine = None
+        self._engine, self._is_wanted = None, False
 
     def stats(self) -> StreamStats:
         """Return what was done since `attach`."""

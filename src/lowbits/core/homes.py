@@ -1,0 +1,47 @@
+"""Where modules lie, before they are moved to the device that computes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lowbits.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import torch
+    from torch import nn
+
+
+def homes_of(
+    modules: Mapping[str, nn.Module], device: torch.device | None
+) -> list[tuple[nn.Module, torch.device]]:
+    """Return the modules that have to move, and where they are now.
+
+    Args:
+        modules: by name.
+        device: that they are to be on; None: wherever they are.
+
+    Raises:
+        ConfigError: a module lies on several devices, so that it could not be put back.
+    """
+    moves: dict[int, tuple[nn.Module, torch.device]] = {}
+    if device is None:
+        return []
+    for name, module in modules.items():
+        devices = {t.device for t in (*module.parameters(), *module.buffers())}
+        if not devices or all(same_device(d, device) for d in devices):
+            continue
+        if len(devices) > 1:
+            places = ", ".join(sorted(map(str, devices)))
+            raise ConfigError(
+                f"{name or 'the target'} lies on several devices ({places}): remove its device map "
+                "or offload hooks, or use lowbits.quantize, which moves nothing"
+            )
+        moves[id(module)] = (module, devices.pop())
+    return list(moves.values())
+
+
+def same_device(a: torch.device, b: torch.device) -> bool:
+    """Say whether two names are of one device: ``cuda`` is any of its kind."""
+    return a.type == b.type and (a.index == b.index or None in (a.index, b.index))

@@ -1,0 +1,176 @@
+"""One cap for all that a process has on a device: pipelines give way to each other."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from typing import TYPE_CHECKING, Protocol, final
+
+import torch
+
+from lowbits.config import parse_size
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from lowbits.streaming.arbiter import Arbiter
+
+
+@final
+class DeviceBudget:
+    """What the weights of all pipelines may take on a device together.
+
+    Whoever is called has what it needs, up to all of it: those called longest ago give way, as a
+    whole, and come back when they are called. One forward runs at a time.
+
+    Attributes:
+        budget_bytes: the cap.
+        peak_bytes: the most weight bytes that were on the device since it was set.
+        lock: held for the whole of any pipeline's forward, see [Note: one forward at a time].
+    """
+
+    def __init__(self, budget_bytes: int) -> None:
+        """Make one without pipelines; the device is not touched."""
+        self.budget_bytes, self.peak_bytes = budget_bytes, 0
+        self.lock = threading.RLock()
+        self._arbiters: list[weakref.ref[Arbiter]] = []
+
+    @property
+    def device_bytes(self) -> int:
+        """Weight bytes on the device now."""
+        return sum(arbiter.device_bytes for arbiter in self._live())
+
+    def _live(self) -> Iterator[Arbiter]:
+        """Yield the arbiters, that of the pipeline called longest ago first."""
+        self._arbiters = [reference for reference in self._arbiters if reference() is not None]
+        for reference in self._arbiters:
+            arbiter = reference()
+            if arbiter is not None:
+                yield arbiter
+
+    def join(self, arbiter: Arbiter) -> None:
+        """Let the models of one pipeline take part, from now on as those called last."""
+        others = [weakref.ref(other) for other in self._live() if other is not arbiter]
+        self._arbiters = [*others, weakref.ref(arbiter)]
+
+    def make_room(self, arbiter: Arbiter, wanted_bytes: int) -> int:
+        """Let other pipelines give way to one that is called; return what it may have.
+
+        Args:
+            arbiter: of the one that is called.
+            wanted_bytes: that it would like to have, what it has included.
+        """
+        self.join(arbiter)
+        others = [other for other in self._live() if other is not arbiter]
+        for other in others:
+            if self._left(others) >= wanted_bytes:
+                break
+            other.park()
+        return self._left(others)
+
+    def _left(self, others: list[Arbiter]) -> int:
+        return self.budget_bytes - sum(other.reserved_bytes for other in others)
+
+    def note_peak(self) -> None:
+        """Note that more is on the device than before."""
+        self.peak_bytes = max(self.peak_bytes, self.device_bytes)
+
+
+class Placed(Protocol):
+    """What has weights on a device, and can place them again."""
+
+    def place_again(self) -> None:
+        """Place them as they would be placed now, or leave them as they are and raise."""
+
+
+@final
+class Budgets:
+    """The budgets of a process, and who has weights on which device, without keeping it alive."""
+
+    def __init__(self) -> None:
+        """Make one without budgets."""
+        self._budgets: dict[torch.device, DeviceBudget] = {}
+        self._placed: weakref.WeakKeyDictionary[Placed, torch.device] = weakref.WeakKeyDictionary()
+        self._lock = threading.Lock()
+
+    def of(self, device: torch.device) -> DeviceBudget | None:
+        """Return the budget of a device, if it has one."""
+        return self._budgets.get(_with_index(device)) if self._budgets else None
+
+    def join(self, device: torch.device, placed: Placed) -> None:
+        """Remember what has weights on a device, as long as it lives."""
+        self._placed[placed] = device
+
+    def set(self, device: torch.device, budget_bytes: int | None) -> DeviceBudget | None:
+        """Set, change or take away a device's budget; all that is there is placed again.
+
+        Raises:
+            LowbitsError: what placing raises; everything is as it was.
+        """
+        place = _with_index(device)
+        with self._lock:
+            before = self._budgets.get(place)
+            self._put(place, None if budget_bytes is None else DeviceBudget(budget_bytes))
+            done: list[Placed] = []
+            try:
+                for placed, where in list(self._placed.items()):
+                    if _with_index(where) == place:
+                        done.append(placed)
+                        placed.place_again()
+            except BaseException:
+                self._put(place, before)
+                for placed in reversed(done):
+                    placed.place_again()
+                raise
+            return self._budgets.get(place)
+
+    def _put(self, place: torch.device, budget: DeviceBudget | None) -> None:
+        if budget is None:
+            self._budgets.pop(place, None)
+        else:
+            self._budgets[place] = budget
+
+
+#: Of this process: the second registry that it has, beside the one of backends.
+BUDGETS = Budgets()
+
+
+def device_budget(device: torch.device | str, size: int | str | None) -> DeviceBudget | None:
+    """Cap the weights of all pipelines and streamers of this process on a device, together.
+
+    Whoever is called has what it needs of the cap; pipelines called longest ago give way, as a
+    whole, and come back by themselves when they are called. What several pipelines share counts
+    once. Caps of ``gpu_weights=`` hold as before, each for its own pipeline.
+
+    What is on the device already is placed again; what fits stays there until others need the room.
+
+    Args:
+        device: as ``"cuda"``.
+        size: bytes, or a size as ``"10GB"``; None takes the cap away.
+
+    Returns:
+        What is there, in bytes; None where the cap was taken away.
+
+    Raises:
+        ConfigError: not a size.
+        InsufficientMemoryError: too small for a pipeline that is there; nothing has changed.
+
+    Example:
+        >>> import lowbits
+        >>> lowbits.device_budget("cpu", "4GB").budget_bytes
+        4000000000
+        >>> lowbits.device_budget("cpu", None)
+    """
+    budget_bytes = None if size is None else parse_size(size, "size")
+    return BUDGETS.set(torch.device(device), budget_bytes)
+
+
+def _with_index(device: torch.device) -> torch.device:
+    """Return a device with its number, which ``cuda`` alone leaves to what is current."""
+    kind, _, number = str(device).partition(":")
+    if kind == "cpu":
+        return torch.device("cpu")
+    current = torch.accelerator.current_accelerator(check_available=True)
+    if not number and current is not None and current.type == kind:
+        number = str(torch.accelerator.current_device_index())
+    return torch.device(kind, int(number or 0))
