@@ -10,11 +10,13 @@ import pytest
 import torch
 from pipelines import PIPELINES, draw
 from streamed import Anatomy, smallest_budget
-from streaming.devices import Net, unit_bytes
+from streaming.devices import Net, faked, unit_bytes
 
 import lowbits
 from lowbits import errors
 from lowbits.streaming.budget import BUDGETS, Budgets
+from lowbits.testing.accelerator import fake_accelerator
+from lowbits.testing.streams import ThreadedOps
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -198,6 +200,27 @@ def test_threads_wait_for_each_other() -> None:
         thread.join(60)
     assert not wrong
     assert budget.peak_bytes <= budget.budget_bytes
+
+
+def test_on_a_device_with_streams_pipelines_take_turns() -> None:
+    models = [build(seed) for seed in range(3)]
+    x = torch.randn(2, 16)
+    expected = [model(x) for model in models]
+    device = fake_accelerator()
+    ops = ThreadedOps(device, poison=True, delay=lambda nbytes: nbytes * 1e-9)
+    least = smallest_budget(build())
+    with ops, faked(ops), torch.no_grad():
+        budget = lowbits.device_budget(device, unit_bytes(models[0]) + least)
+        assert budget is not None
+        handles = [lowbits.apply(model, device=device, gpu_weights="all") for model in models]
+        for number in (0, 1, 2, 1, 0, 0, 2, 1):
+            y = models[number](x.to(device)).cpu()
+            assert torch.equal(y, expected[number])
+            assert [on_device(handle) for handle in handles].count(True) == 1
+        assert budget.peak_bytes <= budget.budget_bytes
+        for handle in handles:
+            handle.restore()
+        lowbits.device_budget(device, None)
 
 
 def test_a_device_without_a_number_is_the_current_one() -> None:

@@ -218,9 +218,10 @@ class Engine:
             if probe.device != square.device:
                 raise PatchError(
                     f"cannot move a streamed {type(self.root).__name__} to {probe.device}: its "
-                    f"blocks are copied to {self.device} as it runs. Undo the streaming first "
-                    "(LayerStreamer.detach, handle.restore), or stream to that device "
-                    "(handle.reconfigure)"
+                    f"blocks are copied to {self.device} as it runs. To make room there, "
+                    "handle.reconfigure(gpu_weights=...) caps what it takes, and "
+                    "lowbits.device_budget what all pipelines take together; to use it elsewhere, "
+                    "undo the streaming first (handle.restore, LayerStreamer.detach)"
                 )
             if probe.dtype != dtype:
                 dtypes[dtype] = probe.dtype
