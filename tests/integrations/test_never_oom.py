@@ -12,6 +12,7 @@ import pytest
 import torch
 from loras import save_lora
 from pipelines import PIPELINES, draw
+from schemes import every_scheme
 from streamed import MODES, Anatomy, mode_name, smallest_budget
 from torch import nn
 
@@ -251,6 +252,15 @@ def test_copies_of_a_vae_are_ordinary(copier: Callable[[Any], Any]) -> None:
         handle = lowbits.apply(twin, device="cpu")
         twin.decode(z)
     assert handle.stats().recoveries == 1
+
+
+@pytest.mark.parametrize("scheme", every_scheme())
+def test_every_scheme_in_a_ring_and_in_tiles(scheme: str) -> None:
+    pipe = build()
+    with lowbits.apply(pipe, scheme, device="cpu", keep_source="memory"):
+        expected = in_tiles(pipe)
+    lowbits.apply(pipe, scheme, never_oom={"denoiser", "vae"}, device="cpu", location="cpu")
+    assert torch.equal(draw("flux", pipe), expected)
 
 
 def test_forge_asks_for_it_by_its_own_names() -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from pipelines import PIPELINES, draw
+from schemes import every_scheme
 from streamed import Anatomy, smallest_budget
 from streaming.devices import Net, faked, unit_bytes
 
@@ -258,6 +259,23 @@ def test_two_pipelines_that_share_components() -> None:
     one.restore()
     for anatomy in anatomies:
         anatomy.check()
+
+
+@pytest.mark.parametrize("scheme", every_scheme())
+def test_every_scheme_gives_way_and_comes_back(scheme: str) -> None:
+    pipes = [PIPELINES["flux"].build(seed=seed) for seed in range(2)]
+    expected = []
+    for pipe in pipes:
+        with lowbits.apply(pipe, scheme, device="cpu", keep_source="memory") as handle:
+            expected.append(draw("flux", pipe))
+            nbytes = handle.stats().peak_device_bytes
+    budget = cap(int(1.2 * nbytes))
+    for pipe in pipes:
+        lowbits.apply(pipe, scheme, keep_source="memory", **CPU)
+    for _ in range(2):
+        for pipe, picture in zip(pipes, expected, strict=True):
+            assert torch.equal(draw("flux", pipe), picture)
+    assert budget.peak_bytes <= budget.budget_bytes
 
 
 def _tensors(part: Any) -> list[torch.Tensor]:
