@@ -212,12 +212,7 @@ class AcceleratorOps(DeviceOps):
 
     def free_bytes(self) -> int | None:
         """Return the free memory of the device, and what torch's allocator keeps unused."""
-        try:
-            free, _ = torch.accelerator.get_memory_info(self.device)
-        except RuntimeError:
-            return None  # a backend without an allocator of torch's does not say
-        cached = torch.accelerator.memory_reserved(self.device)
-        return int(free + cached - torch.accelerator.memory_allocated(self.device))
+        return free_bytes(self.device)
 
     def total_bytes(self) -> int:
         """Return the memory of the device."""
@@ -238,5 +233,12 @@ def device_ops(device: torch.device) -> DeviceOps:
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Return the free memory of a device; None where that is not known."""
-    return None if device.type == "meta" else device_ops(device).free_bytes()
+    """Return the free memory of a device, what torch keeps unused included; None if not known."""
+    if device.type in ("cpu", "mps"):
+        return available_host_bytes()
+    try:
+        free, _ = torch.accelerator.get_memory_info(device)
+    except RuntimeError:
+        return None  # a backend without an allocator of torch's does not say
+    cached = torch.accelerator.memory_reserved(device)
+    return int(free + cached - torch.accelerator.memory_allocated(device))
