@@ -95,6 +95,7 @@ def test_gradients_of_inputs() -> None:
         else:
             model.to(DEVICE)(inputs).square().sum().backward()
             model.to("cpu")
+        assert inputs.grad is not None
         grads.append(inputs.grad)
     assert torch.equal(*grads)
 
