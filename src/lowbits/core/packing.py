@@ -12,6 +12,8 @@ from lowbits.core.scheme import rows_of
 from lowbits.errors import NonFiniteWeightError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
     from lowbits.core.backend import QuantBackend
@@ -35,12 +37,40 @@ def pack_weight(
     """
     rows, row_length = rows_of(weight.shape, kind)
     flat = weight.detach().reshape(rows, row_length)
+
+    def read(start: int, stop: int) -> Tensor:
+        return flat[start:stop]
+
+    return pack_rows(read, (rows, row_length), scheme, backend, device)
+
+
+def pack_rows(
+    read: Callable[[int, int], Tensor],
+    shape: tuple[int, int],
+    scheme: Scheme,
+    backend: QuantBackend,
+    device: torch.device,
+) -> Packed:
+    """Quantize a weight that is made, or read, a few rows at a time.
+
+    Args:
+        read: gives rows ``start`` to ``stop``, ``(stop - start, row_length)``, floating, anywhere;
+            not changed. Asked for the first rows twice where the scheme wants the whole at once.
+        shape: ``(rows, row_length)`` of all.
+        scheme: accepts this row length.
+        backend: the scheme's.
+        device: that quantizes; the packed tensors lie there.
+
+    Raises:
+        NonFiniteWeightError: the weight, or a scale made from it, is not finite.
+    """
+    rows, row_length = shape
     step = max(1, part_weights(device) // row_length)
-    first = _pack_part(flat[:step], scheme, backend, device)
+    first = _pack_part(read(0, min(step, rows)), scheme, backend, device)
     if step >= rows:
         return first
     if not first.row_sliceable:
-        return _pack_part(flat, scheme, backend, device)
+        return _pack_part(read(0, rows), scheme, backend, device)
     tensors = {name: t.new_empty(rows, *t.shape[1:]) for name, t in first.tensors.items()}
     part, start = first, 0
     while True:
@@ -49,7 +79,7 @@ def pack_weight(
         start += part.shape[0]
         if start == rows:
             return Packed(scheme.name, (rows, row_length), tensors)
-        part = _pack_part(flat[start : start + step], scheme, backend, device)
+        part = _pack_part(read(start, min(start + step, rows)), scheme, backend, device)
 
 
 @torch.no_grad()

@@ -55,7 +55,11 @@ class Source(ABC):
 
     @abstractmethod
     def parameter(self) -> nn.Parameter:
-        """Return the original weight, bit for bit."""
+        """Return the original weight, bit for bit, to be held by its layer again."""
+
+    @abstractmethod
+    def weight(self) -> Tensor:
+        """Return the original weight's values, to be read only; they lie wherever they are kept."""
 
     def parameters(self) -> Mapping[str, nn.Parameter]:
         """Return what a layer held before, by what each name adds to the weight's."""
@@ -84,6 +88,10 @@ class MemorySource(Source):
         if self._parameter.device != self._device:
             self._parameter.data = self._parameter.data.to(self._device)
         return self._parameter
+
+    def weight(self) -> Tensor:
+        """Return the object's values on the host."""
+        return self._parameter.detach()
 
 
 @final
@@ -143,6 +151,10 @@ class NoSource(Source):
         self.verify()
         raise AssertionError
 
+    def weight(self) -> Tensor:
+        """Refuse."""
+        return self.parameter()
+
 
 @final
 class FileSource(Source):
@@ -173,6 +185,10 @@ class FileSource(Source):
             alive = nn.Parameter(tensor, requires_grad=self._requires_grad)
             self._alive = weakref.ref(alive)
         return alive
+
+    def weight(self) -> Tensor:
+        """Read the tensor."""
+        return self._read().to(self._dtype)
 
     def _read(self) -> Tensor:
         try:
