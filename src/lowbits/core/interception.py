@@ -106,14 +106,25 @@ class Intercepted(nn.Module):
         interceptor = interceptor_of(self)
         if interceptor:
             interceptor.settle()
-        made: Any = super().__reduce_ex__(protocol)
-        function, arguments, state = made[:3]
-        if function is copyreg.__newobj__:  # type: ignore[attr-defined]
-            function = _new  # pickle refuses that one for a class that is not the object's
-        base = type(self).__mro__[2]
-        arguments = tuple(base if value is type(self) else value for value in arguments)
-        state = {key: value for key, value in state.items() if key != _KEY}
-        return (function, arguments, state, *made[3:])
+        return reduced(super().__reduce_ex__(protocol), type(self), _KEY)
+
+
+def reduced(made: Any, cls: type, key: str) -> Any:
+    """Return what `pickle` and `copy` make an object of, as one of its own class.
+
+    Args:
+        made: what its own ``__reduce_ex__`` returns.
+        cls: stands in front of the object's own class.
+        key: of the object's ``__dict__``, which is left out.
+    """
+    function, arguments, state = made[:3]
+    if function is copyreg.__newobj__:  # type: ignore[attr-defined]
+        function = _new  # pickle refuses that one for a class that is not the object's
+    own = cls
+    while isinstance(own, _StandIn):
+        own = own.__mro__[2]
+    arguments = tuple(own if value is cls else value for value in arguments)
+    return (function, arguments, {k: v for k, v in state.items() if k != key}, *made[3:])
 
 
 def _new(cls: type[nn.Module], *arguments: Any) -> nn.Module:
@@ -123,27 +134,44 @@ def _new(cls: type[nn.Module], *arguments: Any) -> nn.Module:
 
 
 class _StandIn(type):
-    """The class of intercepting classes, which equal what they stand in front of.
+    """The class of classes with a mix-in in front, which equal what they stand in front of.
 
     diffusers looks for the exact class of a component among those that a pipeline expects.
     """
 
     def __eq__(cls, other: object) -> bool:
-        return other is cls or other is cls.__mro__[2]
+        return other is cls or cls.__mro__[2] == other
 
     def __hash__(cls) -> int:
         return hash(cls.__mro__[2])
 
 
+def put_in_front(module: nn.Module, mixin: type[nn.Module]) -> None:
+    """Let a mix-in's methods come before a module's own; its class keeps its name."""
+    module.__class__ = _in_front(mixin, type(module))
+
+
+def take_away(module: nn.Module, mixin: type[nn.Module]) -> None:
+    """Undo `put_in_front`; what was put in front since stays."""
+    cls, others = type(module), []
+    while cls.__mro__[1] is not mixin:
+        others.append(cls.__mro__[1])
+        cls = cls.__mro__[2]
+    cls = cls.__mro__[2]
+    for other in reversed(others):
+        cls = _in_front(other, cls)
+    module.__class__ = cls
+
+
 def intercept(module: nn.Module, interceptor: Interceptor) -> None:
     """Let an interceptor run a module's calls from now on; it keeps its class's name."""
     module.__dict__[_KEY] = interceptor
-    module.__class__ = _intercepted(cast("Any", type(module)))
+    put_in_front(module, Intercepted)
 
 
 def release(module: nn.Module) -> None:
     """Undo `intercept`."""
-    module.__class__ = type(module).__mro__[2]
+    take_away(module, Intercepted)
     del module.__dict__[_KEY]
 
 
@@ -153,12 +181,17 @@ def interceptor_of(module: nn.Module) -> Interceptor | None:
     return found
 
 
-@cache
-def _intercepted(base: type[nn.Module]) -> type[nn.Module]:
+def _in_front(mixin: type[nn.Module], base: type[nn.Module]) -> type[nn.Module]:
     """Return the same class each time, for compilers."""
+    return _made(cast("Any", mixin), cast("Any", base), id(base))
+
+
+@cache
+def _made(mixin: type[nn.Module], base: type[nn.Module], _: int) -> type[nn.Module]:
+    """Make a class, for a base and its identity: stand-ins equal what they are for."""
     kind: Any = type(base)
-    meta = _StandIn if kind is type else type("_StandIn", (_StandIn, kind), {})
-    made: type[nn.Module] = meta(
-        base.__name__, (Intercepted, base), {"__module__": base.__module__}
-    )
+    meta: Any = _StandIn if kind is type else kind
+    if not issubclass(meta, _StandIn):
+        meta = type("_StandIn", (_StandIn, kind), {})
+    made: type[nn.Module] = meta(base.__name__, (mixin, base), {"__module__": base.__module__})
     return made
