@@ -17,7 +17,8 @@ NAMES = {
     "BackendInfo", "CancelToken", "Handle", "LayerReport", "LayerStreamer", "LowbitsConfig",
     "Packed", "ProgressEvent", "QuantBackend", "Report", "Scheme", "SchemeInfo", "StreamStats",
     "UnitStats", "__version__", "apply", "backend", "backends", "dequantize", "device_budget",
-    "errors", "forge", "handle", "quantize", "register_backend", "restore", "schemes", "testing",
+    "errors", "forge", "handle", "merge_lora", "quantize", "register_backend", "restore", "schemes",
+    "testing", "unmerge_lora",
 }  # fmt: skip
 
 SCHEMES = [

@@ -19,10 +19,12 @@ if TYPE_CHECKING:
     from lowbits._api import backend as backend
     from lowbits._api import dequantize as dequantize
     from lowbits._api import handle as handle
+    from lowbits._api import merge_lora as merge_lora
     from lowbits._api import quantize as quantize
     from lowbits._api import register_backend as register_backend
     from lowbits._api import restore as restore
     from lowbits._api import schemes as schemes
+    from lowbits._api import unmerge_lora as unmerge_lora
     from lowbits.config import LowbitsConfig as LowbitsConfig
     from lowbits.core.backend import Packed as Packed
     from lowbits.core.backend import QuantBackend as QuantBackend
@@ -45,8 +47,8 @@ if TYPE_CHECKING:
 
 #: Where each public name lives; it is imported at its first use.
 _HOMES = {
-    "lowbits._api": """apply backend dequantize handle quantize register_backend restore
-        schemes""",
+    "lowbits._api": """apply backend dequantize handle merge_lora quantize register_backend
+        restore schemes unmerge_lora""",
     "lowbits.config": "LowbitsConfig",
     "lowbits.core.backend": "Packed QuantBackend",
     "lowbits.core.handle": "Handle",

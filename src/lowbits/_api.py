@@ -32,6 +32,7 @@ from lowbits.errors import (
     NotPatchedError,
     suggestion,
 )
+from lowbits.integrations.adapters import Adapters
 from lowbits.integrations.configs import component_requests, is_pipeline_config, request_of
 from lowbits.integrations.diffusers import (
     announce_device,
@@ -75,6 +76,7 @@ def apply(  # noqa: PLR0913 - one place for every option
     reserve: int | str = "auto",
     swap: str = "auto",
     location: str = "auto",
+    lora: str = "auto",
     keep_source: str = "auto",
     source: str | Path | None = None,
     never_oom: Collection[str] = (),
@@ -100,6 +102,8 @@ def apply(  # noqa: PLR0913 - one place for every option
         reserve: left free by ``"auto"``: a size, or ``"auto"``: 10 % of the device, at least 1 GiB.
         swap: how streamed weights are copied, see `LayerStreamer`'s ``method``.
         location: where streamed weights wait, see `LayerStreamer`.
+        lora: where peft's adapters act: ``"fp16"`` beside packed weights, ``"merge"`` in them,
+            quantized again from the originals; ``"auto"`` in those stored in 16 bits or more.
         keep_source: originals for `restore`: in ``"memory"``, in a ``"file"`` (of source, byte for
             byte proven), ``"none"``, or ``"auto"``: the first of file, memory, none that will do.
         source: safetensors file, or folder, that the weights were loaded from.
@@ -120,7 +124,8 @@ def apply(  # noqa: PLR0913 - one place for every option
     if not isinstance(config := scheme, LowbitsConfig):
         config = LowbitsConfig(
             scheme, components, rules, skip, device, compute_dtype, gpu_weights, reserve, swap,
-            location, keep_source, source, never_oom, on_requantize, progress, cancel)  # fmt: skip
+            location, lora, keep_source, source, never_oom, on_requantize, progress, cancel,
+        )  # fmt: skip
     return _apply(_modules_of(target), config, _device_of(config))
 
 
@@ -175,14 +180,48 @@ def handle(target: Any) -> Handle | None:
 
 def restore(target: Any) -> None:
     """Undo `apply` or `quantize`: see `Handle.restore`; all of a pipeline's handles."""
+    for owned in _require_handles(target):
+        owned.restore()
+
+
+def merge_lora(target: Any) -> None:
+    """Merge the adapters that act into the packed weights, with their strengths now.
+
+    W + what they add is quantized from the original W, on the device that computes; only layers
+    whose adapters, or strengths, are other ones than in their codes are written. Until it is called
+    again, a strength that changes acts beside the codes.
+
+    Raises:
+        NotPatchedError: the target has no handle.
+        SourceUnavailableError: originals were not kept; nothing changes.
+        PatchError: an adapter is of a kind that cannot be merged; nothing changes.
+    """
+    for owned in _require_handles(target):
+        owned.adapters.merge()
+
+
+def unmerge_lora(target: Any) -> None:
+    """Take out of the packed weights what was merged into them: their codes are as packed.
+
+    Adapters that are there still act beside the weights again; what was merged and then unloaded is
+    gone.
+
+    Raises:
+        NotPatchedError: the target has no handle.
+        SourceUnavailableError: originals were not kept; nothing changes.
+    """
+    for owned in _require_handles(target):
+        owned.adapters.unmerge()
+
+
+def _require_handles(target: Any) -> list[Handle]:
     handles = _handles_of(_modules_of(target).values())
     if not handles:
         raise NotPatchedError(
             f"this {type(target).__name__} has no handle: it was not applied, was restored "
             "already, or is a copy of an applied one (lowbits.dequantize works on those)"
         )
-    for owned in handles:
-        owned.restore()
+    return handles
 
 
 def _handles_of(modules: Iterable[nn.Module]) -> list[Handle]:
@@ -268,10 +307,12 @@ def _apply(
         placed.attach()
         report = conversion.report.noting((*notes, *placed.notes))
         target = _Target(modules, config, device)
+        adapters = Adapters(config.lora)
         parts = modules if placed.is_streamed else touched or modules
-        owned = Handle(parts, report, target, placed)
+        owned = Handle(parts, report, target, placed, adapters)
         owned.came_from(homes)
         owned.attach(journals)
+        adapters.before_pass()
         conversion.commit()
     except BaseException:
         placed.detach()

@@ -69,6 +69,12 @@ class LowbitsConfig:
         "where streamed weights wait: host memory, page-locked host memory, or a file",
         ("auto", "cpu", "shared", "disk", "pageable", "pinned"),
     )
+    lora: str = _option(
+        "auto",
+        "where a LoRA acts: beside packed weights at 16 bits, or merged into them; auto merges "
+        "only into weights stored in 16 bits or more",
+        ("auto", "fp16", "merge"),
+    )
     keep_source: str = _option(
         "auto", "where originals are kept for restore()", ("auto", "memory", "file", "none")
     )

@@ -13,7 +13,15 @@ from schemes import every_scheme
 import lowbits
 from lowbits.core.packed import PackedLayer
 from lowbits.core.registry import DEFAULT
-from lowbits.testing.layers import Model, close, packed_model, same_codes, stored, tokens
+from lowbits.testing.layers import (
+    Model,
+    close,
+    model_for,
+    packed_model,
+    same_codes,
+    stored,
+    tokens,
+)
 
 #: Layers of `Model` by kind.
 NAMES = {"Linear": "blocks.0", "Conv2d": "conv2", "Embedding": "table"}
@@ -47,3 +55,58 @@ def test_a_lora_wraps_a_packed_layer_and_trains(kind: str, scheme_name: str) -> 
     model.unload()
     assert same_codes(packed, codes)
     assert type(packed) is Model
+
+
+@pytest.mark.parametrize("scheme_name", every_scheme())
+@pytest.mark.parametrize("kind", ["Linear", "Conv2d"])
+def test_a_lora_is_merged_and_taken_out(kind: str, scheme_name: str) -> None:
+    packed, handle = packed_model(scheme_name)
+    codes = stored(packed)
+    target = NAMES[kind]
+    touched = packed.get_submodule(target)
+    if not isinstance(touched, PackedLayer):
+        pytest.skip(f"{scheme_name} holds no {kind} of this size")
+    torch.manual_seed(1)
+    config = LoraConfig(r=4, target_modules=[target], init_lora_weights=False)
+    model: Any = get_peft_model(packed, config)
+    wrapper: Any = packed.get_submodule(target)
+    with torch.no_grad():
+        beside, plain = model(tokens()), packed_model(scheme_name)[0](tokens())
+        lowbits.merge_lora(packed)
+        assert changed(packed, codes, target) == {target}
+        assert wrapper.merged_adapters == ["default"]
+        merged = model(tokens())
+        strength = float(
+            ((merged - plain) * (beside - plain)).sum() / (beside - plain).square().sum()
+        )
+        assert 0.6 < strength < 1.4
+        wrapper.set_scale("default", 0.5)
+        between = model(tokens())
+        lowbits.merge_lora(packed)
+        assert not torch.equal(model(tokens()), merged)
+        assert close_to(model(tokens()), between, (merged - beside).norm())
+        lowbits.unmerge_lora(packed)
+        assert changed(packed, codes, target) == set()
+        wrapper.set_scale("default", 1.0)
+        assert torch.equal(model(tokens()), beside)
+        model.merge_and_unload()
+        assert torch.equal(packed(tokens()), merged)
+        assert same_classes(packed, touched, target)
+    handle.restore()
+    assert torch.equal(packed(tokens()), model_for(scheme_name)(tokens()))
+
+
+def changed(model: Model, codes: dict[str, torch.Tensor], wrapped: str) -> set[str]:
+    """Return the layers that store other bits than they did, by their own names."""
+    now = {name.replace(f"{wrapped}.base_layer", wrapped): p for name, p in stored(model).items()}
+    assert now.keys() == codes.keys()
+    return {name.rpartition(".")[0] for name, p in now.items() if not torch.equal(p, codes[name])}
+
+
+def close_to(got: torch.Tensor, expected: torch.Tensor, distance: torch.Tensor) -> bool:
+    """Say whether outputs differ by no more than merging makes them differ."""
+    return float((got - expected).norm()) <= 2 * float(distance) + 1e-4 * float(expected.norm())
+
+
+def same_classes(model: Model, layer: torch.nn.Module, name: str) -> bool:
+    return model.get_submodule(name) is layer and isinstance(layer, PackedLayer)

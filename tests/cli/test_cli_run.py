@@ -5,8 +5,14 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from diffusers import FluxPipeline
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -15,6 +21,8 @@ from lowbits.errors import UnknownSchemeError
 
 MODEL = str(Path(__file__).parents[2] / "benchmarks" / "miniflux")
 PROMPT = "a photo of a sneaker"
+#: Layers of a LoRA.
+NAMES = ["to_q", "to_v", "proj_mlp"]
 
 
 def test_a_picture_is_drawn(tmp_path: Path) -> None:
@@ -53,6 +61,29 @@ def test_seeds_and_packing_options_reach_the_picture(tmp_path: Path) -> None:
     assert draw("5.png", *components, *rule) != first
 
 
+def test_a_lora_is_drawn_with(tmp_path: Path) -> None:
+    pipe: Any = FluxPipeline.from_pretrained(MODEL, dtype=torch.float32)
+    pipe.transformer.add_adapter(LoraConfig(r=4, target_modules=NAMES, init_lora_weights=False))
+    factors = get_peft_model_state_dict(pipe.transformer)
+    FluxPipeline.save_lora_weights(tmp_path, transformer_lora_layers=factors)
+
+    def draw(*options: str) -> np.ndarray[Any, Any]:
+        out = tmp_path / "x.png"
+        arguments = ["run", MODEL, PROMPT, "-s", "torchao-int8", "-o", str(out), "--steps", "1"]
+        result = CliRunner().invoke(app, [*arguments, *options])
+        assert result.exit_code == 0, result.output
+        with Image.open(out) as picture:
+            return np.asarray(picture).astype(float)
+
+    file = str(tmp_path / "pytorch_lora_weights.safetensors")
+    plain, beside = draw(), draw("--lora-weights", file)
+    assert np.array_equal(draw("--lora-weights", f"{tmp_path}=0"), plain)
+    effect = np.abs(beside - plain).mean()
+    assert effect > 1
+    merged = draw("--lora-weights", str(tmp_path), "--lora", "merge")
+    assert 0 < np.abs(merged - beside).mean() < effect / 5
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -60,6 +91,7 @@ def test_seeds_and_packing_options_reach_the_picture(tmp_path: Path) -> None:
         (["-s", "bnb-nf4", "--rule", "*=bnb-nf5"], "unknown scheme 'bnb-nf5'"),
         (["-s", "bnb-nf4", "--device", "gpux"], "device: got 'gpux', expected one such as cpu"),
         (["-s", "bnb-nf4", "--component", "unet"], "components: the target has no 'unet'"),
+        (["-s", "bnb-nf4", "--lora-weights", MODEL], "lora_weights: "),
         (["-s", "bnb-nf4", "--set", "cfg=2"], "FluxPipeline takes no cfg"),
     ],
 )

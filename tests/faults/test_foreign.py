@@ -303,12 +303,12 @@ def test_a_lora_on_packed_layers_gets_the_gradients_of_dequantized_ones() -> Non
 
 
 @pytest.mark.parametrize("is_safe", [True, False])
-def test_merging_a_lora_into_packed_weights_is_refused(is_safe: bool) -> None:  # noqa: FBT001
+def test_merging_a_lora_into_weights_without_a_source_is_refused(is_safe: bool) -> None:  # noqa: FBT001
     target: Any = Small()
-    pack(target, rules={"*": SCHEME})
+    pack(target, rules={"*": SCHEME}, keep_source="none")
     target = lora(target)
     tokens = torch.arange(4).view(1, 4)
     expected = target(tokens)
-    with pytest.raises(lowbits.errors.PatchError):
+    with pytest.raises(lowbits.errors.SourceUnavailableError, match="lora='fp16'"):
         target.merge_adapter(safe_merge=is_safe)
     assert torch.equal(target(tokens), expected)

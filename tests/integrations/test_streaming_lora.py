@@ -113,18 +113,15 @@ def test_a_fused_native_lora_outlives_the_streaming(mode: dict[str, Any], lora: 
     assert not torch.equal(draw("flux", PIPELINES["flux"].build()), fused)
 
 
-def test_fusing_into_packed_weights_is_refused(mode: dict[str, Any], lora: Path) -> None:
+def test_fusing_without_a_source_is_refused(mode: dict[str, Any], lora: Path) -> None:
     pipe: Any = PIPELINES["flux"].build()
-    budget = 4 * smallest_budget(pipe, "bnb-nf4", keep_source="memory")
-    handle = lowbits.apply(
-        pipe, "bnb-nf4", device="cpu", gpu_weights=budget, keep_source="memory", **mode
-    )
+    budget = 4 * smallest_budget(pipe, "bnb-nf4", keep_source="none")
+    lowbits.apply(pipe, "bnb-nf4", device="cpu", gpu_weights=budget, keep_source="none", **mode)
     pipe.load_lora_weights(lora)
     beside = draw("flux", pipe)
-    with pytest.raises(errors.PatchError, match="lowbits.restore"):
+    with pytest.raises(errors.SourceUnavailableError, match="lora='fp16'"):
         pipe.fuse_lora()
     assert torch.equal(draw("flux", pipe), beside)
-    handle.restore()
 
 
 @pytest.mark.parametrize("scheme", ["native", "gguf-q8_0"])

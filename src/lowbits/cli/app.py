@@ -13,7 +13,7 @@ from typer.core import TyperGroup
 import lowbits
 from lowbits.cli import options, tables
 from lowbits.cli.bars import Bars
-from lowbits.cli.loading import Recipe, load_pipeline, pick_device, quiet, read_recipe
+from lowbits.cli.loading import Recipe, load_loras, load_pipeline, pick_device, quiet, read_recipe
 from lowbits.errors import ConfigError, LowbitsError
 
 if TYPE_CHECKING:
@@ -128,6 +128,8 @@ def run(  # noqa: PLR0913 - a parameter is an option
     skip: options.Skip = None,
     device: options.Device = None,
     compute_dtype: options.ComputeDtype = None,
+    lora: options.Lora = "auto",
+    lora_weights: options.LoraWeights = None,
     keep_source: options.KeepSource = "none",
     source: options.Source = None,
     on_requantize: options.OnRequantize = "warn",
@@ -150,10 +152,11 @@ def run(  # noqa: PLR0913 - a parameter is an option
         parts, rules = options.components(component, scheme), options.split_pairs(rule, "--rule")
         _require(scheme, *(parts or {}).values(), *rules.values())
         pipe = load_pipeline(model, place)
+        load_loras(pipe, options.strengths(lora_weights))
         config = lowbits.LowbitsConfig(
             scheme=scheme, components=parts, rules=rules or None, skip=tuple(skip or ()),
             device=place, compute_dtype=getattr(torch, compute_dtype) if compute_dtype else None,
-            gpu_weights=gpu_weights, reserve=reserve, swap=swap, location=location,
+            gpu_weights=gpu_weights, reserve=reserve, swap=swap, location=location, lora=lora,
             keep_source=keep_source, source=source or (model if keep_source == "file" else None),
             on_requantize=on_requantize, never_oom=tuple(never_oom or ()),
             progress=lambda event: bars.track("packing", event.done_bytes, event.total_bytes),

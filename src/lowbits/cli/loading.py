@@ -81,6 +81,34 @@ def load_pipeline(folder: Path, device: torch.device) -> Any:
     return pipe
 
 
+def load_loras(pipe: Any, loras: Mapping[Path, float]) -> None:
+    """Load LoRAs into a pipeline, and set their strengths.
+
+    Args:
+        pipe: changed in place.
+        loras: the strength of each safetensors file, or folder.
+
+    Raises:
+        ConfigError: the pipeline takes none, or the file is none for it.
+    """
+    if not loras:
+        return
+    if not hasattr(pipe, "load_lora_weights"):
+        raise ConfigError(f"lora_weights: a {type(pipe).__name__} takes no LoRA")
+    names = [f"lora_{number}" for number in range(len(loras))]
+    for name, path in zip(names, loras, strict=True):
+        where = {"weight_name": path.name} if path.is_file() else {}
+        folder = path.parent if path.is_file() else path
+        try:
+            with quiet():
+                pipe.load_lora_weights(folder, adapter_name=name, local_files_only=True, **where)
+        except (ValueError, RuntimeError, KeyError, OSError) as error:
+            raise ConfigError(
+                f"lora_weights: {path} cannot be loaded into a {type(pipe).__name__}: {error}"
+            ) from error
+    pipe.set_adapters(names, list(loras.values()))
+
+
 @contextmanager
 def _no_loading_bars() -> Iterator[None]:
     import diffusers

@@ -108,6 +108,19 @@ ComputeDtype = Annotated[
         help=_help("compute_dtype"),
     ),
 ]
+Lora = Annotated[
+    Literal["auto", "fp16", "merge"],
+    typer.Option(rich_help_panel=_PACKING, help=_help("lora")),
+]
+LoraWeights = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--lora-weights",
+        metavar="PATH[=STRENGTH]",
+        rich_help_panel=_PACKING,
+        help="LoRA to load, a safetensors file or a folder, and its strength; repeatable.",
+    ),
+]
 KeepSource = Annotated[
     Literal["auto", "memory", "file", "none"],
     typer.Option(rich_help_panel=_PACKING, help=_help("keep_source")),
@@ -206,6 +219,26 @@ def call_settings(items: Sequence[str] | None, **named: int | None) -> dict[str,
                 param_hint="--set",
             ) from error
     return settings
+
+
+def strengths(items: Sequence[str] | None) -> dict[Path, float]:
+    """Return the strength of each LoRA of ``PATH`` and ``PATH=STRENGTH`` texts.
+
+    Raises:
+        typer.BadParameter: no such file or folder, or no number.
+    """
+    loras = {}
+    for item in items or ():
+        name, _, strength = item.rpartition("=") if "=" in item else (item, "", "1")
+        if not Path(name).exists():
+            raise typer.BadParameter(f"no such file or folder: {name}", param_hint="--lora-weights")
+        try:
+            loras[Path(name)] = float(strength)
+        except ValueError as error:
+            raise typer.BadParameter(
+                f"got {item!r}, expected PATH=STRENGTH", param_hint="--lora-weights"
+            ) from error
+    return loras
 
 
 def components(items: Sequence[str] | None, scheme: str) -> dict[str, str] | None:

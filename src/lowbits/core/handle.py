@@ -12,7 +12,7 @@ from lowbits.core.surgery import Journal, take_back, verify_sources
 from lowbits.errors import NotPatchedError, PatchError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from types import TracebackType
 
     import torch
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
 
     from lowbits.core.report import Report
+    from lowbits.core.source import Source
 
 _OWNED: Final = "_lowbits_handle"
 
@@ -35,6 +36,25 @@ class Placed(Protocol):
 
     def detach(self) -> None:
         """Leave them where they were."""
+
+
+class Adapters(Protocol):
+    """What acts beside packed layers, or was merged into them."""
+
+    def attach(self, owned: Handle) -> None:
+        """Look after the adapters of a handle's target, those that come later too."""
+
+    def detach(self) -> None:
+        """Leave them as they are."""
+
+    def forget(self) -> None:
+        """Let those that were merged act again: the packed weights are gone."""
+
+    def merge(self) -> None:
+        """Merge what acts."""
+
+    def unmerge(self) -> None:
+        """Let it act beside the packed weights, which are what they were."""
 
 
 class Target(Protocol):
@@ -63,9 +83,12 @@ class Handle:
         report: Report,
         target: Target,
         placed: Placed,
+        adapters: Adapters,
     ) -> None:
         self._components = weakref.WeakValueDictionary(components)
         self._report, self._target, self._placed = report, target, placed
+        #: What merges and unmerges a LoRA: `lowbits.merge_lora`, `lowbits.unmerge_lora`.
+        self.adapters = adapters
         self._homes: list[tuple[weakref.ref[nn.Module], torch.device]] = []
         self._hooks: list[RemovableHandle] = []
 
@@ -78,6 +101,7 @@ class Handle:
                 self._hooks.append(register(_answer_weight_lookups))
                 for part in module.modules():
                     _guard_methods(part)
+        self.adapters.attach(self)
 
     @property
     def components(self) -> dict[str, nn.Module]:
@@ -95,8 +119,34 @@ class Handle:
         return list({id(part): part for part in mine}.values())
 
     def report(self) -> Report:
-        """Return what was done to each layer, byte by byte."""
-        return self._report
+        """Return what was done to each layer, byte by byte.
+
+        Layers that somebody replaced since (a LoRA of FLUX Control does that) are in the warnings.
+        """
+        return self._report.noting(self._replaced())
+
+    def _replaced(self) -> Iterator[str]:
+        """Say which packed layers are not in the target any more."""
+        for module in self.components.values():
+            present = {id(part) for part in module.modules()}
+            owned = module.__dict__.get(_OWNED)
+            for fqn, part in owned.journal.modules() if isinstance(owned, _Owned) else ():
+                if id(part) not in present:
+                    yield (
+                        f"{fqn} was replaced by another module since it was packed (by a LoRA?): "
+                        "that one is left alone, and restore() leaves it in place"
+                    )
+
+    def find(self, layer: nn.Module) -> tuple[str, Source] | None:
+        """Return the dotted name that a packed layer had, and the source of its weight, if any."""
+        found = (part.journal.find(layer) for part in self._parts())
+        return next((entry for entry in found if entry), None)
+
+    def is_tied(self, layer: nn.Module) -> bool:
+        """Say whether a packed layer shares its weight with another one."""
+        found = self.find(layer)
+        sources = [s for part in self._parts() for s in part.journal.sources()]
+        return found is not None and sum(source is found[1] for source in sources) > 1
 
     def stats(self) -> Any:
         """Return what streaming did, as `lowbits.StreamStats`: bytes moved, stalls, peak bytes.
@@ -162,6 +212,7 @@ class Handle:
         except BaseException:
             self._placed.attach()
             raise
+        self.adapters.forget()
         self.detach()
         for reference, device in self._homes:
             module = reference()
@@ -202,6 +253,7 @@ class Handle:
 
         Components that are not packed any more may be saved, and fused, again.
         """
+        self.adapters.detach()
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
@@ -320,6 +372,8 @@ class _StateDict(OrderedDict[str, Any]):
         layer: Any = self.module
         for part in fqn.split(".") if fqn else []:
             layer = layer._modules.get(part) if layer is not None else None
+        while layer is not None and "base_layer" in layer._modules:
+            layer = layer._modules["base_layer"]  # what adapter libraries wrap, asked by its name
         if isinstance(layer, PackedLayer) and name in type(layer).lowbits_names:
             return read_weight(layer, name)
         raise KeyError(key)

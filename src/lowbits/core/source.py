@@ -125,6 +125,10 @@ class PackedSource(Source):
             "Load the model in full precision and pack that"
         )
 
+    def weight(self) -> Tensor:
+        """Refuse."""
+        return self.parameter()
+
     def parameters(self) -> Mapping[str, nn.Parameter]:
         """Return the objects that the layer had, on the devices where they were."""
         for name, parameter in self._stored.items():

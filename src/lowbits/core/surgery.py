@@ -15,6 +15,7 @@ from lowbits.core.packed import (
     dequantized,
     marker_name,
     packed_class,
+    storage_form,
     stored_names,
 )
 from lowbits.core.source import MemorySource, NoSource, PackedSource, Source
@@ -22,6 +23,8 @@ from lowbits.errors import PatchError, SourceUnavailableError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+    from lowbits.core.backend import Packed
 
 LAYOUTS: Final = "lowbits_layouts"
 _OWNER: Final = "_lowbits_owner"
@@ -136,6 +139,21 @@ class Journal:
         for change in self._changes:
             for weight in change.packed.values():
                 yield weight.source
+
+    def find(self, module: nn.Module) -> tuple[str, Source] | None:
+        """Return the dotted name that a packed layer had, and the source of its weight.
+
+        None where it is not in this journal. Tied layers share a source.
+        """
+        for change in self._changes:
+            if change.module is module and "weight" in change.packed:
+                return change.fqn, change.packed["weight"].source
+        return None
+
+    def modules(self) -> Iterator[tuple[str, nn.Module]]:
+        """Yield the packed modules with the names that they had."""
+        for change in self._changes:
+            yield change.fqn, change.module
 
     def forget_originals(self) -> None:
         """Let go of the originals that are only kept in case the operation fails."""
@@ -312,6 +330,28 @@ def _follow(
         device = marker.device if marker.device != was[1] else parameter.device
         parameter.data = parameter.data.to(device, dtype)
     return parameter
+
+
+@torch.no_grad()
+@torch.inference_mode(mode=False)
+def rewrite(layer: PackedLayer, packed: Packed) -> None:
+    """Replace what a layer's weight is stored as, in the Parameters that hold it.
+
+    They stay the same objects; what is streamed is written to where it is kept.
+
+    Args:
+        layer: whose weight is stored in the scheme of `packed`, with the same shape.
+        packed: copied.
+    """
+    layout = layer.lowbits_layouts["weight"]
+    _, tensors = storage_form("weight", packed, layout.backend, layout.shape)
+    for name, tensor in tensors.items():
+        held = cast("nn.Parameter", layer._parameters[name])
+        assert held.shape == tensor.shape
+        if type(held) is nn.Parameter:
+            held.copy_(tensor)
+        else:
+            held.data = tensor  # a streamed one's stand-in hands it on
 
 
 @torch.no_grad()

@@ -92,7 +92,8 @@ def model_for(scheme_name: str, seed: int = 0) -> Model:
 def packed_model(scheme: str, seed: int = 0) -> tuple[Model, lowbits.Handle]:
     """Return a model with every layer packed that the scheme can hold."""
     model = model_for(scheme, seed)
-    handle = lowbits.quantize(model, scheme, rules={"*": scheme}, keep_source="memory")
+    # Beside the weights, whatever they are stored in, a LoRA is exactly what it is elsewhere.
+    handle = lowbits.quantize(model, scheme, rules={"*": scheme}, lora="fp16", keep_source="memory")
     assert scheme_of(model.blocks[0]) == scheme
     return model, handle
 

@@ -1,0 +1,325 @@
+"""The adapters on a handle's packed layers: beside the weights, or merged into them.
+
+Merging quantizes W + what an adapter adds, from W's source, on the device that computes, one layer
+at a time; only layers whose adapters changed are written. See [Note: adapters] in `peft`.
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from typing import TYPE_CHECKING, Any, Final, cast, final
+
+import torch
+from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
+
+from lowbits.core.interception import put_in_front, take_away
+from lowbits.core.packed import PackedLayer, marker_name, packed_weight
+from lowbits.core.registry import DEFAULT
+from lowbits.core.surgery import rewrite
+from lowbits.errors import PatchError, SourceUnavailableError
+from lowbits.integrations.peft import (
+    BASE,
+    KEY,
+    NO_HANDLE,
+    AdapterLayer,
+    Scales,
+    State,
+    acting,
+    delta_of,
+    is_mergeable,
+    note_merged,
+    state_of,
+    wants_grad,
+)
+from lowbits.lora.merge import Delta, MergedWeight, Survival
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+    from torch import Tensor
+    from torch.utils.hooks import RemovableHandle
+
+    from lowbits.core.backend import Packed
+    from lowbits.core.handle import Handle
+
+logger = logging.getLogger("lowbits.lora")
+
+#: Schemes of fewer bits lose so much of a merged LoRA that it is worth a warning.
+_FEW_BITS: Final = 4.0
+
+#: Each choice of ``lora`` merges into weights of so many bits or more: auto does as Forge.
+_LEAST_BITS: Final = {"fp16": None, "auto": 16.0, "merge": 0.0}
+
+#: What is packed of a layer that adapters are merged into.
+WEIGHT: Final = ("weight",)
+
+
+@final
+class Adapters:
+    """The adapters on a handle's packed layers."""
+
+    def __init__(self, lora: str) -> None:
+        """Prepare; nothing is changed before `attach`.
+
+        Args:
+            lora: the option of `lowbits.apply`.
+        """
+        self._least_bits, self._is_lenient = _LEAST_BITS[lora], lora == "auto"
+        self._owned: weakref.ref[Handle] | None = None
+        self._wrappers: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        #: Layers whose codes are not those of their weight alone.
+        self._merged: weakref.WeakKeyDictionary[nn.Module, State] = weakref.WeakKeyDictionary()
+        self._hooks: list[RemovableHandle] = []
+        self._has_warned = False
+
+    def attach(self, owned: Handle) -> None:
+        """Come before peft's classes, of layers that are wrapped later too."""
+        self._owned = weakref.ref(owned)
+        wrapped = _Wrapped(self)
+        self._hooks.append(register_module_module_registration_hook(wrapped))
+        weakref.finalize(owned, self._hooks[0].remove)
+        for root in owned.components.values():
+            for module in root.modules():
+                wrapped(module, BASE, module._modules.get(BASE))
+            if any(self._is_automatic(module) for module in root.modules()):
+                self._hooks.append(root.register_forward_pre_hook(_BeforePass(self)))
+
+    def detach(self) -> None:
+        """Leave peft's layers as they are."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        for wrapper in list(self._wrappers):
+            take_away(wrapper, AdapterLayer)
+            del wrapper.__dict__[KEY]
+        self._wrappers.clear()
+        self._merged.clear()
+
+    def forget(self) -> None:
+        """Let merged adapters act beside their layers again, whose weights are the originals."""
+        for wrapper in self._wrappers:
+            state = state_of(wrapper)
+            note_merged(wrapper, state, state.inside, ())
+
+    def merge(self) -> None:
+        """Merge the adapters that act, with their strengths now.
+
+        Raises:
+            SourceUnavailableError: a weight's original was not kept; nothing is changed.
+            PatchError: an adapter cannot be merged into a packed weight; nothing is changed.
+            NonFiniteWeightError: a sum holds NaN or infinity; that layer is as it was.
+        """
+        wanted = [(wrapper, acting(wrapper)) for wrapper in self._present()]
+        self.write((w, scales) for w, scales in wanted if scales != state_of(w).merged)
+        for wrapper, _ in wanted:
+            state_of(wrapper).is_automatic = False
+
+    def unmerge(self) -> None:
+        """Take out of the codes what was merged, of layers that peft has unwrapped too.
+
+        Raises:
+            SourceUnavailableError: a weight's original was not kept.
+        """
+        for state in self._merged.values():
+            state.baked = ()
+        changed = [w for w in self._present() if w.base_layer in self._merged]
+        self.write((w, state_of(w).inside) for w in changed)
+        for layer, state in list(self._merged.items()):
+            self._reset(layer, state)
+
+    def before_pass(self, *, trains: bool = False) -> None:
+        """Merge what acts now where that is asked for; take out what is gone.
+
+        Args:
+            trains: gradients are recorded: adapters that want them act beside the weights.
+        """
+        present = self._present()
+        changed = []
+        for wrapper in present:
+            scales = {} if trains and wants_grad(wrapper) else acting(wrapper)
+            if scales != state_of(wrapper).merged and self._is_automatic(wrapper.base_layer):
+                changed.append((wrapper, scales))
+        if self._is_lenient:
+            changed = [change for change in changed if self._can_write(*change)]
+        self.write(changed)
+        for wrapper, _ in changed:
+            state_of(wrapper).is_automatic = True
+        wrapped = {id(wrapper.base_layer) for wrapper in present}
+        for layer, state in list(self._merged.items()):
+            if state.is_automatic and id(layer) not in wrapped:
+                self._reset(layer, state)
+
+    def _can_write(self, wrapper: Any, scales: Scales) -> bool:
+        try:
+            self._deltas(wrapper, scales)
+        except PatchError as error:
+            logger.debug("%s", error)
+            return False
+        return True
+
+    def adopt(self, wrapper: Any, layer: PackedLayer) -> None:
+        """Come before peft's class of a layer that wraps a packed one of this handle."""
+        owned = self._owned() if self._owned else None
+        if owned is None or KEY in wrapper.__dict__ or owned.find(layer) is None:
+            return
+        inside = {name: wrapper.scaling[name] for name in wrapper.merged_adapters}
+        state = State(self, inside)
+        before = self._merged.get(layer)
+        if before is not None and before.is_automatic:
+            self._reset(layer, before)
+        elif before is not None:
+            # Merged for good and unwrapped since: it stays, whatever comes.
+            state.baked = (*before.baked, *before.deltas)
+            self._merged[layer] = state
+        wrapper.__dict__[KEY] = state
+        put_in_front(wrapper, AdapterLayer)
+        self._wrappers.add(wrapper)
+
+    @torch.no_grad()
+    @torch.inference_mode(mode=False)
+    def write(self, changes: Iterable[tuple[Any, Scales]]) -> None:
+        """Let layers' codes hold some adapters, with these strengths, and no others.
+
+        Raises:
+            SourceUnavailableError: a weight's original was not kept; nothing is changed.
+            PatchError: an adapter cannot be merged into a packed weight; nothing is changed.
+        """
+        todo = list(changes)
+        for wrapper, scales in todo:
+            self._deltas(wrapper, scales)
+        survival = Survival()
+        for wrapper, scales in todo:
+            self._write(wrapper, scales, survival)
+        if survival.has_counted and not self._has_warned:
+            self._has_warned = True
+            logger.warning(
+                "%.0f %% of the LoRA survives in weights of fewer than %g bits: beside them "
+                "(lora='fp16') all of it acts",
+                100 * survival.share,
+                _FEW_BITS,
+            )
+
+    def _present(self) -> list[Any]:
+        """Return the wrappers that are in the target now."""
+        owned = self._owned() if self._owned else None
+        roots = owned.components.values() if owned else ()
+        modules = {id(module): module for root in roots for module in root.modules()}
+        return [module for module in modules.values() if KEY in module.__dict__]
+
+    def _is_automatic(self, module: nn.Module) -> bool:
+        least = self._least_bits
+        if least is None or not isinstance(module, PackedLayer):
+            return False
+        return module.lowbits_names == WEIGHT and _bits(module) >= least
+
+    def _source(self, layer: nn.Module) -> tuple[str, Tensor]:
+        """Return a packed layer's dotted name, and its original weight."""
+        owned = self._owned() if self._owned else None
+        found = owned.find(layer) if owned else None
+        if found is None:
+            raise SourceUnavailableError(NO_HANDLE)
+        fqn, source = found
+        try:
+            return fqn, source.weight()
+        except SourceUnavailableError as error:
+            raise SourceUnavailableError(
+                f"cannot merge a LoRA into {fqn}, or take it out: {error}. Beside the weights "
+                "(lora='fp16') a LoRA needs no originals"
+            ) from error
+
+    def _deltas(self, wrapper: Any, scales: Scales) -> tuple[Delta, ...]:
+        """Return what has to be added to a layer's source; raise where that cannot be done."""
+        fqn, _ = self._source(wrapper.base_layer)
+        self._refuse_tied(wrapper.base_layer, fqn)
+        inside = state_of(wrapper).inside
+        change = {n: scales.get(n, 0.0) - inside.get(n, 0.0) for n in {**inside, **scales}}
+        return tuple(
+            delta_of(wrapper, name, scale, fqn, is_inside=name in inside)
+            for name, scale in change.items()
+            if scale
+        )
+
+    def _refuse_tied(self, layer: PackedLayer, fqn: str) -> None:
+        owned = self._owned() if self._owned else None
+        if owned is not None and owned.is_tied(layer):
+            raise PatchError(
+                f"cannot merge a LoRA into {fqn}: its weight is tied to another layer's, which "
+                "would change with it. Beside the weights (lora='fp16') it acts on this one alone"
+            )
+
+    def _write(self, wrapper: Any, scales: Scales, survival: Survival) -> None:
+        state, layer = state_of(wrapper), wrapper.base_layer
+        deltas = self._deltas(wrapper, scales)
+        before = None if layer in self._merged else packed_weight(layer)
+        merged, packed = self._quantize(layer, (*state.baked, *deltas))
+        if before is not None and deltas and _bits(layer) < _FEW_BITS:
+            survival.add(merged, before, packed, layer.lowbits_layouts["weight"].backend)
+        # Noted first: what an interrupt leaves half written can be written again.
+        self._merged[layer] = state
+        note_merged(wrapper, state, scales, deltas)
+        rewrite(layer, packed)
+        if not state.baked and not deltas:
+            del self._merged[layer]
+
+    def _quantize(self, layer: PackedLayer, deltas: Sequence[Delta]) -> tuple[MergedWeight, Packed]:
+        fqn, weight = self._source(layer)
+        layout = layer.lowbits_layouts["weight"]
+        scheme = DEFAULT.require(layout.scheme)[1]
+        marker = cast("Tensor", layer._parameters[marker_name("weight")])
+        merged = MergedWeight(weight.reshape(layout.rows), deltas, marker.device)
+        logger.debug("%s: quantizing the sum of the weight and %d adapters", fqn, len(deltas))
+        return merged, merged.pack(scheme, layout.backend)
+
+    @torch.inference_mode(mode=False)
+    def _reset(self, layer: Any, state: State) -> None:
+        """Give a layer that no adapter wraps any more the codes of its weight."""
+        _, packed = self._quantize(layer, ())
+        rewrite(layer, packed)
+        state.merged, state.deltas, state.baked = dict(state.inside), (), ()
+        del self._merged[layer]
+
+
+@final
+class _Wrapped:
+    """Called by torch whenever a module is given a child: sees peft wrap a packed layer."""
+
+    def __init__(self, adapters: Adapters) -> None:
+        self._adapters = weakref.ref(adapters)
+
+    def __call__(self, module: nn.Module, name: str, child: nn.Module | None) -> None:
+        if name != BASE or not isinstance(child, PackedLayer) or child.lowbits_names != WEIGHT:
+            return
+        adapters = self._adapters()
+        if adapters is not None and is_mergeable(module):
+            adapters.adopt(module, child)
+
+
+@final
+class _BeforePass:
+    """Called by torch before a model's forward; copies and pickles of the model do nothing."""
+
+    def __init__(self, adapters: Adapters | None = None) -> None:
+        self._adapters = weakref.ref(adapters) if adapters is not None else lambda: None
+
+    def __call__(self, *_: Any) -> None:
+        adapters = self._adapters()
+        if adapters is not None:
+            _outside_of_graphs(adapters.before_pass)(trains=torch.is_grad_enabled())
+
+    def __reduce__(self) -> tuple[type[_BeforePass], tuple[()]]:
+        return _BeforePass, ()
+
+
+def _outside_of_graphs(method: Callable[..., None]) -> Callable[..., None]:
+    """Keep a method, and what it calls, out of graphs."""
+    disabled: Callable[..., None] = torch.compiler.disable(method)  # type: ignore[no-untyped-call]
+    return disabled
+
+
+def _bits(layer: PackedLayer) -> float:
+    """Return the bits per weight of a packed layer."""
+    layout = layer.lowbits_layouts["weight"]
+    stored = (cast("Tensor", layer._parameters[field.parameter]) for field in layout.fields)
+    return sum(tensor.nbytes for tensor in stored) * 8 / layout.shape.numel()
