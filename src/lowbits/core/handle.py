@@ -133,8 +133,8 @@ class Handle:
             for fqn, part in owned.journal.modules() if isinstance(owned, _Owned) else ():
                 if id(part) not in present:
                     yield (
-                        f"{fqn} was replaced by another module since it was packed (by a LoRA?): "
-                        "that one is left alone, and restore() leaves it in place"
+                        f"{fqn} was replaced by another module since it was packed (by a LoRA?), "
+                        "made of the weight as quantized: restore() leaves that one in place"
                     )
 
     def find(self, layer: nn.Module) -> tuple[str, Source] | None:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from lowbits.streaming.layout import Holder, ModelLayout, Unit, held_tensors, loose_bytes, relaid
+from lowbits.streaming.proxy import StreamedTensor
 from lowbits.streaming.stored import Stored
 
 if TYPE_CHECKING:
@@ -125,8 +126,9 @@ class Component:
         holders = [holder for entry in self.entries for holder, _ in entry.unit.holders()]
         holders += [loose.holder for loose in self._loose]
         known = {(id(holder.module), holder.name) for holder in holders}
+        lent = self.base.storages  # units hold stand-ins between two passes
         self._extras = [
-            _Loose(holder, tensor)
+            _Loose(holder, _owned(holder, tensor, lent))
             for holder, tensor in held_tensors(self.root)
             if (id(holder.module), holder.name) not in known
         ]
@@ -173,6 +175,24 @@ class Component:
         for loose in (*self._loose, *self._extras):
             if is_cast(loose.holder, loose.tensor.dtype):
                 loose.cast(dtypes[loose.tensor.dtype])
+
+
+def _owned(holder: Holder, tensor: Tensor, lent: set[int]) -> Tensor:
+    """Return a new module's tensor, in memory of its own from now on.
+
+    Who puts a module in another one's place may give it that one's tensors: stand-ins, or parts of
+    a buffer that goes back. A LoRA of FLUX Control does so with the first layer's bias.
+    """
+    is_lent = isinstance(tensor, StreamedTensor)
+    if type(tensor) in (torch.Tensor, nn.Parameter) and tensor.layout == torch.strided:
+        is_lent = tensor.untyped_storage().data_ptr() in lent
+    if not is_lent:
+        return tensor
+    own: Tensor = tensor.detach().clone()
+    if isinstance(tensor, nn.Parameter):
+        own = nn.Parameter(own, requires_grad=tensor.requires_grad)
+    holder.slots[holder.name] = own
+    return own
 
 
 @final

@@ -201,6 +201,12 @@ class Stored:
         return has_changed
 
     @property
+    def storages(self) -> set[int]:
+        """Addresses of the device memory that modules hold now; none while they hold stand-ins."""
+        held = (tensor for tensor in self._held if not isinstance(tensor, StreamedTensor))
+        return {tensor.untyped_storage().data_ptr() for tensor in held}
+
+    @property
     def wants_grad(self) -> bool:
         """Whether an original requires a gradient."""
         return any(place.original.requires_grad for place in self.unit.places)
