@@ -194,10 +194,13 @@ def packed_weight(layer: PackedLayer, name: str = "weight") -> Packed:
 
 
 def _stored_tensors(layer: PackedLayer, layout: Layout) -> list[Tensor]:
-    tensors = [cast("Tensor", layer._parameters[field.parameter]) for field in layout.fields]
-    for field, tensor in zip(layout.fields, tensors, strict=True):
+    tensors = []
+    parameters: dict[str, Any] = layer._parameters
+    for field in layout.fields:
+        tensor = parameters[field.parameter]
         if tensor.dtype != field.storage_dtype:
             raise FormatError(_cast_message(layout, field, tensor))
+        tensors.append(tensor)
     return tensors
 
 

@@ -101,7 +101,7 @@ class WeightProxy(torch.Tensor):
         name, is_write = describe_call(func)
         kwargs = dict(kwargs or {})
         written = written_argument(args, kwargs) if is_write else kwargs.get("out")
-        proxy = _find(written)
+        proxy = None if written is None else _find(written)
         if proxy is not None:
             raise PatchError(_refusal(name, proxy))
         if args and isinstance(args[0], WeightProxy) and not is_write:

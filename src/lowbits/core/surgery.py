@@ -109,6 +109,7 @@ class Journal:
 
     def __init__(self) -> None:
         self._changes: list[_Change] = []
+        self._places: dict[int, int] = {}
 
     def install(self, module: nn.Module, packed: Mapping[str, PackedParameters], fqn: str) -> None:
         """Pack some weights of one module: sets its class, replaces the weights by packed ones.
@@ -145,10 +146,13 @@ class Journal:
 
         None where it is not in this journal. Tied layers share a source.
         """
-        for change in self._changes:
-            if change.module is module and "weight" in change.packed:
-                return change.fqn, change.packed["weight"].source
-        return None
+        if len(self._places) != len(self._changes):
+            self._places = {id(change.module): n for n, change in enumerate(self._changes)}
+        number = self._places.get(id(module))
+        if number is None or "weight" not in self._changes[number].packed:
+            return None
+        change = self._changes[number]
+        return change.fqn, change.packed["weight"].source
 
     def modules(self) -> Iterator[tuple[str, nn.Module]]:
         """Yield the packed modules with the names that they had."""
