@@ -6,16 +6,20 @@ import copy
 import gc
 import io
 import logging
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from peft import LoHaConfig, LoKrConfig, LoraConfig, OFTConfig, get_peft_model
+from safetensors.torch import save_file
 from torch import nn
 from torch.nn.modules.module import _global_module_registration_hooks as hooks
 
 import lowbits
 from lowbits import errors
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 SCHEME = "torchao-int8"
 #: So fine that what is merged is what acts beside, up to a few thousandths.
@@ -256,6 +260,25 @@ def test_adapters_that_are_there_are_merged_by_apply() -> None:
             model(TOKENS)
     with pytest.raises(errors.SourceUnavailableError):
         handle.restore()
+
+
+def test_originals_in_a_file_are_read_again(tmp_path: Path) -> None:
+    net = Net().eval()
+    save_file(net.state_dict(), tmp_path / "net.safetensors")
+    lowbits.quantize(net, FINE, keep_source="file", source=tmp_path)
+    plain = net(TOKENS)
+    model = adapted(net, lora("up", "down"))
+    beside = model(TOKENS)
+    lowbits.merge_lora(net)
+    assert same(model(TOKENS), beside)
+    lowbits.unmerge_lora(net)
+    assert torch.equal(model(TOKENS), beside)
+    (tmp_path / "net.safetensors").unlink()
+    with pytest.raises(errors.SourceUnavailableError, match="cannot merge a LoRA into"):
+        lowbits.merge_lora(net)
+    assert torch.equal(model(TOKENS), beside)
+    model.unload()
+    assert torch.equal(net(TOKENS), plain)
 
 
 def test_automatic_merges_into_16_bits_only() -> None:

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 
     from lowbits.core.backend import Packed
     from lowbits.core.handle import Handle
+    from lowbits.core.source import Source
 
 logger = logging.getLogger("lowbits.lora")
 
@@ -214,20 +215,15 @@ class Adapters:
             return False
         return module.lowbits_names == WEIGHT and _bits(module) >= least
 
-    def _source(self, layer: nn.Module) -> tuple[str, Tensor]:
-        """Return a packed layer's dotted name, and its original weight."""
+    def _source(self, layer: nn.Module) -> tuple[str, Source]:
+        """Return a packed layer's dotted name, and where its original weight can be had."""
         owned = self._owned() if self._owned else None
         found = owned.find(layer) if owned else None
         if found is None:
             raise SourceUnavailableError(NO_HANDLE)
-        fqn, source = found
-        try:
-            return fqn, source.weight()
-        except SourceUnavailableError as error:
-            raise SourceUnavailableError(
-                f"cannot merge a LoRA into {fqn}, or take it out: {error}. Beside the weights "
-                "(lora='fp16') a LoRA needs no originals"
-            ) from error
+        if found[1].kind == "none":
+            _read(*found)  # says why there is none
+        return found
 
     def _deltas(self, wrapper: Any, scales: Scales) -> tuple[Delta, ...]:
         """Return what has to be added to a layer's source; raise where that cannot be done."""
@@ -264,11 +260,11 @@ class Adapters:
             del self._merged[layer]
 
     def _quantize(self, layer: PackedLayer, deltas: Sequence[Delta]) -> tuple[MergedWeight, Packed]:
-        fqn, weight = self._source(layer)
+        fqn, source = self._source(layer)
         layout = layer.lowbits_layouts["weight"]
         scheme = DEFAULT.require(layout.scheme)[1]
         marker = cast("Tensor", layer._parameters[marker_name("weight")])
-        merged = MergedWeight(weight.reshape(layout.rows), deltas, marker.device)
+        merged = MergedWeight(_read(fqn, source).reshape(layout.rows), deltas, marker.device)
         logger.debug("%s: quantizing the sum of the weight and %d adapters", fqn, len(deltas))
         return merged, merged.pack(scheme, layout.backend)
 
@@ -310,6 +306,17 @@ class _BeforePass:
 
     def __reduce__(self) -> tuple[type[_BeforePass], tuple[()]]:
         return _BeforePass, ()
+
+
+def _read(fqn: str, source: Source) -> Tensor:
+    """Return a layer's original weight."""
+    try:
+        return source.weight()
+    except SourceUnavailableError as error:
+        raise SourceUnavailableError(
+            f"cannot merge a LoRA into {fqn}, or take it out: {error}. Beside the weights "
+            "(lora='fp16') a LoRA needs no originals"
+        ) from error
 
 
 def _outside_of_graphs(method: Callable[..., None]) -> Callable[..., None]:

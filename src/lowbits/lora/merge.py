@@ -29,17 +29,14 @@ class Delta(ABC):
     """What one adapter adds to a weight of ``(rows, row_length)``."""
 
     @abstractmethod
-    def rows(self, weight: Tensor, start: int, stop: int) -> Tensor:
-        """Return what it adds to some rows.
+    def add_to(self, total: Tensor, weight: Tensor, start: int, stop: int) -> None:
+        """Add it to some rows.
 
         Args:
-            weight: those rows without any adapter, ``(stop - start, row_length)`` float32, on the
-                device that computes; not changed.
+            total: ``(stop - start, row_length)`` float32, on the device that computes; written.
+            weight: those rows without any adapter, alike; not changed.
             start: the first row.
             stop: the row after the last one.
-
-        Returns:
-            As `weight`, in memory of its own.
         """
 
 
@@ -58,10 +55,10 @@ class LowRank(Delta):
     down: Tensor
     scale: float
 
-    def rows(self, weight: Tensor, start: int, stop: int) -> Tensor:
-        """Return those rows of ``scale * up @ down``, computed in float32."""
-        up = self.up[start:stop].to(weight.device, torch.float32)
-        return (up * self.scale) @ self.down.to(weight.device, torch.float32)
+    def add_to(self, total: Tensor, weight: Tensor, start: int, stop: int) -> None:  # noqa: ARG002 - of all deltas
+        """Add those rows of ``scale * up @ down``, computed in float32."""
+        up = self.up[start:stop].to(total.device, torch.float32)
+        total.addmm_(up, self.down.to(total.device, torch.float32), alpha=self.scale)
 
 
 @final
@@ -77,9 +74,9 @@ class Dense(Delta):
     matrix: Tensor
     scale: float
 
-    def rows(self, weight: Tensor, start: int, stop: int) -> Tensor:
-        """Return those rows, times the scale."""
-        return self.matrix[start:stop].to(weight.device, torch.float32) * self.scale
+    def add_to(self, total: Tensor, weight: Tensor, start: int, stop: int) -> None:  # noqa: ARG002 - of all deltas
+        """Add those rows, times the scale."""
+        total.add_(self.matrix[start:stop].to(total.device, torch.float32), alpha=self.scale)
 
 
 @final
@@ -97,12 +94,13 @@ class Decomposed(Delta):
     delta: Delta
     magnitude: Tensor
 
-    def rows(self, weight: Tensor, start: int, stop: int) -> Tensor:
-        """Return the difference between the rows of that length and the weight's."""
-        turned = weight + self.delta.rows(weight, start, stop)
-        length = self.magnitude[start:stop].to(weight.device, torch.float32)
-        factor: Tensor = length / torch.linalg.vector_norm(turned, dim=1)
-        return turned * factor[:, None] - weight
+    def add_to(self, total: Tensor, weight: Tensor, start: int, stop: int) -> None:
+        """Add the difference between the rows of that length and the weight's."""
+        turned = weight.clone()
+        self.delta.add_to(turned, weight, start, stop)
+        length = self.magnitude[start:stop].to(total.device, torch.float32)
+        factor = length / torch.linalg.vector_norm(turned, dim=1)
+        total.addcmul_(turned, factor[:, None]).sub_(weight)
 
 
 @final
@@ -129,10 +127,7 @@ class MergedWeight:
     def added(self, start: int, stop: int) -> Tensor:
         """Return what is added to some rows, float32."""
         weight = self._weight[start:stop].to(self._device, torch.float32)
-        added = torch.zeros_like(weight)
-        for delta in self._deltas:
-            added += delta.rows(weight, start, stop)
-        return added
+        return self._add(torch.zeros_like(weight), weight, start, stop)
 
     @torch.no_grad()
     def rows(self, start: int, stop: int) -> Tensor:
@@ -140,8 +135,13 @@ class MergedWeight:
         weight = self._weight[start:stop]
         if not self._deltas:
             return weight
-        added = self.added(start, stop)
-        return added.add_(weight.to(added))
+        weight = weight.to(self._device, torch.float32)
+        return self._add(weight.clone(), weight, start, stop)
+
+    def _add(self, total: Tensor, weight: Tensor, start: int, stop: int) -> Tensor:
+        for delta in self._deltas:
+            delta.add_to(total, weight, start, stop)
+        return total
 
     def pack(self, scheme: Scheme, backend: QuantBackend) -> Packed:
         """Quantize the sum.
