@@ -5,43 +5,36 @@ from __future__ import annotations
 import logging
 import weakref
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, final
 
 import torch
 from torch import nn
 
+from lowbits._target import (
+    applied_alike,
+    components_for,
+    modules_of,
+    placed_elsewhere,
+    refuse_patched,
+    require_one,
+)
 from lowbits.config import LowbitsConfig
 from lowbits.core.convert import ConvertOptions, convert, stored_bytes_of
 from lowbits.core.handle import Handle, Placed, allow_methods, find_handle
 from lowbits.core.homes import homes_of, same_device
-from lowbits.core.interception import interceptor_of
 from lowbits.core.memory import storage_bytes
 from lowbits.core.packed import PackedLayer
 from lowbits.core.registry import DEFAULT
 from lowbits.core.requantize import requantized
 from lowbits.core.scheme import NATIVE, SchemeInfo
-from lowbits.core.select import Component, Decision, Selection, select
+from lowbits.core.select import Selection, select
 from lowbits.core.source import SourceFiles
-from lowbits.core.surgery import Journal, dequantize_layers, has_journal, undo
-from lowbits.errors import (
-    AlreadyPatchedError,
-    ConfigError,
-    NoCapableBackendError,
-    NotPatchedError,
-    suggestion,
-)
+from lowbits.core.surgery import Journal, dequantize_layers, undo
+from lowbits.errors import ConfigError, NotPatchedError
 from lowbits.integrations.adapters import Adapters
-from lowbits.integrations.configs import component_requests, is_pipeline_config, request_of
-from lowbits.integrations.diffusers import (
-    announce_device,
-    components_of,
-    default_reasons,
-    denoisers_of,
-    is_pipeline,
-    kept_in_fp32,
-)
+from lowbits.integrations.configs import request_of
+from lowbits.integrations.diffusers import announce_device, denoisers_of
 from lowbits.integrations.vae import GuardedModels
 from lowbits.streaming.budget import BUDGETS
 from lowbits.streaming.device_ops import free_bytes
@@ -55,6 +48,7 @@ from lowbits.streaming.models import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Collection, Iterable, Mapping, Sequence
     from pathlib import Path
 
     from lowbits.core.backend import QuantBackend
@@ -91,21 +85,17 @@ def apply(  # noqa: PLR0913 - one place for every option
         scheme: a scheme's name, an entry of Forge's menu, a quantization config of diffusers or
             transformers, or a `LowbitsConfig`, which stands for all options.
         components: names to pack, or a scheme for each; None: denoiser and large text encoders.
-        rules: a scheme for each glob over layer names; the last match counts, and overrides what is
-            left alone by default. ``"native"`` leaves alone.
+        rules: a scheme, or ``"native"``, for each glob over layer names; the last match counts.
         skip: globs of layers that are left alone; they override rules.
         device: that the target runs on; None: the accelerator if there is one, else the CPU.
         compute_dtype: that packed layers multiply in; None: what is fast on their device.
-        gpu_weights: that weights may take of the device: a size, as ``"6GB"``, is a hard cap, and
-            the rest is streamed; ``"all"`` keeps them there or raises; ``"auto"`` streams what does
-            not fit beside reserve. On a CPU, only a size streams anything.
+        gpu_weights: a hard cap on weights on the device, as ``"6GB"``; ``"all"``: they fit, or it
+            raises; ``"auto"``: what reserve leaves, on a CPU everything. The rest is streamed.
         reserve: left free by ``"auto"``: a size, or ``"auto"``: 10 % of the device, at least 1 GiB.
-        swap: how streamed weights are copied, see `LayerStreamer`'s ``method``.
-        location: where streamed weights wait, see `LayerStreamer`.
-        lora: where peft's adapters act: ``"fp16"`` beside packed weights, ``"merge"`` in them,
-            quantized again from the originals; ``"auto"`` in those stored in 16 bits or more.
-        keep_source: originals for `restore`: in ``"memory"``, in a ``"file"`` (of source, byte for
-            byte proven), ``"none"``, or ``"auto"``: the first of file, memory, none that will do.
+        swap: how streamed weights are copied: `LayerStreamer`'s ``method``.
+        location: where they wait, see `LayerStreamer`.
+        lora: adapters act ``"fp16"`` beside packed weights, ``"merge"`` in them, or as ``"auto"``.
+        keep_source: where originals are: ``"memory"``, source's ``"file"``, ``"none"``, ``"auto"``.
         source: safetensors file, or folder, that the weights were loaded from.
         never_oom: ``"denoiser"``: none of its blocks stays there; ``"vae"``: in tiles, always.
         on_requantize: ``"warn"``, ``"error"`` or ``"allow"`` where weights are in low bits already.
@@ -114,7 +104,7 @@ def apply(  # noqa: PLR0913 - one place for every option
 
     Raises:
         ConfigError: a value, a pattern or a name that means nothing here.
-        BackendUnavailableError: the scheme's package is missing or broken.
+        BackendUnavailableError: the scheme's package does not work here.
         AlreadyPatchedError: the target is packed; use ``handle.switch`` or ``handle.restore``.
         NonFiniteWeightError: a weight holds NaN or infinity.
         SourceUnavailableError: of ``keep_source="file"`` or ``on_requantize="error"``.
@@ -126,7 +116,7 @@ def apply(  # noqa: PLR0913 - one place for every option
             scheme, components, rules, skip, device, compute_dtype, gpu_weights, reserve, swap,
             location, lora, keep_source, source, never_oom, on_requantize, progress, cancel,
         )  # fmt: skip
-    return _apply(_modules_of(target), config, _device_of(config))
+    return _apply(modules_of(target), config, _device_of(config))
 
 
 def quantize(module: nn.Module, scheme: Any, **options: Any) -> Handle:
@@ -142,7 +132,7 @@ def quantize(module: nn.Module, scheme: Any, **options: Any) -> Handle:
     for option in ("device", "gpu_weights", "reserve", "swap", "location", "never_oom"):
         if option in options:
             raise ConfigError(f"{option}: quantize moves nothing; use lowbits.apply for that")
-    return _apply(_modules_of(module), LowbitsConfig(scheme, **options), None)
+    return _apply(modules_of(module), LowbitsConfig(scheme, **options), None)
 
 
 def dequantize(target: Any) -> None:
@@ -154,7 +144,7 @@ def dequantize(target: Any) -> None:
     Raises:
         NotPatchedError: nothing in the target is packed.
     """
-    roots = _modules_of(target).values()
+    roots = modules_of(target).values()
     modules = {id(module): module for root in roots for module in root.modules()}
     layers = [module for module in modules.values() if isinstance(module, PackedLayer)]
     if not layers:
@@ -174,7 +164,7 @@ def dequantize(target: Any) -> None:
 
 def handle(target: Any) -> Handle | None:
     """Return the handle of a module or pipeline that was applied, or None."""
-    found = (find_handle(module) for module in _modules_of(target).values())
+    found = (find_handle(module) for module in modules_of(target).values())
     return next((owned for owned in found if owned is not None), None)
 
 
@@ -215,7 +205,7 @@ def unmerge_lora(target: Any) -> None:
 
 
 def _require_handles(target: Any) -> list[Handle]:
-    handles = _handles_of(_modules_of(target).values())
+    handles = _handles_of(modules_of(target).values())
     if not handles:
         raise NotPatchedError(
             f"this {type(target).__name__} has no handle: it was not applied, was restored "
@@ -248,16 +238,6 @@ def register_backend(backend: QuantBackend) -> None:
     DEFAULT.register(backend)
 
 
-def _modules_of(target: Any) -> dict[str, nn.Module]:
-    if is_pipeline(target):
-        return components_of(target)
-    if isinstance(target, nn.Module):
-        return {"": target}
-    raise ConfigError(
-        f"target: got {type(target).__name__}, expected a torch.nn.Module or a diffusers pipeline"
-    )
-
-
 def default_device() -> torch.device:
     """Return the accelerator if there is one, else the CPU."""
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
@@ -270,19 +250,17 @@ def _device_of(config: LowbitsConfig) -> torch.device:
 def _apply(
     modules: Mapping[str, nn.Module], config: LowbitsConfig, device: torch.device | None
 ) -> Handle:
-    components = _components(modules, config)
+    components = components_for(modules, config)
     rules = {glob: request_of(value).scheme for glob, value in (config.rules or {}).items()}
     selection = Selection(rules, config.skip, DEFAULT)
-    if device is None and (applied := _applied_alike(components, selection)):
+    if device is None and (applied := applied_alike(components, selection)):
         return applied
-    elsewhere = _placed_elsewhere(components)
+    elsewhere = placed_elsewhere(components)
     modules = {name: module for name, module in modules.items() if name not in elsewhere}
-    _refuse_patched([component for component in components if component.name in modules])
+    refuse_patched([component for component in components if component.name in modules])
     decisions = select(components, selection)
-    _require_one(components, decisions)
+    require_one(components, decisions)
     notes = requantized(decisions, config.on_requantize)
-    for note in notes:
-        logger.warning("%s", note)
     files = _source_files(config)
     nbytes = stored_bytes_of([d for d in decisions if d.component in modules])
     placed = _placed(modules, config, device, nbytes, files)
@@ -325,7 +303,8 @@ def _apply(
     if device is not None:
         BUDGETS.join(device, owned)
     # Who asked for it knows; what "auto" let go comes as a surprise.
-    for warning in conversion.report.warnings if config.keep_source == "auto" else ():
+    surprises = conversion.report.warnings if config.keep_source == "auto" else ()
+    for warning in (*notes, *surprises):
         logger.warning("%s", warning)
     return owned
 
@@ -410,7 +389,7 @@ def _switch(
     scheme: Any,
 ) -> Handle:
     DEFAULT.require(request_of(scheme).scheme)  # what is mistyped or missing is not worth a restore
-    asked = {c.name: c.scheme for c in _components(modules, config) if c.scheme}
+    asked = {c.name: c.scheme for c in components_for(modules, config) if c.scheme}
     rules = {
         glob: scheme if request_of(value).scheme in asked.values() else value
         for glob, value in (config.rules or {}).items()
@@ -424,96 +403,3 @@ def _switch(
         # The caller's callbacks may be what failed, or cancelled: they are not asked again.
         _apply(modules, replace(config, progress=None, cancel=None), device)
         raise
-
-
-def _components(modules: Mapping[str, nn.Module], config: LowbitsConfig) -> list[Component]:
-    """Say for each module of the target which scheme was asked for."""
-    wanted: Mapping[str, Any] | None = None
-    if is_pipeline_config(config.scheme):
-        wanted = component_requests(config.scheme)
-    elif isinstance(config.components, Mapping):
-        wanted = config.components
-    elif config.components is not None:
-        wanted = dict.fromkeys(config.components, config.scheme)
-    reasons: dict[str, str] = {}
-    if wanted is None:
-        reasons = default_reasons(modules) if "" not in modules else {}
-        wanted = {name: config.scheme for name in modules if name not in reasons}
-    for name in wanted:
-        if name not in modules:
-            raise ConfigError(
-                f"components: the target has no {name!r}{suggestion(name, modules)}; "
-                f"it has {', '.join(modules) or 'none'}"
-            )
-    return [
-        _component(
-            name, module, wanted.get(name), reasons.get(name, "not among the components"), config
-        )
-        for name, module in modules.items()
-    ]
-
-
-def _component(
-    name: str, module: nn.Module, scheme: Any, reason: str, config: LowbitsConfig
-) -> Component:
-    if scheme is None:
-        return Component(name, module, None, reason, compute_dtype=config.compute_dtype)
-    request = request_of(scheme)
-    dtype = config.compute_dtype or request.compute_dtype
-    return Component(name, module, request.scheme, "", request.skip, dtype, kept_in_fp32(module))
-
-
-def _applied_alike(components: Sequence[Component], selection: Selection) -> Handle | None:
-    """Return the handle of components that are packed as asked already, every layer of them."""
-    handles = {id(c.module): find_handle(c.module) for c in components if c.scheme}
-    owned = next(iter(handles.values()), None)
-    if owned is None or any(other is not owned for other in handles.values()):
-        return None
-    decisions = select(components, replace(selection, sees_packed=True))
-    return None if any(d.scheme for d in decisions) else owned
-
-
-def _placed_elsewhere(components: Sequence[Component]) -> set[str]:
-    """Return the names of components that another handle streams, and that are to stay as is."""
-    return {
-        c.name
-        for c in components
-        if c.scheme is None and find_handle(c.module) and interceptor_of(c.module)
-    }
-
-
-def _refuse_patched(components: Sequence[Component]) -> None:
-    for component in components:
-        if component.scheme is None:
-            continue
-        name = component.name or type(component.module).__name__
-        if find_handle(component.module) is not None:
-            raise AlreadyPatchedError(
-                f"{name} is packed already: lowbits.handle(target).switch(scheme) packs it in "
-                "another scheme, .reconfigure(gpu_weights=...) places it elsewhere, "
-                "lowbits.restore(target) undoes it; components=[...] leaves it out"
-            )
-        if any(has_journal(module) for module in component.module.modules()):
-            raise AlreadyPatchedError(
-                f"{name} holds packed layers already (a part of it was applied, or it is a part of "
-                "an applied module): restore that, or call lowbits.dequantize(target) first"
-            )
-    for component in components:
-        refuse_streamed(component.module)
-
-
-def _require_one(components: Sequence[Component], decisions: Sequence[Decision]) -> None:
-    """Raise where a scheme was asked for and nothing would be packed."""
-    if any(d.scheme or d.is_in_scheme for d in decisions) or all(
-        c.scheme in (None, NATIVE) for c in components
-    ):
-        return
-    matrices = {d.path: d.reason for d in decisions if len(d.shape) > 1 and d.kind != "buffer"}
-    listed = "; ".join(
-        f"{path or 'weight'}: {reason}" for path, reason in list(matrices.items())[:3]
-    )
-    raise NoCapableBackendError(
-        f"no layer would be packed ({listed or 'the target has no matrices'}); "
-        "rules={'*': scheme} packs what is left alone by default",
-        matrices,
-    )

@@ -76,7 +76,8 @@ def apply(
 
     Args:
         pipe: a diffusers pipeline, whose denoiser is packed, or a `torch.nn.Module`.
-        diffusion_in_low_bits: how the denoiser's weights are stored; ``"Automatic"`` keeps them.
+        diffusion_in_low_bits: how the denoiser's weights are stored; ``"Automatic"`` keeps them. A
+            LoRA is merged into them, or acts beside them where the entry ends in "(fp16 LoRA)".
         swap_method: ``"Queue"`` copies weights when they are needed, ``"Async"`` ahead of it.
         swap_location: where weights wait: ``"CPU"`` or ``"Shared"``, page-locked host memory.
         gpu_weights_mb: a hard cap on weights on the device, in MB of 1048576 bytes; None: what
@@ -99,7 +100,11 @@ def apply(
         swap=chosen["swap_method"].lower(),
         location=chosen["swap_location"].lower(),
         never_oom=tuple(part for part, is_asked in never_oom.items() if is_asked),
-        **{"components": _denoisers(pipe), **others},
+        **{
+            "components": _denoisers(pipe),
+            "lora": "fp16" if chosen["diffusion_in_low_bits"].endswith(FP16_LORA) else "merge",
+            **others,
+        },
     )
 
 

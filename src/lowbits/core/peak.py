@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final, final
 
 import torch
 
-from lowbits.core.memory import PART_WEIGHTS, available_host_bytes
+from lowbits.core.memory import part_weights, available_host_bytes
 from lowbits.core.report import format_bytes
 from lowbits.errors import InsufficientMemoryError
 
@@ -71,7 +71,7 @@ def conversion_peak(
             continue
         home = same(decision.tensor.device)
         worker = device or home
-        part = min(decision.shape.numel(), PART_WEIGHTS) * 4 * _COPIES
+        part = min(decision.shape.numel(), part_weights(worker)) * 4 * _COPIES
         size = packed_bytes(decision)
         peak.take(worker, 0, passing=part + size)
         peak.take(hold or worker, size)
