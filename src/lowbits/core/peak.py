@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final, final
 
 import torch
 
-from lowbits.core.memory import part_weights, available_host_bytes
+from lowbits.core.memory import available_host_bytes, part_weights
 from lowbits.core.report import format_bytes
 from lowbits.errors import InsufficientMemoryError
 
