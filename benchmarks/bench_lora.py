@@ -12,6 +12,7 @@ turns.
 
 from __future__ import annotations
 
+import gc
 import statistics
 import warnings
 from dataclasses import asdict, dataclass
@@ -174,6 +175,7 @@ def attach(blocks: int, scheme: str, pace: Pace) -> list[Attached]:
     layers = 0
     for is_warm in (False, *[True] * pace.rounds):
         for name, model in models.items():
+            gc.collect()  # what one model's layers leave would be collected in the other's time
             for what, call in _steps(model).items():
                 seconds = sample_s(call, torch.device("cpu"))
                 if is_warm:

@@ -233,7 +233,10 @@ def read_weight(layer: PackedLayer, name: str = "weight") -> Tensor:
     def read() -> Packed:
         return _reinterpreted(layout, tensors)
 
-    return WeightProxy(read, layout.scheme, layout.backend, layout.shape, _marker(layer, name))
+    # Not called: adapter libraries read it dozens of times per layer, and a metaclass takes time.
+    return WeightProxy.__new__(
+        WeightProxy, read, layout.scheme, layout.backend, layout.shape, _marker(layer, name)
+    )
 
 
 def stored_names(layer: PackedLayer, name: str = "weight") -> tuple[str, ...]:
