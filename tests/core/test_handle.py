@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import pytest
@@ -49,8 +48,7 @@ def test_what_was_only_quantized_cannot_be_placed() -> None:
     assert lowbits.handle(model) is handle
 
 
-def test_a_copy_and_a_whole_around_a_packed_part_are_refused() -> None:
+def test_a_whole_around_a_packed_part_is_refused() -> None:
     model, _ = quantized()
-    for target in (copy.deepcopy(model), nn.Sequential(model[0], nn.Linear(64, 64))):
-        with pytest.raises(errors.AlreadyPatchedError, match="holds packed layers already"):
-            lowbits.quantize(target, "bnb-nf4")
+    with pytest.raises(errors.AlreadyPatchedError, match="holds packed layers already"):
+        lowbits.quantize(nn.Sequential(model[0], nn.Linear(64, 64)), "bnb-nf4")

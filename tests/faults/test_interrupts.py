@@ -284,7 +284,7 @@ def test_a_move_that_fails_changes_nothing_where_no_source_is_kept(
             raise torch.OutOfMemoryError
         return model
 
-    monkeypatch.setattr("lowbits._api._homes", lambda *_: [(model, here)])
+    monkeypatch.setattr("lowbits._api.homes_of", lambda *_: [(model, here)])
     monkeypatch.setattr(Tied, "to", fail_once)
     with pytest.raises(torch.OutOfMemoryError):
         lowbits.apply(model, SCHEME, rules={"*": SCHEME}, keep_source="none", device=here)

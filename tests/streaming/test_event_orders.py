@@ -25,6 +25,7 @@ from streaming.recording import Chain, RecordedOps, Search, TrackedSlab, Wrong
 from lowbits import LayerStreamer
 from lowbits.streaming import transfer
 from lowbits.streaming.masters import HostMaster
+from lowbits.streaming.residency import _Home
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -192,7 +193,10 @@ def test_it_is_found_that_staging_is_written_too_early() -> None:
 
 
 def test_it_is_found_that_a_slot_in_use_is_overwritten() -> None:
-    with mock.patch("lowbits.streaming.residency._Home.rivals", return_value=[]):
+    class Blind(_Home):  # type: ignore[misc] # a mutant
+        rivals = property(lambda _: [], lambda *_: None)
+
+    with mock.patch("lowbits.streaming.residency._Home", Blind):
         found = search(
             Chain(RecordedOps(), [512] * 4), TWICE, budget=256 + 512, depth=1, location="shared"
         )

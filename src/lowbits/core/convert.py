@@ -90,7 +90,7 @@ def convert(
 ) -> Conversion:
     """Pack the weights that were chosen, in place.
 
-    Peak memory above the target's: the packed weights and one part of one layer (`PART_WEIGHTS`);
+    Peak memory above the target's: the packed weights and one part of one layer (`part_weights`);
     with file sources, originals go as their layers are packed. Where that is not free, nothing
     begins.
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, final
 
 import torch
 
-from lowbits.core.memory import PART_WEIGHTS
+from lowbits.core.memory import part_weights
 from lowbits.core.packing import pack_rows
 
 if TYPE_CHECKING:
@@ -179,7 +179,7 @@ class Survival:
             backend: of both.
         """
         rows, row_length = merged.shape
-        step = after.rows_at_once(max(1, PART_WEIGHTS // row_length))
+        step = after.rows_at_once(max(1, part_weights(after["qdata"].device) // row_length))
         for start in range(0, rows, step):
             part = start, min(start + step, rows)
             added = merged.added(*part)
