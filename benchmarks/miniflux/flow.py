@@ -218,7 +218,7 @@ class _PromptTable:
         return torch.where(is_empty, len(self._names), self._first[labels] + name)
 
 
-class _FlowLoss:
+class FlowLoss:
     """Draws training batches and computes the loss of a pipeline on them."""
 
     def __init__(self, pipe: FluxPipeline, data: LabelledImages, recipe: FlowRecipe) -> None:
@@ -268,7 +268,7 @@ def train_flow(vae: AutoencoderKL, data: LabelledImages, recipe: FlowRecipe, fol
 
     """
     pipe = build_pipeline(vae)
-    loss_of = _FlowLoss(pipe, data, recipe)
+    loss_of = FlowLoss(pipe, data, recipe)
     optimizer, peaks = _optimizer(pipe, recipe)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     average = MovingAverage(parameters, recipe.ema_decay)

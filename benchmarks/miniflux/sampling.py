@@ -57,23 +57,30 @@ class Sampling:
 
 @torch.no_grad()
 def generate(
-    pipe: FluxPipeline, prompts: Sequence[str], *, seeds: int, sampling: Sampling
+    pipe: FluxPipeline,
+    prompts: Sequence[str],
+    *,
+    seeds: int,
+    sampling: Sampling,
+    first_seed: int = 0,
 ) -> torch.Tensor:
     """Sample every prompt from the same noises.
 
     Args:
         pipe: the pipeline.
         prompts: ``n`` prompts.
-        seeds: pictures of each prompt; the seeds are 0, 1, ...
+        seeds: pictures of each prompt.
         sampling: steps and guidance.
+        first_seed: the seeds are this one and those that follow.
 
     Returns:
         ``(n, seeds, 3, 32, 32)`` in [-1, 1].
 
     """
     rows = []
+    numbers = range(first_seed, first_seed + seeds)
     for prompt in prompts:
-        generators = [torch.Generator().manual_seed(seed) for seed in range(seeds)]
+        generators = [torch.Generator().manual_seed(seed) for seed in numbers]
         options = sampling.call_options(seeds)
         output = pipe([prompt] * seeds, generator=generators, output_type="pt", **options)
         rows.append(output.images)
