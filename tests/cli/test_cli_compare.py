@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -24,6 +25,7 @@ from lowbits.core.registry import DEFAULT
 from lowbits.errors import BackendUnavailableError, ConfigError
 
 MODEL = Path(__file__).parents[2] / "benchmarks" / "miniflux"
+LORA = MODEL / "lora" / "stripes.safetensors"
 CPU = torch.device("cpu")
 
 
@@ -207,12 +209,15 @@ def test_own_prompts_are_drawn_and_not_read(
     [
         (["--schemes", "bnb-nf4", "--all"], 2, "exclude each other"),
         (["--schemes", "bnb-nf5"], 1, "did you mean 'bnb-nf4'"),
+        (["--lora", "merge"], 2, "needs --lora-weights"),
+        (["--lora", "fp8"], 2, "got 'fp8', expected auto, fp16, merge"),
     ],
 )
 def test_what_is_asked_for_must_make_sense(
     tmp_path: Path, options: list[str], code: int, message: str
 ) -> None:
-    result = CliRunner().invoke(app, ["compare", str(MODEL), "--out", str(tmp_path), *options])
+    arguments = ["compare", str(MODEL), "--out", str(tmp_path), *options]
+    result = CliRunner().invoke(app, arguments, env={"COLUMNS": "200"})
     assert result.exit_code == code
     assert message in result.stderr
 
@@ -264,3 +269,36 @@ def test_a_sheet_shows_every_result(found: comparing.Comparison) -> None:
     assert sheet.columns == ("a photo of a bag",)
     assert len(sheet.figures) == len(sheet.rows[0].figures) == 3
     assert layout(sheet).columns == 1
+
+
+def test_a_lora_is_drawn_at_three_strengths(tmp_path: Path) -> None:
+    lora = ["--lora-weights", f"{LORA}=0.8", "--lora", "fp16", "--lora", "merge"]
+    options = ["--schemes", "bnb-nf4", "--prompt", "a bag", "--prompt", "a coat", "--seeds", "1"]
+    result = CliRunner().invoke(
+        app,
+        ["compare", str(MODEL), "--out", str(tmp_path), *options, "--steps", "2", *lora],
+        env={"COLUMNS": "200"},
+    )
+    assert result.exit_code == 0, result.output
+    assert "bnb-nf4 merge" in result.stdout
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["pictures"] == 6
+    assert report["lora_strengths"] == [{"lora_0": 0.0}, {"lora_0": 0.4}, {"lora_0": 0.8}]
+    assert [row["lora"] for row in report["schemes"]] == ["fp16", "merge"]
+    assert all(row["restored"] and row["psnr_db"] > 15 for row in report["schemes"])
+    with Image.open(tmp_path / "contact_sheet.png") as sheet:
+        assert sheet.size == Layout(tile=(128, 128), rows=3, columns=6, figures=3).size
+
+
+def test_columns_of_a_lora_stand_by_their_prompts() -> None:
+    plan = dataclasses.replace(_plan(), adapters={"x": 1.0})
+    plan = dataclasses.replace(plan, recipe=Recipe(("a", "b")))
+    numbers = torch.arange(6.0).view(6, 1, 1, 1).expand(6, 3, 4, 4) / 255
+    stored = comparing.Stored(0, 0, 32.0)
+    found = comparing.Result("x", stored, None, None, 1.0, math.inf, None, None, numbers)
+    sheet = outputs.make_sheet(comparing.Comparison(plan, found, (), ()), "m", outputs.machine())
+    named = ["LoRA 0: a", "LoRA 0.5: a", "LoRA 1: a", "LoRA 0: b", "LoRA 0.5: b", "LoRA 1: b"]
+    assert list(sheet.columns) == named
+    assert [picture.getpixel((0, 0)) for picture in sheet.rows[0].pictures] == [
+        (level, level, level) for level in (0, 2, 4, 1, 3, 5)
+    ]

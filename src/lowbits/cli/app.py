@@ -184,12 +184,17 @@ def compare(  # noqa: PLR0913 - a parameter is an option
     settings: options.Settings = None,
     batch: options.Batch = None,
     device: options.Device = None,
+    lora: options.Loras = None,
+    lora_weights: options.LoraWeights = None,
     blind: options.Blind = False,
 ) -> None:
     """Draw the same pictures with several schemes, and measure what each costs and saves.
 
-    Prompts, labels and settings come from the model's compare.json, if it has one.
+    Prompts, labels and settings come from the model's compare.json, if it has one. With LoRAs, each
+    picture is drawn at none, half and all of their strengths.
     """
+    strengths = options.strengths(lora_weights)
+    ways = options.lora_ways(lora, strengths)
     recipe = _recipe(model, prompts, options.call_settings(settings, num_inference_steps=steps))
     console = tables.make_console(stderr=True)
     with Bars(console) as bars:
@@ -201,8 +206,10 @@ def compare(  # noqa: PLR0913 - a parameter is an option
             names = _scheme_names(scheme_list, all_schemes=all_schemes)
             usable, skipped = comparing.usable_schemes(names)
         place = pick_device(device)
-        plan = comparing.Plan(recipe, usable, seeds, batch or seeds, place)
-        found = comparing.compare(load_pipeline(model, place), plan, bars.track)
+        pipe = load_pipeline(model, place)
+        adapters = load_loras(pipe, strengths)
+        plan = comparing.Plan(recipe, usable, seeds, batch or seeds, place, adapters, ways)
+        found = comparing.compare(pipe, plan, bars.track)
     found = replace(found, skipped=(*skipped, *found.skipped))
     shown = tables.make_console()
     shown.print(tables.comparison_table(found))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, final
 
 import torch
@@ -20,7 +20,7 @@ from lowbits.core.scheme import NATIVE
 from lowbits.errors import BackendUnavailableError, LowbitsError
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator
+    from collections.abc import Collection, Iterator, Mapping
 
     from torch import Tensor
 
@@ -37,6 +37,9 @@ DEFAULT_SCHEMES: Final = (
     "gguf-q8_0",
     "gguf-q4_0",
 )
+
+#: Shares of the LoRAs' strengths that pictures are drawn at.
+_SHARES: Final = (0.0, 0.5, 1.0)
 
 #: The size of picture that a reader reads.
 _READABLE: Final = (32, 32)
@@ -56,6 +59,9 @@ class Plan:
         seeds: pictures of each prompt; the seeds are 0, 1, ...
         batch: pictures drawn at once.
         device: that everything runs on.
+        adapters: the strengths of LoRAs that the pipeline has loaded; each picture is drawn at each
+            of the `shares` of them.
+        loras: ways that LoRAs act, as `lowbits.apply` names them; each scheme has a row for each.
     """
 
     recipe: Recipe
@@ -63,11 +69,23 @@ class Plan:
     seeds: int
     batch: int
     device: torch.device
+    adapters: Mapping[str, float] = field(default_factory=dict)
+    loras: tuple[str, ...] = ("auto",)
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """What the adapters' strengths are multiplied by, one after the other."""
+        return _SHARES if self.adapters else (1.0,)
+
+    @property
+    def rows(self) -> tuple[tuple[str, str], ...]:
+        """The scheme of each row, and the way that LoRAs act in it."""
+        return tuple((scheme, lora) for scheme in self.schemes for lora in self.loras)
 
     @property
     def pictures(self) -> int:
-        """How many pictures each scheme draws."""
-        return len(self.recipe.prompts) * self.seeds
+        """How many pictures each row draws."""
+        return len(self.shares) * len(self.recipe.prompts) * self.seeds
 
     def batches(self) -> Iterator[tuple[str, range]]:
         """Yield the prompt and the seeds of each call of the pipeline."""
@@ -107,7 +125,9 @@ class Result:
         psnr_db: to the pictures of full precision, over all of them; infinite where equal.
         accuracy: share of pictures that are recognised as what was asked for.
         restored: whether a restored pipeline drew the first pictures bit-equal.
-        pictures: the first of each prompt, ``(prompts, 3, height, width)`` in 0 to 1.
+        pictures: the first of each prompt, at one of the plan's shares after the other,
+            ``(shares * prompts, 3, height, width)`` in 0 to 1.
+        lora: the way that LoRAs act; None where there are none.
     """
 
     scheme: str
@@ -119,6 +139,12 @@ class Result:
     accuracy: float | None
     restored: bool | None
     pictures: Tensor
+    lora: str | None = None
+
+    @property
+    def name(self) -> str:
+        """The scheme, and the way that LoRAs act where it was chosen."""
+        return self.scheme if self.lora in {None, "auto"} else f"{self.scheme} {self.lora}"
 
 
 @final
@@ -172,10 +198,10 @@ def compare(pipe: Any, plan: Plan, track: Track) -> Comparison:
     study = _Study(pipe, plan, track)
     reference = study.full_precision()
     results, skipped = [], []
-    for number, scheme in enumerate(plan.schemes, 1):
-        study.title = f"{scheme} ({number} of {len(plan.schemes)})"
+    for number, (scheme, lora) in enumerate(plan.rows, 1):
+        study.title = f"{scheme} ({number} of {len(plan.rows)})"
         try:
-            results.append(study.packed(scheme))
+            results.append(study.packed(scheme, lora))
         except LowbitsError as error:
             skipped.append(Skipped(scheme, str(error)))
         except RuntimeError as error:  # what torch raises where a device cannot run an operation
@@ -233,7 +259,7 @@ class _Study:
             size = stored(handle.report(), handle.components)
         return self._result("full precision", size, self._reference, seconds)
 
-    def packed(self, scheme: str) -> Result:
+    def packed(self, scheme: str, lora: Any) -> Result:
         """Draw the same pictures with packed weights, then undo it."""
         with PeakSampler() as memory:
             start = time.perf_counter()
@@ -241,6 +267,7 @@ class _Study:
                 self._pipe,
                 scheme,
                 device=self._plan.device,
+                lora=lora,
                 keep_source="memory",
                 progress=lambda event: self._phase("packing", event.done_bytes, event.total_bytes),
             )
@@ -256,6 +283,7 @@ class _Study:
             convert_s=convert_s,
             convert_peak_bytes=memory.peak_bytes,
             restored=self._is_restored(),
+            lora=lora if self._plan.adapters else None,
         )
 
     def _is_restored(self) -> bool:
@@ -264,19 +292,27 @@ class _Study:
         return torch.equal(again, self._reference[: len(again)])
 
     def _draw(self, phase: str, *, first_only: bool = False) -> tuple[Tensor, float]:
-        batches = list(self._plan.batches())[: 1 if first_only else None]
-        total = sum(len(seeds) for _, seeds in batches)
+        batches = [(share, *batch) for share in self._plan.shares for batch in self._plan.batches()]
+        batches = batches[: 1 if first_only else None]
+        total = sum(len(seeds) for *_, seeds in batches)
         parts, done = [], 0
         start = time.perf_counter()
-        for prompt, seeds in batches:
+        for share, prompt, seeds in batches:
             before = done
             done += len(seeds)
 
-            def on_step(share: float, first: int = before, last: int = done) -> None:
-                self._phase(phase, first + share * (last - first), total)
+            def on_step(part: float, first: int = before, last: int = done) -> None:
+                self._phase(phase, first + part * (last - first), total)
 
+            self._scale_adapters(share)
             parts.append(draw(self._pipe, prompt, seeds, self._plan.recipe.call, on_step))
         return torch.cat(parts), time.perf_counter() - start
+
+    def _scale_adapters(self, share: float) -> None:
+        adapters = self._plan.adapters
+        if adapters:
+            strengths = [share * strength for strength in adapters.values()]
+            self._pipe.set_adapters(list(adapters), strengths)
 
     def _phase(self, phase: str, done: float, total: float) -> None:
         self._track(f"{self.title}: {phase}", done, total)
@@ -299,7 +335,7 @@ class _Study:
         if self._reader is None or pictures.shape[-2:] != _READABLE:
             return None
         asked = torch.arange(len(self._plan.recipe.labels))
-        asked = asked.repeat_interleave(self._plan.seeds)
+        asked = asked.repeat_interleave(self._plan.seeds).repeat(len(self._plan.shares))
         return float((read(self._reader, pictures) == asked).double().mean())
 
 

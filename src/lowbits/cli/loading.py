@@ -81,18 +81,21 @@ def load_pipeline(folder: Path, device: torch.device) -> Any:
     return pipe
 
 
-def load_loras(pipe: Any, loras: Mapping[Path, float]) -> None:
+def load_loras(pipe: Any, loras: Mapping[Path, float]) -> dict[str, float]:
     """Load LoRAs into a pipeline, and set their strengths.
 
     Args:
         pipe: changed in place.
         loras: the strength of each safetensors file, or folder.
 
+    Returns:
+        The strength of each adapter, by the name that it has in the pipeline.
+
     Raises:
         ConfigError: the pipeline takes none, or the file is none for it.
     """
     if not loras:
-        return
+        return {}
     if not hasattr(pipe, "load_lora_weights"):
         raise ConfigError(f"lora_weights: a {type(pipe).__name__} takes no LoRA")
     names = [f"lora_{number}" for number in range(len(loras))]
@@ -107,6 +110,7 @@ def load_loras(pipe: Any, loras: Mapping[Path, float]) -> None:
                 f"lora_weights: {path} cannot be loaded into a {type(pipe).__name__}: {error}"
             ) from error
     pipe.set_adapters(names, list(loras.values()))
+    return dict(zip(names, loras.values(), strict=True))
 
 
 @contextmanager

@@ -12,9 +12,12 @@ import typer
 from lowbits.config import LowbitsConfig
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
 _PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+
+#: What typer would show of a Literal, of which it takes no lists.
+_LORA_WAYS = ("auto", "fp16", "merge")
 
 _PACKING = "Packing"
 _STREAMING = "Streaming"
@@ -119,6 +122,15 @@ LoraWeights = Annotated[
         metavar="PATH[=STRENGTH]",
         rich_help_panel=_PACKING,
         help="LoRA to load, a safetensors file or a folder, and its strength; repeatable.",
+    ),
+]
+Loras = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--lora",
+        metavar=f"[{'|'.join(_LORA_WAYS)}]",
+        rich_help_panel=_PACKING,
+        help=_help("lora", "Repeatable: each scheme has a row for each."),
     ),
 ]
 KeepSource = Annotated[
@@ -239,6 +251,21 @@ def strengths(items: Sequence[str] | None) -> dict[Path, float]:
                 f"got {item!r}, expected PATH=STRENGTH", param_hint="--lora-weights"
             ) from error
     return loras
+
+
+def lora_ways(items: Sequence[str] | None, loras: Mapping[Path, float]) -> tuple[str, ...]:
+    """Return the ways that LoRAs are to act, each once: ``auto`` where none is said.
+
+    Raises:
+        typer.BadParameter: there is no such way, or no LoRA.
+    """
+    unknown = [item for item in items or () if item not in _LORA_WAYS]
+    if unknown:
+        expected = ", ".join(_LORA_WAYS)
+        raise typer.BadParameter(f"got {unknown[0]!r}, expected {expected}", param_hint="--lora")
+    if items and not loras:
+        raise typer.BadParameter("needs --lora-weights", param_hint="--lora")
+    return tuple(dict.fromkeys(items or ("auto",)))
 
 
 def components(items: Sequence[str] | None, scheme: str) -> dict[str, str] | None:

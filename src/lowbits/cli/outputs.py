@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from PIL.Image import Image
 
-    from lowbits.cli.compare import Comparison, Result
+    from lowbits.cli.compare import Comparison, Plan, Result
 
 _MIB: Final = 2**20
 
@@ -62,7 +62,8 @@ def to_dict(comparison: Comparison, model: str) -> dict[str, Any]:
     """Return a comparison as plain data for JSON.
 
     Keys: ``model``, ``prompts``, ``labels``, ``call``, ``seeds``, ``batch``, ``pictures`` (drawn
-    with each scheme), ``device``, ``full_precision`` and ``schemes`` (see `result_dict`),
+    with each scheme), ``device``, ``lora_strengths`` (of each adapter, for each share that was
+    drawn at; only where there are LoRAs), ``full_precision`` and ``schemes`` (see `result_dict`),
     ``skipped`` (``scheme`` and ``reason``), ``machine`` (``platform``, ``cpu_count``, ``threads``,
     ``python``, ``packages``, ``date``).
     """
@@ -76,6 +77,7 @@ def to_dict(comparison: Comparison, model: str) -> dict[str, Any]:
         "batch": plan.batch,
         "pictures": plan.pictures,
         "device": str(plan.device),
+        **({"lora_strengths": _strengths(plan)} if plan.adapters else {}),
         "full_precision": result_dict(comparison.reference),
         "schemes": [result_dict(result) for result in comparison.results],
         "skipped": [{"scheme": item.scheme, "reason": item.reason} for item in comparison.skipped],
@@ -87,10 +89,11 @@ def result_dict(result: Result) -> dict[str, Any]:
     """Return a scheme's figures as plain data.
 
     ``psnr_db`` is null where the pictures equal those of full precision; figures that were not
-    measured are null too.
+    measured are null too. ``lora``, the way that LoRAs act, is there only if they do.
     """
     return {
         "scheme": result.scheme,
+        **({"lora": result.lora} if result.lora else {}),
         "bits_per_weight": result.stored.bits_per_weight,
         "packed_component_bytes": result.stored.component_bytes,
         "total_bytes": result.stored.total_bytes,
@@ -135,39 +138,57 @@ def make_sheet(comparison: Comparison, model: str, where: dict[str, Any]) -> She
         footer=f"lowbits {packages['lowbits']}  ·  torch {packages['torch']}  ·  {plan.device}"
         f"  ·  {where['date']}",
         figures=figures if is_read else figures[:-1],
-        columns=recipe.labels or recipe.prompts,
+        columns=_columns(plan),
         rows=tuple(
-            _sheet_row(result, is_read=is_read)
+            _sheet_row(result, plan, is_read=is_read)
             for result in (comparison.reference, *comparison.results)
         ),
     )
 
 
-def _sheet_row(result: Result, *, is_read: bool) -> SheetRow:
+def _sheet_row(result: Result, plan: Plan, *, is_read: bool) -> SheetRow:
     figures = [
         f"{result.stored.bits_per_weight:.2f}",
         f"{result.stored.component_bytes / _MIB:.1f}",
         "-" if result.convert_s is None else format_psnr(result.psnr_db),
         *([format_share(result.accuracy)] if is_read else []),
     ]
-    return SheetRow(result.scheme, tuple(figures), _images(result))
+    return SheetRow(result.name, tuple(figures), _images(result, plan))
 
 
 def _blind_page(comparison: Comparison, model: str) -> str:
+    plan = comparison.plan
     pairs = choose_pairs(
-        comparison.plan.recipe.prompts,
-        _images(comparison.reference),
-        {result.scheme: _images(result) for result in comparison.results},
+        _columns(plan),
+        _images(comparison.reference, plan),
+        {result.name: _images(result, plan) for result in comparison.results},
         {
-            result.scheme: f"{result.stored.bits_per_weight:.2f} bits per weight"
+            result.name: f"{result.stored.bits_per_weight:.2f} bits per weight"
             for result in comparison.results
         },
     )
     return blind_page(f"{model}, lowbits {lowbits.__version__}", pairs)
 
 
-def _images(result: Result) -> tuple[Image, ...]:
-    return tuple(map(to_image, result.pictures))
+def _columns(plan: Plan) -> tuple[str, ...]:
+    """Say what each column shows: a prompt, at each strength of the LoRA if there is one."""
+    names = plan.recipe.labels or plan.recipe.prompts
+    if not plan.adapters:
+        return names
+    return tuple(f"LoRA {share:g}: {name}" for name in names for share in plan.shares)
+
+
+def _images(result: Result, plan: Plan) -> tuple[Image, ...]:
+    """Return the pictures in the order of the columns."""
+    by_share = result.pictures.reshape(len(plan.shares), -1, *result.pictures.shape[1:])
+    return tuple(map(to_image, by_share.transpose(0, 1).flatten(0, 1)))
+
+
+def _strengths(plan: Plan) -> list[dict[str, float]]:
+    return [
+        {name: share * strength for name, strength in plan.adapters.items()}
+        for share in plan.shares
+    ]
 
 
 def _version(package: str) -> str | None:

@@ -147,7 +147,7 @@ def _comparison_row(result: Result) -> list[str | Text]:
     is_reference = result.convert_s is None
     peak = result.convert_peak_bytes
     return [
-        Text(result.scheme, style="bold"),
+        Text(result.name, style="bold"),
         f"{result.stored.bits_per_weight:.2f}",
         f"{result.stored.component_bytes / _MIB:.2f}",
         f"{result.stored.total_bytes / _MIB:.2f}",
