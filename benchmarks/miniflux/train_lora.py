@@ -46,7 +46,7 @@ class LoraRecipe:
     rank: int = 8
     steps: int = 300
     batch: int = 32
-    learning_rate: float = 3e-3
+    learning_rate: float = 1e-3
     warmup: int = 20
     pictures: int = 32
     """Training pictures of each class."""

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 MODEL: Final = Path(__file__).parents[2] / "benchmarks" / "miniflux"
 LORA: Final = MODEL / "lora" / "stripes.safetensors"
 PROMPTS: Final = ("a photo of a bag", "a photo of a pullover")
+#: One bit is too few to draw anything with.
+DRAWING: Final = [item for item in every_scheme() if item.values != ("gguf-q1_0",)]
 
 
 @pytest.fixture(scope="module")
@@ -59,11 +61,10 @@ def test_pictures_come_nearer_to_the_style(pipe: Any, lora: Literal["fp16", "mer
     assert torch.equal(again, none)
 
 
-@pytest.mark.parametrize("scheme", every_scheme())
+@pytest.mark.parametrize("scheme", DRAWING)
 def test_every_scheme_shows_it(pipe: Any, scheme: str) -> None:
     call = {**read_recipe(MODEL).call, "true_cfg_scale": 1.0, "num_inference_steps": 3}
-    # The last block: quantizers that search take seconds for each.
-    with lowbits.apply(pipe, scheme, skip=("*transformer_blocks.0.*",), lora="auto"):
+    with lowbits.apply(pipe, scheme, components=["transformer"], lora="auto"):
         distances = []
         for strength in (0.0, 0.5, 1.0):
             pipe.set_adapters(["lora_0"], [strength])
