@@ -79,7 +79,9 @@ def test_a_lora_is_merged_and_taken_out(kind: str, scheme_name: str) -> None:
         strength = float(
             ((merged - plain) * (beside - plain)).sum() / (beside - plain).square().sum()
         )
-        assert 0.6 < strength < 1.4
+        # A sign alone follows what one small layer is meant to be from afar only.
+        is_sign = DEFAULT.require(scheme_name)[1].code_bits == 1
+        assert (0.3 if is_sign else 0.6) < strength < 1.4
         wrapper.set_scale("default", 0.5)
         between = model(tokens())
         lowbits.merge_lora(packed)
