@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -76,12 +77,11 @@ def test_a_lora_is_merged_and_taken_out(kind: str, scheme_name: str) -> None:
         assert changed(packed, codes, target) == {target}
         assert wrapper.merged_adapters == ["default"]
         merged = model(tokens())
-        strength = float(
-            ((merged - plain) * (beside - plain)).sum() / (beside - plain).square().sum()
-        )
-        # A sign alone follows what one small layer is meant to be from afar only.
+        strength = share_of(merged - plain, beside - plain)
+        # What one sign per weight keeps of one small LoRA varies by a sixth: take eight.
         is_sign = DEFAULT.require(scheme_name)[1].code_bits == 1
-        assert (0.3 if is_sign else 0.6) < strength < 1.4
+        more = [merged_strength(scheme_name, target, seed) for seed in range(2, 9) if is_sign]
+        assert 0.6 < fmean([strength, *more]) < 1.4
         wrapper.set_scale("default", 0.5)
         between = model(tokens())
         lowbits.merge_lora(packed)
@@ -96,6 +96,20 @@ def test_a_lora_is_merged_and_taken_out(kind: str, scheme_name: str) -> None:
         assert same_classes(packed, touched, target)
     handle.restore()
     assert torch.equal(packed(tokens()), model_for(scheme_name)(tokens()))
+
+
+def share_of(found: torch.Tensor, meant: torch.Tensor) -> float:
+    return float((found * meant).sum() / meant.square().sum())
+
+
+def merged_strength(scheme_name: str, target: str, seed: int) -> float:
+    packed, _ = packed_model(scheme_name)
+    plain = packed(tokens())
+    torch.manual_seed(seed)
+    get_peft_model(packed, LoraConfig(r=4, target_modules=[target], init_lora_weights=False))
+    beside = packed(tokens())
+    lowbits.merge_lora(packed)
+    return share_of(packed(tokens()) - plain, beside - plain)
 
 
 def changed(model: Model, codes: dict[str, torch.Tensor], wrapped: str) -> set[str]:

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from diffusers import FluxControlPipeline, FluxTransformer2DModel, StableDiffusionPipeline
-from loras import save_lora
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from PIL import Image
@@ -25,13 +24,6 @@ PLACES: tuple[dict[str, Any], ...] = ({}, *MODES)
 
 def place_name(place: dict[str, Any]) -> str:
     return mode_name(place) or "resident"
-
-
-@pytest.fixture(scope="module")
-def lora(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("lora")
-    save_lora(folder)
-    return folder
 
 
 @pytest.fixture(params=PLACES, ids=place_name)

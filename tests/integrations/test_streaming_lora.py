@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from loras import save_lora
 from pipelines import PIPELINES, draw
 from safetensors.torch import save_file
 from streamed import MODES, Anatomy, mode_name, smallest_budget
@@ -16,13 +15,6 @@ from lowbits import errors
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-
-@pytest.fixture(scope="module")
-def lora(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("lora")
-    save_lora(folder)
-    return folder
 
 
 @pytest.fixture(params=MODES, ids=mode_name)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 _PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 #: What typer would show of a Literal, of which it takes no lists.
-_LORA_WAYS = ("auto", "fp16", "merge")
+_LORA_WAYS = next(f.metadata["choices"] for f in fields(LowbitsConfig) if f.name == "lora")
 
 _PACKING = "Packing"
 _STREAMING = "Streaming"

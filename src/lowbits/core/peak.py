@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Final, final
 
 import torch
 
+from lowbits.core.homes import same_device
 from lowbits.core.memory import available_host_bytes, part_weights
 from lowbits.core.report import format_bytes
 from lowbits.errors import InsufficientMemoryError
@@ -61,8 +62,7 @@ def conversion_peak(
 
     def same(place: torch.device) -> torch.device:
         """Call a device as the caller does, who may say ``cuda`` for ``cuda:0``."""
-        is_same = device and place.type == device.type and None in (place.index, device.index)
-        return device if device and is_same else place
+        return device if device and same_device(place, device) else place
 
     peak = Peak()
     unique = {decision.tie: decision for decision in decisions}

@@ -77,9 +77,9 @@ class DeviceOps(ABC):
         None where they have not happened yet.
         """
 
-    @abstractmethod
     def free_bytes(self) -> int | None:
         """Return the bytes of device memory that are free now; None if unknown."""
+        return free_bytes(self.device)
 
     def total_bytes(self) -> int | None:
         """Return the bytes of device memory that there are; None if unknown."""
@@ -129,10 +129,6 @@ class CpuOps(SynchronousOps):
         """Return memory that files can be read into without a detour."""
         return aligned_empty(nbytes)
 
-    def free_bytes(self) -> int | None:
-        """Return what the machine, and the cgroup, have left."""
-        return available_host_bytes()
-
     def release_cached(self) -> None:
         """Nothing is cached."""
 
@@ -142,10 +138,6 @@ class UnifiedOps(SynchronousOps):
     """An accelerator without streams of its own (MPS): copies wait, in the thread that computes."""
 
     copies_in_threads = False
-
-    def free_bytes(self) -> int | None:
-        """Return what is free: its memory is the host's."""
-        return available_host_bytes()
 
     def release_cached(self) -> None:
         """Give cached memory back."""
@@ -210,10 +202,6 @@ class AcceleratorOps(DeviceOps):
         if event is not None:
             event.synchronize()
 
-    def free_bytes(self) -> int | None:
-        """Return the free memory of the device, and what torch's allocator keeps unused."""
-        return free_bytes(self.device)
-
     def total_bytes(self) -> int:
         """Return the memory of the device."""
         return int(torch.accelerator.get_memory_info(self.device)[1])
@@ -234,7 +222,7 @@ def device_ops(device: torch.device) -> DeviceOps:
 
 def free_bytes(device: torch.device) -> int | None:
     """Return the free memory of a device, what torch keeps unused included; None if not known."""
-    if device.type in ("cpu", "mps"):
+    if device.type in ("cpu", "mps"):  # whose memory is the host's
         return available_host_bytes()
     try:
         free, _ = torch.accelerator.get_memory_info(device)

@@ -9,6 +9,8 @@ import torch
 from lowbits.testing.layers import close, packed_model, tokens
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from lowbits.core.backend import QuantBackend
     from lowbits.core.scheme import Scheme
 
@@ -27,7 +29,7 @@ def check_compiles_whole_and_only_once(backend: QuantBackend, scheme: Scheme) ->
     with torch.no_grad():
         expected = model(tokens())
         for _ in range(3):
-            assert close(compiled(tokens()), expected, scheme)
+            assert _is_same(compiled(tokens()), expected, scheme)
     assert len(graphs) == 1
 
 
@@ -37,4 +39,11 @@ def check_exports(backend: QuantBackend, scheme: Scheme) -> None:
     program = torch.export.export(model, (tokens(),))
     with torch.no_grad():
         got = program.module()(tokens())
-        assert close(got, model(tokens()), scheme)
+        assert _is_same(got, model(tokens()), scheme)
+
+
+def _is_same(got: Tensor, expected: Tensor, scheme: Scheme) -> bool:
+    """Compare what a compiler made; a GPU's other roundings may flip a code of inputs."""
+    if got.device.type != "cpu" and "dynamic" in scheme.name:
+        return close(got, expected, scheme)
+    return torch.allclose(got, expected, rtol=1e-4, atol=1e-5)
