@@ -16,7 +16,8 @@
     |- StreamError (RuntimeError)             a streamed unit cannot go on: .unit and .state
     |- InsufficientMemoryError (MemoryError)  .needed_bytes, .available_bytes, .device
     |- CancelledError
-    `- FormatError (ValueError)               bytes that are not what they claim to be
+    `- FormatError (ValueError)               bytes that are not what they claim to be: .path,
+                                             .tensor and .offset
 
 Messages are lower case and say what, where, got, expected, and what to do.
 """
@@ -147,6 +148,32 @@ class CancelledError(LowbitsError):
 
 class FormatError(LowbitsError, ValueError):
     """Stored bytes whose shape, dtype or version is not the expected one."""
+
+    def __init__(
+        self, message: str, path: object = "", tensor: str = "", offset: int | None = None
+    ) -> None:
+        super().__init__(message, str(path), tensor, offset)
+
+    @property
+    def path(self) -> str:
+        """The file; empty where it is about none."""
+        return str(self.args[1])
+
+    @property
+    def tensor(self) -> str:
+        """The tensor in the file; empty where it is about none."""
+        return str(self.args[2])
+
+    @property
+    def offset(self) -> int | None:
+        """The byte of the file that it is about, or that something begins at."""
+        offset: int | None = self.args[3]
+        return offset
+
+    def __str__(self) -> str:
+        where = "".join(f"{part}: " for part in (self.path, self.tensor) if part)
+        at = "" if self.offset is None else f" (at byte {self.offset})"
+        return f"{where}{self.args[0]}{at}"
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:

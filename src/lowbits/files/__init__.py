@@ -1,0 +1,1 @@
+"""Low-bit checkpoints: read, written, converted."""

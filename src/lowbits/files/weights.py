@@ -1,0 +1,95 @@
+"""What a checkpoint holds: tensors as they stand in files, and the weights that those make."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, final
+
+import torch
+
+from lowbits.core.memory import bytes_of
+from lowbits.errors import FormatError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
+
+    from lowbits.core.backend import Packed
+    from lowbits.core.source import Extent
+
+
+@final
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor of a file, in the byte order of this machine; nothing is read until it is asked for.
+
+    Attributes:
+        name: in the file.
+        dtype: of its values.
+        shape: of the tensor.
+        extent: its bytes.
+    """
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    extent: Extent
+
+    def read(self) -> Tensor:
+        """Return the tensor, on the CPU, in memory of its own.
+
+        Raises:
+            FormatError: the file is shorter than it was when it was opened.
+        """
+        tensor = torch.empty(self.shape, dtype=self.dtype, device="cpu")
+        read_into(tensor, self.extent, self.name)
+        return tensor
+
+
+@final
+@dataclass(frozen=True)
+class Weight:
+    """A weight of a checkpoint, however it is stored; nothing is read until it is asked for.
+
+    Attributes:
+        name: dotted name of the Parameter or buffer, as the file has it.
+        shape: as a module holds it.
+        dtype: of its values; of what it was before it was packed, None where the file does not say.
+        nbytes: in the file, scales included.
+        read: gives a tensor on the CPU; of a packed weight, its tensors.
+        scheme: that it is stored in; None where it is an ordinary tensor.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype | None
+    nbytes: int
+    read: Callable[[], Tensor | Packed]
+    scheme: str | None = None
+
+
+def read_into(out: Tensor, extent: Extent, name: str = "") -> None:
+    """Fill a tensor with bytes of a file.
+
+    Args:
+        out: contiguous, on the CPU, of as many bytes as the extent.
+        extent: where they lie.
+        name: of the tensor, for the message.
+
+    Raises:
+        FormatError: the file ends before.
+    """
+    view, done = bytes_of(out), 0
+    with extent.path.open("rb", buffering=0) as file:
+        file.seek(extent.offset)
+        while done < extent.nbytes:
+            count = file.readinto(view[done:])
+            if not count:
+                raise FormatError(
+                    f"the file ends after {done} of {extent.nbytes} bytes of it",
+                    extent.path,
+                    name,
+                    extent.offset,
+                )
+            done += count
