@@ -9,9 +9,12 @@ its own, and they take turns; a pass begins with a cold page cache. Of two passe
 second one counts. C is the same pass with all weights in memory, R reading alone: the same reader,
 the same parts of the file, no compute. One thread computes, so that a core is left for reading.
 lowbits passes the page cache by, as it does where a model is larger than the free memory; one row
-does not. Memory is what no file backs, above what the process had before: mapped files, which the
-ways of other libraries use, are not counted. "No core" is the time that the computing thread waited
-for a core that something else on the machine was using: where it is large, repeat.
+does not. With ``--core 0`` every way computes on that core and does all else on the others: where
+one core serves all of the disk's interrupts (``/proc/interrupts``), what is computed there is
+slower by the time they take. Memory is what no file backs, above what the process had before:
+mapped files, which the ways of other libraries use, are not counted. "No core" is the time that the
+computing thread waited for a core that something else on the machine was using: where it is large,
+repeat.
 """
 
 from __future__ import annotations
@@ -113,7 +116,8 @@ def job_of(name: str, path: Path, given: argparse.Namespace) -> Job:
     folder.mkdir(exist_ok=True)
     stack = {"blocks": given.blocks, "width": given.width, "tokens": given.tokens}
     files = {"path": str(path), "folder": str(folder)}
-    return Job(way, **files, **stack, threads=given.threads, depth=depth, direct=direct)
+    ring = {"depth": depth, "direct": direct}
+    return Job(way, **files, **stack, threads=given.threads, core=given.core, **ring)
 
 
 def started(
@@ -160,6 +164,7 @@ def options() -> argparse.Namespace:
     made.add_argument("--blocks", type=int, help="of the stack, instead of the preset's")
     made.add_argument("--width", type=int, help="of the stack, instead of the preset's")
     made.add_argument("--tokens", type=int, default=64, help="of a pass")
+    made.add_argument("--core", type=int, help="that computes; the other ones read")
     made.add_argument("--ways", type=lambda text: text.split("+"), default=list(WAYS))
     made.add_argument("--schemes", type=split, default=["float8-e4m3fn", "bnb-nf4"], help="of FLUX")
     made.add_argument("--budgets", type=split, default=["2GB", "4GB", "6GB", "8GB", "12GB"])
@@ -192,7 +197,7 @@ def main() -> None:
         return
     rows = measure_disk(given, budget)
     report_disk(rows, given)
-    stack = {name: vars(given)[name] for name in ("blocks", "width", "tokens", "rounds")}
+    stack = {name: vars(given)[name] for name in ("blocks", "width", "tokens", "rounds", "core")}
     data = {"machine": where, **stack, "rows": [asdict(row) for row in rows.values()]}
     write_json(given.json, data)
     print("", machine_line(where), budget.text(), sep="\n")

@@ -42,6 +42,7 @@ class Job:
         threads: that compute.
         depth: slots of the ring.
         direct: whether lowbits passes the page cache by.
+        core: that computes, while all other threads have the other ones; None: as it comes.
     """
 
     way: str
@@ -53,6 +54,7 @@ class Job:
     threads: int
     depth: int = 0
     direct: bool = False
+    core: int | None = None
 
 
 class Block(nn.Module):
