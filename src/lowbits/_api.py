@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any, final
 import torch
 from torch import nn
 
+from lowbits._files import save_component
 from lowbits._target import (
     applied_alike,
     components_for,
+    default_device,
     modules_of,
     placed_elsewhere,
     refuse_patched,
@@ -21,7 +23,8 @@ from lowbits._target import (
 )
 from lowbits.config import LowbitsConfig
 from lowbits.core.convert import ConvertOptions, convert, stored_bytes_of
-from lowbits.core.handle import Handle, Placed, allow_methods, find_handle
+from lowbits.core.guards import allow_methods
+from lowbits.core.handle import Handle, Placed, find_handle
 from lowbits.core.homes import homes_of, same_device
 from lowbits.core.memory import storage_bytes
 from lowbits.core.packed import PackedLayer
@@ -238,11 +241,6 @@ def register_backend(backend: QuantBackend) -> None:
     DEFAULT.register(backend)
 
 
-def default_device() -> torch.device:
-    """Return the accelerator if there is one, else the CPU."""
-    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-
-
 def _device_of(config: LowbitsConfig) -> torch.device:
     return default_device() if config.device is None else torch.device(config.device)
 
@@ -289,7 +287,7 @@ def _apply(
         parts = modules if placed.is_streamed else touched or modules
         owned = Handle(parts, report, target, placed, adapters)
         owned.came_from(homes)
-        owned.attach(journals)
+        owned.attach(journals, save_component)
         adapters.before_pass()
         conversion.commit()
     except BaseException:

@@ -154,6 +154,11 @@ class BitsAndBytesBackend(QuantBackend):
             values = values[rows[0] : rows[1]] if isinstance(rows, tuple) else values[rows]
         return values.to(dtype) if out is None else out.copy_(values)
 
+    def sliceable(self, packed: Packed) -> Packed | None:
+        """Return a weight whose nested scales are decoded, where its rows are whole blocks."""
+        is_able = packed.scheme == _NESTED and packed.shape[1] % BLOCK == 0
+        return self._without_nesting(packed) if is_able else None
+
     def linear(self, x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor | None:
         """Multiply by bitsandbytes' fused 4-bit kernels, or by int8 codes, on an accelerator."""
         if packed.scheme == "bnb-int8":

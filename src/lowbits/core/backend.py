@@ -135,6 +135,10 @@ class QuantBackend(ABC):
         """
         return None
 
+    def sliceable(self, packed: Packed) -> Packed | None:  # noqa: ARG002 - part of the interface
+        """Return the same values as a weight whose rows can be told apart, or None."""
+        return None
+
     def __reduce__(self) -> tuple[Callable[[str], QuantBackend], tuple[str]]:
         from lowbits.core.registry import backend
 

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import weakref
 from collections import OrderedDict
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, Protocol, final
 
+from lowbits.core.guards import allow_methods, guard_methods
 from lowbits.core.packed import PackedLayer, read_weight
 from lowbits.core.surgery import Journal, take_back, verify_sources
-from lowbits.errors import NotPatchedError, PatchError
+from lowbits.errors import NotPatchedError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from types import TracebackType
 
     import torch
     from torch import nn
     from torch.utils.hooks import RemovableHandle
 
+    from lowbits.core.guards import Save
     from lowbits.core.report import Report
     from lowbits.core.source import Source
 
@@ -92,15 +93,19 @@ class Handle:
         self._homes: list[tuple[weakref.ref[nn.Module], torch.device]] = []
         self._hooks: list[RemovableHandle] = []
 
-    def attach(self, journals: Mapping[str, Journal]) -> None:
-        """Make each component own this handle, and its journal."""
+    def attach(self, journals: Mapping[str, Journal], save: Save) -> None:
+        """Make each component own this handle, and its journal.
+
+        Args:
+            journals: by component.
+            save: what ``save_pretrained`` does where a component is packed.
+        """
         for name, module in self.components.items():
             if find_handle(module) is not self:
                 module.__dict__[_OWNED] = _Owned(self, journals.get(name) or Journal())
                 register: Any = module._register_state_dict_hook
                 self._hooks.append(register(_answer_weight_lookups))
-                for part in module.modules():
-                    _guard_methods(part)
+                guard_methods(module, save)
         self.adapters.attach(self)
 
     @property
@@ -300,63 +305,6 @@ def find_handle(module: nn.Module) -> Handle | None:
     """Return the handle of a component, if it has one."""
     owned = module.__dict__.get(_OWNED)
     return owned.handle if isinstance(owned, _Owned) else None
-
-
-def refuse_saving(*_: Any, **__: Any) -> None:
-    """Stand for a packed model's ``save_pretrained``, copies included.
-
-    Raises:
-        PatchError: always. ``from_pretrained`` would find no weight under the names that it looks
-            for, put random ones in their place, and warn at most.
-    """
-    raise PatchError(
-        "save_pretrained would write a folder that from_pretrained reads as random weights, for "
-        "it is packed. Save model.state_dict() (safetensors.torch.save_model, torch.save) and load "
-        "it into a model packed alike, or call lowbits.restore(target) before"
-    )
-
-
-def refuse_fusing(*_: Any, **__: Any) -> None:
-    """Stand for diffusers' ``fuse_qkv_projections`` of what is packed, copies included.
-
-    Raises:
-        PatchError: always. It would concatenate what packed layers decode to into new ordinary
-            ones, which the model goes on using after `restore`.
-    """
-    raise PatchError(
-        "fuse_qkv_projections would make full-size layers of the packed weights, and the model "
-        "would keep them after lowbits.restore. Fuse before lowbits.apply, which packs the fused "
-        "layers; now: lowbits.restore(target), fuse, and apply again"
-    )
-
-
-#: Methods of diffusers' and transformers' modules that packed ones must not run.
-_REFUSALS: Final[Mapping[str, Callable[..., None]]] = MappingProxyType(
-    {
-        "save_pretrained": refuse_saving,
-        "fuse_qkv_projections": refuse_fusing,
-        "fuse_projections": refuse_fusing,
-    }
-)
-
-
-def _guard_methods(module: nn.Module) -> None:
-    """Refuse some methods of what holds packed layers; peft saves adapters only."""
-    found = [name for name in _REFUSALS if getattr(module, name, None) is not None]
-    if found and not type(module).__module__.startswith("peft.") and _holds_packed(module):
-        module.__dict__.update((name, _REFUSALS[name]) for name in found)
-
-
-def _holds_packed(module: nn.Module) -> bool:
-    return any(isinstance(part, PackedLayer) for part in module.modules())
-
-
-def allow_methods(module: nn.Module) -> None:
-    """Give a module its own methods back, unless it is packed still."""
-    refused = [name for name, stub in _REFUSALS.items() if module.__dict__.get(name) is stub]
-    if refused and not _holds_packed(module):
-        for name in refused:
-            del module.__dict__[name]
 
 
 class _StateDict(OrderedDict[str, Any]):

@@ -9,7 +9,7 @@ from lowbits.core.report import format_bytes
 from lowbits.errors import SourceUnavailableError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from lowbits.core.select import Decision
 
@@ -37,18 +37,31 @@ def requantized(decisions: Sequence[Decision], policy: str) -> tuple[str, ...]:
     for decision in twice:
         assert decision.scheme
         steps[f"{decision.stored_as} to {decision.scheme.name}"].append(decision)
-    sizes = {step: sum({d.tie: d.nbytes for d in group}.values()) for step, group in steps.items()}
-    listed = ", ".join(
-        f"{len(group)} weights ({format_bytes(sizes[step])}) from {step}"
-        for step, group in steps.items()
+    text = twice_text(
+        {
+            step: (len(group), sum({d.tie: d.nbytes for d in group}.values()))
+            for step, group in steps.items()
+        }
     )
-    text = f"quantized a second time: {listed}, which adds the second error to the first"
     if policy == "error":
         raise SourceUnavailableError(
             f"{twice[0].path} and others would be {text}. {_better(twice)}; on_requantize='allow' "
             "does it all the same"
         )
     return (f"{text}. {_better(twice)}, or pass on_requantize='allow' if that is meant",)
+
+
+def twice_text(steps: Mapping[str, tuple[int, int]]) -> str:
+    """Say what is quantized a second time.
+
+    Args:
+        steps: how many weights, and their bytes, by the names of both forms.
+    """
+    listed = ", ".join(
+        f"{count} weights ({format_bytes(nbytes)}) from {step}"
+        for step, (count, nbytes) in steps.items()
+    )
+    return f"quantized a second time: {listed}, which adds the second error to the first"
 
 
 def _is_exact(decision: Decision) -> bool:

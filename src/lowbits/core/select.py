@@ -209,12 +209,14 @@ class Selection:
         skip: globs.
         registry: of the schemes.
         sees_packed: whether weights count that a handle is responsible for; else they are left.
+        sees_meta: whether weights without data are to be packed; else they are refused.
     """
 
     rules: Mapping[str, str]
     skip: Sequence[str]
     registry: BackendRegistry
     sees_packed: bool = False
+    sees_meta: bool = False
 
 
 def select(components: Sequence[Component], selection: Selection) -> list[Decision]:
@@ -240,7 +242,7 @@ def select(components: Sequence[Component], selection: Selection) -> list[Decisi
     skip.require_all_used(paths)
     decisions = _settle_ties(decisions)
     for decision in decisions:
-        if decision.scheme and decision.tensor.is_meta:
+        if decision.scheme and decision.tensor.is_meta and not selection.sees_meta:
             raise PatchError(
                 f"{decision.path} has no data (meta device): load the weights first, and remove "
                 "offload hooks (accelerate, enable_*_offload), which keep them elsewhere"
@@ -260,7 +262,7 @@ def _tensors(component: Component) -> Iterator[Decision]:
             if nn.parameter.is_lazy(tensor):
                 path = dotted(component.name, module_fqn, name)
                 raise PatchError(f"{path} has no shape yet (lazy): run the model once before")
-            kind = _kind(module, name, tensor)
+            kind = tensor_kind(module, name, tensor)
             form = str(tensor.dtype).removeprefix("torch.") if tensor.dtype in _FLOAT8S else ""
             fqn = _fqn(module_fqn, name)
             yield Decision(component.name, fqn, module, name, kind, tensor.shape, id(tensor), form)
@@ -284,7 +286,8 @@ def _layer_kind(module: nn.Module) -> str:
     return kind or type(module).__name__
 
 
-def _kind(module: nn.Module, name: str, tensor: torch.Tensor) -> str:
+def tensor_kind(module: nn.Module, name: str, tensor: torch.Tensor) -> str:
+    """Return the kind of a layer, e.g. ``"Linear"``; for other tensors what they are."""
     if name in module._buffers:
         return "buffer"
     if name == "weight":
@@ -312,7 +315,7 @@ class _Decider:
             for fqn, module in component.module.named_modules()
             if isinstance(module, _CONTAINERS)
         ]
-        self._adapters = set(_adapter_fqns(component.module))
+        self._adapters = set(adapter_fqns(component.module))
         self._dtype = component.compute_dtype or _precision(component.module)
         self._taken: Counter[Override] = Counter()
         self._mixed: dict[int, str] = {}
@@ -354,7 +357,7 @@ class _Decider:
             return "adapter factor"
         if decision.is_packed:
             return ""
-        return _unsuitable_module(decision.module) or _unsuitable_tensor(decision.tensor)
+        return unsuitable_module(decision.module) or _unsuitable_tensor(decision.tensor)
 
     def _default_reason(self, decision: Decision, *, is_raw: bool) -> str:
         """Say why a tensor is left alone where no rule names it."""
@@ -435,7 +438,8 @@ def _precision(module: nn.Module) -> torch.dtype:
     return next((t.dtype for t in tensors if t.dtype in _FLOATS), torch.bfloat16)
 
 
-def _unsuitable_module(module: nn.Module) -> str:
+def unsuitable_module(module: nn.Module) -> str:
+    """Say why no weight of a module can be packed, or return an empty string."""
     if isinstance(module, nn.Embedding) and module.max_norm is not None:
         return "its max_norm rewrites the weight at each call"
     if isinstance(module, nn.utils.parametrize.ParametrizationList):
@@ -455,7 +459,7 @@ def _unsuitable_tensor(tensor: torch.Tensor) -> str:
     return "" if tensor.numel() else "empty"
 
 
-def _adapter_fqns(module: nn.Module) -> Iterator[str]:
+def adapter_fqns(module: nn.Module) -> Iterator[str]:
     """Yield the dotted prefixes of LoRA factors: what peft's layers list as their adapters."""
     for fqn, child in module.named_modules():
         names = getattr(child, "adapter_layer_names", None)

@@ -59,6 +59,7 @@ class Weight:
         nbytes: in the file, scales included.
         read: gives a tensor on the CPU; of a packed weight, its tensors.
         scheme: that it is stored in; None where it is an ordinary tensor.
+        compute_dtype: that a packed layer multiplies in; None: what is fast on its device.
     """
 
     name: str
@@ -67,6 +68,7 @@ class Weight:
     nbytes: int
     read: Callable[[], Tensor | Packed]
     scheme: str | None = None
+    compute_dtype: torch.dtype | None = None
 
 
 def read_into(out: Tensor, extent: Extent, name: str = "") -> None:

@@ -47,19 +47,20 @@ def default_reasons(components: Mapping[str, nn.Module]) -> dict[str, str]:
     time and bytes; T5, Gemma, Llama, ... are most of the rest. CLIP and the VAE are small, and
     pictures are sensitive to both.
     """
-    reasons = {}
-    denoisers = denoisers_of(components)
-    for name, module in components.items():
-        if name in denoisers:
-            continue
-        if name.startswith("text_encoder"):
-            if "CLIP" in type(module).__name__:
-                reasons[name] = "CLIP text encoder: small and sensitive; name it to pack it"
-        elif name.startswith("vae") or "Autoencoder" in type(module).__name__:
-            reasons[name] = "VAE: small and sensitive; name it to pack it"
-        else:
-            reasons[name] = f"{type(module).__name__}: not packed by default; name it to pack it"
-    return reasons
+    found = {name: default_reason(name, type(part).__name__) for name, part in components.items()}
+    return {name: reason for name, reason in found.items() if reason}
+
+
+def default_reason(name: str, class_name: str) -> str:
+    """Return why a component is left alone by default; empty for what is packed."""
+    if name.startswith(_DENOISERS):
+        return ""
+    if name.startswith("text_encoder"):
+        is_clip = "CLIP" in class_name
+        return "CLIP text encoder: small and sensitive; name it to pack it" if is_clip else ""
+    if name.startswith("vae") or "Autoencoder" in class_name:
+        return "VAE: small and sensitive; name it to pack it"
+    return f"{class_name}: not packed by default; name it to pack it"
 
 
 def kept_in_fp32(module: nn.Module) -> tuple[str, ...]:

@@ -1,0 +1,304 @@
+"""The functions of `import lowbits` that turn files into others: wiring only."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, final
+
+from torch import nn
+
+from lowbits._target import default_device
+from lowbits.core.registry import DEFAULT
+from lowbits.core.report import LayerReport, Report
+from lowbits.core.requantize import twice_text
+from lowbits.core.scheme import NATIVE
+from lowbits.core.select import Component, Selection, select
+from lowbits.errors import ConfigError, SourceUnavailableError
+from lowbits.files.checkpoint import OpenOptions, open_checkpoint
+from lowbits.files.convert import converted, stored_name, twice_quantized
+from lowbits.files.gguf_export import ExportOptions, export, planned
+from lowbits.files.gguf_rules import TARGETS
+from lowbits.files.inspection import Inspection, inspected
+from lowbits.files.own import OWN_FILE, SHARD_BYTES, weights_of, write_own
+from lowbits.files.pickles import memory_weights
+from lowbits.files.rows import rearranged
+from lowbits.files.sharded import SUFFIX
+from lowbits.files.skeleton import skeleton_of
+from lowbits.integrations.architectures import recognized
+from lowbits.integrations.configs import request_of
+from lowbits.integrations.keymaps import classes_of, linear_names, to_reference
+from lowbits.integrations.models import (
+    CONFIG,
+    INDEX,
+    components_in,
+    empty_model,
+    packed_by_default,
+    refuse_other_weights,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from lowbits.core.select import Decision
+    from lowbits.files.weights import Weight
+    from lowbits.progress import CancelToken, ProgressCallback
+
+logger = logging.getLogger("lowbits.convert")
+
+_GGUF: Final = ".gguf"
+_PREFIX: Final = "gguf-"
+_NAMES: Final = ("reference", "diffusers")
+
+
+def inspect(path: str | Path, *, allow_pickle: bool = False) -> Inspection:
+    """Say what is in a checkpoint; its tensors are not read.
+
+    Args:
+        path: a file, an index of shards, or a folder.
+        allow_pickle: let torch unpickle it, harmless types only; that reads all of it.
+
+    Raises:
+        FormatError: it is not what it claims to be.
+        ConfigError: it is a pickle.
+        OSError: the system refuses to open it.
+    """
+    opened = open_checkpoint(path, OpenOptions(DEFAULT, allow_pickle=allow_pickle))
+    found = recognized(_shapes(opened.weights), opened.architecture)
+    classes = classes_of(found.name) if found else ()
+    return inspected(opened, found and found.name, " or ".join(classes) or None)
+
+
+def convert(
+    src: str | Path,
+    dst: str | Path,
+    scheme: Any,
+    *,
+    rules: Mapping[str, Any] | None = None,
+    skip: Sequence[str] = (),
+    on_requantize: str = "warn",
+    progress: ProgressCallback | None = None,
+    cancel: CancelToken | None = None,
+) -> Report:
+    """Write a checkpoint in another scheme, a weight at a time.
+
+    Takes as much memory as the largest weight needs, whatever the model's size, on the accelerator
+    if there is one. What was at `dst` stays until the new file is whole.
+
+    Args:
+        src: a safetensors or GGUF file, an index of shards, or the folder of a model or pipeline.
+        dst: a ``.safetensors`` file, which `load` reads; a ``.gguf`` file, for a scheme of GGUF; or
+            a folder, for a folder: `load_pipeline` reads a pipeline's.
+        scheme: as for `apply`.
+        rules: a scheme, or ``"native"``, for each glob over layer names; not for GGUF files.
+        skip: globs of layers that are left alone; not for GGUF files.
+        on_requantize: ``"warn"``, ``"error"`` or ``"allow"`` where weights are in low bits already.
+        progress: called after each weight.
+        cancel: stops between two weights when set.
+
+    Returns:
+        What each weight is stored as now, and why some were left alone.
+
+    Raises:
+        FormatError: a file is not what it claims to be.
+        ConfigError: a value, a pattern or a pair of paths that means nothing here.
+        SourceUnavailableError: of ``on_requantize="error"``.
+        NonFiniteWeightError: a weight holds NaN or infinity.
+        OSError: the system refuses to write.
+    """
+    src, dst, name = Path(src), Path(dst), request_of(scheme).scheme
+    how = _How(name, dict(rules or {}), tuple(skip), on_requantize, progress, cancel)
+    if (src / INDEX).is_file():
+        return _convert_pipeline(src, dst, how)
+    if dst.suffix == _GGUF:
+        return _convert_to_gguf(src, dst, how)
+    return _convert_model(src, dst, how, "")
+
+
+@final
+@dataclass(frozen=True)
+class _How:
+    """What `convert` was asked for."""
+
+    scheme: str
+    rules: Mapping[str, Any]
+    skip: Sequence[str]
+    on_requantize: str
+    progress: ProgressCallback | None
+    cancel: CancelToken | None
+
+
+def _convert_model(src: Path, dst: Path, how: _How, component: str) -> Report:
+    """Convert one model: a file, or its folder."""
+    opened = open_checkpoint(src, OpenOptions(DEFAULT))
+    file = dst
+    if dst.suffix != SUFFIX:
+        dst.mkdir(parents=True, exist_ok=True)
+        refuse_other_weights(dst)
+        file = dst / OWN_FILE
+    model = empty_model(src, _shapes(opened.weights)) or skeleton_of(opened.weights)
+    rules = {glob: request_of(value).scheme for glob, value in how.rules.items()}
+    selection = Selection(rules, how.skip, DEFAULT, sees_meta=True)
+    decisions = select([Component(component, model, how.scheme)], selection)
+    weights = converted(opened.weights, decisions, default_device(), DEFAULT)
+    schemes = {name: weight.scheme for name, weight in weights.items()}
+    notes = _requantized(opened.weights, schemes, how.on_requantize)
+    write_own(file, weights, {}, SHARD_BYTES, how.progress, how.cancel)
+    if file is not dst and (src / CONFIG).is_file():
+        shutil.copyfile(src / CONFIG, dst / CONFIG)
+    return _report(opened.weights, weights, decisions).noting(notes)
+
+
+def _convert_pipeline(src: Path, dst: Path, how: _How) -> Report:
+    """Convert what is packed by default; the rest is copied, what makes it a pipeline last."""
+    if dst.suffix in (SUFFIX, _GGUF):
+        raise ConfigError(f"dst: {src} is a pipeline of several models: name a folder, not {dst}")
+    dst.mkdir(parents=True, exist_ok=True)
+    reports = []
+    listed = components_in(src)
+    for part in (path for path in sorted(src.iterdir()) if path.name != INDEX):
+        if packed_by_default(part.name, listed.get(part.name)):
+            reports.append(_convert_model(part, dst / part.name, how, part.name))
+        elif part.is_dir():
+            shutil.copytree(part, dst / part.name, dirs_exist_ok=True)
+        else:
+            shutil.copyfile(part, dst / part.name)
+    shutil.copyfile(src / INDEX, dst / INDEX)
+    layers = tuple(layer for report in reports for layer in report.layers)
+    return Report(layers, tuple(dict.fromkeys(w for report in reports for w in report.warnings)))
+
+
+def _convert_to_gguf(src: Path, dst: Path, how: _How) -> Report:
+    if how.rules or how.skip:
+        raise ConfigError("rules, skip: the types of a GGUF file go by rules of its architecture")
+    if not how.scheme.startswith(_PREFIX):
+        raise ConfigError(f"scheme: a GGUF file holds schemes of GGUF, not {how.scheme!r}")
+    DEFAULT.require(how.scheme)
+    opened = open_checkpoint(src, OpenOptions(DEFAULT))
+    type_name = how.scheme.removeprefix(_PREFIX)
+    arch = opened.architecture or _architecture(opened.weights)
+    options = ExportOptions(
+        type_name, arch, TARGETS[0], None, DEFAULT, default_device(), how.progress, how.cancel
+    )
+    return _export(dst, opened.weights, options, how.on_requantize)
+
+
+def save_gguf(
+    model: Any,
+    path: str | Path,
+    type_or_mix: str,
+    *,
+    arch: str | None = "auto",
+    names: str = "reference",
+    target: str = "comfy",
+    progress: ProgressCallback | None = None,
+    cancel: CancelToken | None = None,
+) -> Report:
+    """Write a model as a GGUF file that others read, a weight at a time.
+
+    Weights that are packed in the type that they are to have keep their bytes; others are made of
+    what the model computes with now.
+
+    Args:
+        model: a module, packed or not; or a state dict, whose names are written as they are.
+        path: of the file; what was there stays until the new one is whole.
+        type_or_mix: ggml's name, as ``"Q8_0"``, ``"Q4_K"`` or ``"Q4_K_M"``.
+        arch: value of ``general.architecture``; ``"auto"``: what the names tell; None: none.
+        names: ``"reference"``: those of the original implementation, which most programs read;
+            ``"diffusers"``: the model's own.
+        target: who reads it: ``"comfy"`` (ComfyUI-GGUF, Forge), ``"sdcpp"`` (stable-diffusion.cpp)
+            or ``"diffusers"``.
+        progress: called after each weight.
+        cancel: stops between two weights when set.
+
+    Returns:
+        The type of each tensor, and why it is not the one asked for.
+
+    Raises:
+        ConfigError: a value that means nothing here, or a model without names of the reference.
+        NonFiniteWeightError: a weight holds NaN or infinity.
+        OSError: the system refuses to write.
+    """
+    if names not in _NAMES:
+        raise ConfigError(f"names: got {names!r}, expected one of {', '.join(_NAMES)}")
+    linear = None
+    if isinstance(model, nn.Module):
+        weights, _ = weights_of(model)
+        linear = linear_names(model)
+        if names == "reference":
+            key_map = to_reference(model)
+            linear = {name for name, rows in key_map.items() if rows[0].source in linear}
+            weights = rearranged(weights, key_map, DEFAULT)
+    else:
+        weights = memory_weights(model)
+    if arch == "auto":
+        arch = _architecture(weights)
+    options = ExportOptions(
+        type_or_mix, arch, target, linear, DEFAULT, default_device(), progress, cancel
+    )
+    return _export(Path(path), weights, options, "warn")
+
+
+def _export(
+    path: Path, weights: Mapping[str, Weight], options: ExportOptions, on_requantize: str
+) -> Report:
+    notes = _requantized(weights, planned(weights, options), on_requantize)
+    return export(path, weights, options).noting(notes)
+
+
+def _architecture(weights: Mapping[str, Weight]) -> str | None:
+    found = recognized(_shapes(weights), None)
+    return found.name if found else None
+
+
+def _shapes(weights: Mapping[str, Weight]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(weight.shape) for name, weight in weights.items()}
+
+
+def _requantized(
+    before: Mapping[str, Weight], after: Mapping[str, str | None], policy: str
+) -> tuple[str, ...]:
+    """Return what to tell of weights that are quantized a second time.
+
+    Args:
+        before: as they are stored.
+        after: the scheme that each will be in.
+        policy: one of `lowbits.LowbitsConfig.on_requantize`.
+    """
+    steps = twice_quantized(before, after)
+    if policy == "allow" or not steps:
+        return ()
+    sizes = {step: (len(group), sum(w.nbytes for w in group)) for step, group in steps.items()}
+    text = f"{twice_text(sizes)}. Better: convert the original checkpoint, in 16 or 32 bits"
+    if policy == "error":
+        raise SourceUnavailableError(f"some weights would be {text}")
+    logger.warning("%s", text)
+    return (text,)
+
+
+def _report(
+    before: Mapping[str, Weight], after: Mapping[str, Weight], decisions: Sequence[Decision]
+) -> Report:
+    layers = []
+    for decision in decisions:
+        name = stored_name(decision)
+        if name not in after:
+            continue
+        weight, numel = after[name], decision.shape.numel()
+        layers.append(
+            LayerReport(
+                fqn=decision.fqn,
+                component=decision.component,
+                kind=decision.kind,
+                shape=tuple(decision.shape),
+                scheme=weight.scheme or NATIVE,
+                bytes_before=before[name].nbytes,
+                bytes_after=weight.nbytes,
+                bits_per_weight=weight.nbytes * 8 / numel if numel else 0.0,
+                source="none" if weight.scheme else "-",
+                reason=decision.reason,
+            )
+        )
+    return Report(tuple(layers))

@@ -1,0 +1,197 @@
+"""The functions of `import lowbits` that read and write files: wiring only."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from lowbits._target import modules_of
+from lowbits.config import parse_size
+from lowbits.core.guards import guard_methods
+from lowbits.core.registry import DEFAULT
+from lowbits.errors import ConfigError, FormatError
+from lowbits.files.checkpoint import OpenOptions, open_checkpoint
+from lowbits.files.load import LoadOptions, install, stage
+from lowbits.files.own import OWN_FILE, weights_of, write_own
+from lowbits.files.sharded import INDEX_SUFFIX, SUFFIX
+from lowbits.integrations.diffusers import is_pipeline, kept_in_fp32
+from lowbits.integrations.keymaps import map_for
+from lowbits.integrations.models import (
+    components_in,
+    load_rest,
+    refuse_other_weights,
+    save_config,
+    skeleton,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import torch
+    from torch import nn
+
+    from lowbits.core.report import Report
+    from lowbits.files.checkpoint import Checkpoint
+    from lowbits.files.rows import KeyMap
+    from lowbits.progress import CancelToken, ProgressCallback
+
+#: Above it, files are split into shards.
+_SHARD_BYTES: Final = 5_000_000_000
+
+
+def save(
+    target: Any,
+    path: str | Path,
+    *,
+    max_shard_size: int | str = _SHARD_BYTES,
+    progress: ProgressCallback | None = None,
+    cancel: CancelToken | None = None,
+) -> None:
+    """Write a module or pipeline as it is stored now; `load` and `load_pipeline` read it.
+
+    Weights are written one at a time, packed ones in their scheme, tied ones once, adapters not at
+    all. What was at `path` stays until all of it is written.
+
+    Args:
+        target: a module, packed or not, streamed or not; or a diffusers pipeline, whose own
+            ``save_pretrained`` does the same.
+        path: a ``.safetensors`` file, or a folder: ``lowbits.safetensors`` and ``config.json`` of a
+            module, a pipeline's own layout.
+        max_shard_size: bytes of a file; what is larger is split, with an index beside it.
+        progress: called after each weight.
+        cancel: stops between two weights when set.
+
+    Raises:
+        PatchError: a weight is another library's tensor: see `adopt`.
+        ConfigError: the folder holds other weights that would be read in place of these.
+        OSError: the system refuses to write; what was there before stays.
+    """
+    path = Path(path)
+    if is_pipeline(target):
+        target.save_pretrained(path, max_shard_size=max_shard_size)
+        return
+    modules_of(target)  # says what it is not
+    shard_bytes = parse_size(max_shard_size, "max_shard_size")
+    file = path
+    if path.suffix != SUFFIX:
+        path.mkdir(parents=True, exist_ok=True)
+        refuse_other_weights(path)
+        file = path / OWN_FILE
+    weights, ties = weights_of(target)
+    write_own(file, weights, ties, shard_bytes, progress, cancel)
+    if file is not path:
+        save_config(target, path)
+
+
+def save_component(module: nn.Module, folder: Path, max_shard_size: int | str | None) -> None:
+    """Write a packed component of a pipeline: what its ``save_pretrained`` does."""
+    save(module, folder, max_shard_size=max_shard_size or _SHARD_BYTES)
+
+
+def load(
+    path: str | Path,
+    *,
+    into: Any,
+    dtype: torch.dtype | None = None,
+    verify: bool = False,
+    allow_pickle: bool = False,
+    allow_nonfinite: bool = False,
+    progress: ProgressCallback | None = None,
+    cancel: CancelToken | None = None,
+) -> Report:
+    """Give a module or pipeline the weights of a checkpoint, in place: all of them, or none.
+
+    Low-bit weights become packed layers that hold the same bytes, whoever wrote them: GGUF,
+    bitsandbytes, scaled and plain float8, torchao, quanto, lowbits. Names may be diffusers' or
+    the reference implementation's. Nothing is quantized, and there is no way back to full
+    precision: the result is as a copy of a packed module. `apply` with ``"native"`` places it.
+
+    Args:
+        path: a file, an index of shards, or a folder; for a pipeline, one file of any of its
+            models, or of several.
+        into: changed in place; may be on the meta device, and costs least there.
+        dtype: of floating weights; None: that of the module, on the meta device the file's.
+        verify: compare the checksum that lowbits' own files have before anything is changed.
+        allow_pickle: let torch unpickle ``.pt``, ``.bin`` and the like, harmless types only.
+        allow_nonfinite: take scales that are NaN or infinite.
+        progress: called after each weight.
+        cancel: stops between two weights when set; nothing has changed then.
+
+    Returns:
+        What each weight is stored as now; its warnings name what was not used.
+
+    Raises:
+        FormatError: the file is not what it claims to be, or not of this model.
+        AlreadyPatchedError: the module is packed.
+        ConfigError: it is a pickle.
+        OSError: the system refuses to open it.
+    """
+    opened = open_checkpoint(path, OpenOptions(DEFAULT, verify, allow_pickle, allow_nonfinite))
+    modules = modules_of(into)
+    staged = []
+    for name, key_map in _key_maps(modules, opened).items():
+        module = modules[name]
+        options = LoadOptions(DEFAULT, name, kept_in_fp32(module), dtype, progress, cancel)
+        staged.append(stage(module, opened.weights, key_map, options))
+    report = install(staged)
+    for part in staged:
+        guard_methods(modules[part.component], save_component)
+    return report.noting(opened.problems)
+
+
+def _key_maps(modules: Mapping[str, nn.Module], opened: Checkpoint) -> dict[str, KeyMap]:
+    """Return what each model is made of; of a pipeline, those models that are in the file."""
+    shapes = {name: weight.shape for name, weight in opened.weights.items()}
+    if "" in modules:
+        return {"": map_for(modules[""], shapes, opened.architecture)}
+    found, failures = {}, []
+    for name, module in modules.items():
+        try:
+            found[name] = map_for(module, shapes, opened.architecture)
+        except FormatError as error:
+            failures.append(f"{name}: {error}")
+    if not found:
+        raise FormatError(f"none of the pipeline's models is in it ({'; '.join(failures)})")
+    return found
+
+
+def load_pipeline(
+    path: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    progress: ProgressCallback | None = None,
+    cancel: CancelToken | None = None,
+    **options: Any,
+) -> Any:
+    """Return the diffusers pipeline of a folder that a packed one was saved into.
+
+    Packed components are read as they are stored; the others by diffusers. It is on the CPU and
+    has no handle: `apply` with ``"native"`` places or streams it.
+
+    Args:
+        path: what ``pipe.save_pretrained`` or `save` wrote.
+        dtype: of floating weights; None: the file's.
+        progress: called after each weight of packed components.
+        cancel: stops between two weights when set.
+        options: of ``DiffusionPipeline.from_pretrained``; a component by its name is taken as is.
+
+    Raises:
+        ConfigError: the folder is no pipeline's.
+        FormatError: a file is not what it claims to be.
+    """
+    folder = Path(path)
+    parts = {}
+    for name, (library, class_name) in components_in(folder).items():
+        own = folder / name / OWN_FILE
+        is_own = own.exists() or own.with_name(own.stem + INDEX_SUFFIX).exists()
+        if is_own and name not in options:
+            parts[name] = skeleton(folder / name, library, class_name)
+            load(own, into=parts[name], dtype=dtype, progress=progress, cancel=cancel)
+    if not parts:
+        raise ConfigError(
+            f"{folder} has no component that lowbits wrote: load it with "
+            "DiffusionPipeline.from_pretrained, and lowbits.apply(pipe, scheme)"
+        )
+    if dtype is None:
+        dtype = next(p.dtype for p in next(iter(parts.values())).parameters())
+    return load_rest(folder, parts, dtype, **options)

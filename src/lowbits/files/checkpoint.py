@@ -1,0 +1,133 @@
+"""Checkpoints of every kind as weights: what a file is, is said by its bytes, not by its name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, final
+
+from lowbits.errors import ConfigError
+from lowbits.files.forms import recognise
+from lowbits.files.gguf import read_gguf
+from lowbits.files.manifest import read_manifest
+from lowbits.files.own import OWN_FILE, own_weights
+from lowbits.files.pickles import open_pickle
+from lowbits.files.sharded import INDEX_SUFFIX, SUFFIX, Tensors, open_tensors, read_index
+from lowbits.files.weights import open_file
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from lowbits.core.registry import BackendRegistry
+    from lowbits.files.weights import Weight
+
+GGUF: Final = "gguf"
+SAFETENSORS: Final = "safetensors"
+OWN: Final = "lowbits"
+PICKLE: Final = "pickle"
+
+_CONFIG: Final = "config.json"
+#: How files begin: GGUF's magic in both byte orders, zip archives and pickles of torch.
+_MAGIC: Final = {b"GGUF": GGUF, b"FUGG": GGUF, b"PK\x03\x04": PICKLE, b"\x80\x02": PICKLE}
+
+
+@final
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened checkpoint; its tensors are not read before they are asked for.
+
+    Attributes:
+        path: that was opened: a file, an index, or a folder.
+        format: ``"gguf"``, ``"safetensors"``, ``"lowbits"`` (safetensors with its manifest) or
+            ``"pickle"``.
+        weights: by name; tied ones by each of their names.
+        architecture: as a GGUF file says; None where nothing is said.
+        versions: of the packages that made it, where it says so.
+        problems: what is odd about it and does not keep it from being read.
+    """
+
+    path: Path
+    format: str
+    weights: Mapping[str, Weight]
+    architecture: str | None = None
+    versions: Mapping[str, str] = field(default_factory=dict)
+    problems: tuple[str, ...] = ()
+
+
+@final
+@dataclass(frozen=True)
+class OpenOptions:
+    """How to open.
+
+    Attributes:
+        registry: of the schemes.
+        verify: whether the checksums of lowbits' own files are compared: reads them whole.
+        allow_pickle: whether torch may unpickle it, harmless types only.
+        allow_nonfinite: whether scales may be NaN or infinite.
+    """
+
+    registry: BackendRegistry
+    verify: bool = False
+    allow_pickle: bool = False
+    allow_nonfinite: bool = False
+
+
+def open_checkpoint(path: str | Path, options: OpenOptions) -> Checkpoint:
+    """Open a GGUF file, a safetensors file, index or folder, or, if allowed, a pickle.
+
+    Raises:
+        FormatError: it is none of those, or not what it claims to be.
+        ConfigError: it is a pickle, and those are not allowed.
+        OSError: the system refuses to open it.
+    """
+    path = Path(path)
+    if path.is_dir():
+        own = path / OWN_FILE
+        is_own = own.exists() or own.with_name(own.stem + INDEX_SUFFIX).exists()
+        return _safetensors(own if is_own else path, options)
+    kind = SAFETENSORS if path.suffix == ".json" or not path.exists() else _kind(path)
+    if kind == GGUF:
+        file = read_gguf(path)
+        weights = file.weights(allow_nonfinite=options.allow_nonfinite)
+        return Checkpoint(path, GGUF, weights, file.architecture, problems=file.problems)
+    if kind == SAFETENSORS:
+        return _safetensors(path, options)
+    if not options.allow_pickle:
+        raise ConfigError(
+            f"{path} is a pickle, which may run code of whoever made it: save it as safetensors, "
+            "or pass allow_pickle=True if you trust them (torch then loads harmless types only)"
+        )
+    return Checkpoint(path, PICKLE, open_pickle(path))
+
+
+def _kind(path: Path) -> str:
+    with open_file(path) as file:
+        start = file.read(4)
+    return next((kind for magic, kind in _MAGIC.items() if start.startswith(magic)), SAFETENSORS)
+
+
+def _safetensors(path: Path, options: OpenOptions) -> Checkpoint:
+    opened = open_tensors(path)
+    opened.require_readable()
+    manifest = read_manifest(opened.metadata, path)
+    if manifest is not None:
+        weights = own_weights(opened.tensors, manifest, options.registry, path)
+        return Checkpoint(path, OWN, weights, versions=manifest.versions)
+    found = recognise(
+        opened.tensors,
+        opened.metadata,
+        _config_of(opened),
+        allow_nonfinite=options.allow_nonfinite,
+    )
+    return Checkpoint(path, SAFETENSORS, found)
+
+
+def _config_of(opened: Tensors) -> Mapping[str, Any] | None:
+    """Return what the model's config says, if one lies beside the files."""
+    config = opened.files[0].parent / _CONFIG
+    return read_index(config) if config.is_file() else None
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Say whether a file's name is that of a checkpoint; its bytes are not looked at."""
+    return path.suffix in (SUFFIX, ".gguf") or path.name.endswith(INDEX_SUFFIX)

@@ -1,0 +1,104 @@
+"""Weights of a checkpoint in another form, each made when it is read: the model is never whole."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+
+from lowbits.core.backend import Packed
+from lowbits.core.names import dotted
+from lowbits.core.packing import pack_weight
+from lowbits.core.scheme import rows_of
+from lowbits.errors import NonFiniteWeightError
+from lowbits.files.weights import Weight
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from torch import Tensor
+
+    from lowbits.core.backend import QuantBackend
+    from lowbits.core.registry import BackendRegistry
+    from lowbits.core.scheme import Scheme
+    from lowbits.core.select import Decision
+
+
+def converted(
+    weights: Mapping[str, Weight],
+    decisions: Sequence[Decision],
+    device: torch.device,
+    registry: BackendRegistry,
+) -> dict[str, Weight]:
+    """Return weights in the schemes that were chosen for them; those left alone as they are.
+
+    Args:
+        weights: of a checkpoint.
+        decisions: on the modules of its `skeleton_of`.
+        device: that quantizes.
+        registry: of the schemes that weights may be in already.
+    """
+    result = dict(weights)
+    for decision in decisions:
+        name = stored_name(decision)
+        if decision.scheme is None or name not in weights:
+            continue
+        assert decision.backend
+        weight, scheme = weights[name], decision.scheme
+        if weight.scheme == scheme.name:
+            continue
+        rows = rows_of(decision.shape, decision.kind)
+        make = partial(_pack, weight, decision.kind, scheme, decision.backend, device, registry)
+        nbytes = decision.backend.packed_bytes(scheme, *rows)
+        dtype = weight.dtype or torch.float32
+        result[name] = Weight(name, weight.shape, dtype, nbytes, make, scheme.name)
+    return result
+
+
+def stored_name(decision: Decision) -> str:
+    """Return the name of a decision's tensor in a state dict."""
+    return dotted(decision.fqn, "weight") if decision.name == "weight" else decision.fqn
+
+
+def twice_quantized(
+    before: Mapping[str, Weight], after: Mapping[str, str | None]
+) -> dict[str, list[Weight]]:
+    """Return the weights that are in a low-bit form and go into another, by both forms' names."""
+    steps: dict[str, list[Weight]] = defaultdict(list)
+    for name, weight in before.items():
+        scheme = after.get(name)
+        if weight.scheme and scheme and scheme != weight.scheme:
+            steps[f"{weight.scheme} to {scheme}"].append(weight)
+    return steps
+
+
+def _pack(
+    weight: Weight,
+    kind: str,
+    scheme: Scheme,
+    backend: QuantBackend,
+    device: torch.device,
+    registry: BackendRegistry,
+) -> Packed:
+    values = decoded(weight, registry)
+    try:
+        packed = pack_weight(values, kind, scheme, backend, device)
+    except NonFiniteWeightError as error:
+        raise NonFiniteWeightError(
+            f"{weight.name} cannot be packed as {scheme.name}: {error}; leave it alone with "
+            f"skip=({weight.name.removesuffix('.weight')!r},), or repair the weight"
+        ) from error
+    tensors = {name: tensor.cpu() for name, tensor in packed.tensors.items()}
+    return Packed(packed.scheme, packed.shape, tensors, packed.row_sliceable)
+
+
+def decoded(weight: Weight, registry: BackendRegistry) -> Tensor:
+    """Return a weight's values in its shape; of a packed one in float32."""
+    value = weight.read()
+    if not isinstance(value, Packed):
+        return value
+    backend, _ = registry.find(value.scheme)
+    assert backend
+    return backend.unpack(value, torch.float32).view(weight.shape)

@@ -1,0 +1,332 @@
+"""Weights of a checkpoint put into a module: packed ones as they are stored, all or none."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, cast, final
+
+import torch
+from torch import Tensor, nn
+
+from lowbits.core.backend import Packed
+from lowbits.core.names import dotted
+from lowbits.core.packed import PackedLayer, storage_form
+from lowbits.core.report import LayerReport, Report
+from lowbits.core.scheme import NATIVE, rows_of
+from lowbits.core.select import tensor_kind, unsuitable_module
+from lowbits.core.source import NoSource
+from lowbits.core.surgery import Journal, PackedParameters, packed_parameters, undo
+from lowbits.errors import AlreadyPatchedError, FormatError
+from lowbits.files.rows import RowReader
+from lowbits.progress import CancelToken, ProgressCallback, ProgressEvent
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from lowbits.core.registry import BackendRegistry
+    from lowbits.files.rows import KeyMap, Segment
+    from lowbits.files.weights import Weight
+
+
+@final
+@dataclass(frozen=True)
+class LoadOptions:
+    """How to load.
+
+    Attributes:
+        registry: of the schemes.
+        component: name of the module in its pipeline, for the report.
+        kept_in_fp32: names in the dotted names of layers that float16 is too narrow for.
+        dtype: of floating weights; None: the module's, on the meta device the file's.
+    """
+
+    registry: BackendRegistry
+    component: str = ""
+    kept_in_fp32: Sequence[str] = ()
+    dtype: torch.dtype | None = None
+    progress: ProgressCallback | None = None
+    cancel: CancelToken | None = None
+
+
+@final
+@dataclass(frozen=True)
+class _Holder:
+    """A module that holds a tensor, by this name."""
+
+    module: nn.Module
+    name: str
+    fqn: str
+
+    @property
+    def slots(self) -> dict[str, Tensor | None]:
+        """The module's own dictionary."""
+        module = self.module
+        return cast(
+            "dict[str, Tensor | None]",
+            module._parameters if self.name in module._parameters else module._buffers,
+        )
+
+
+@final
+@dataclass(frozen=True)
+class _Target:
+    """A Parameter or persistent buffer of the module; tied ones have several holders."""
+
+    tensor: Tensor
+    holders: tuple[_Holder, ...]
+
+    @property
+    def fqn(self) -> str:
+        return self.holders[0].fqn
+
+    @property
+    def kind(self) -> str:
+        first = self.holders[0]
+        return tensor_kind(first.module, first.name, self.tensor)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it will be: on the host, where it has no data yet."""
+        return torch.device("cpu") if self.tensor.is_meta else self.tensor.device
+
+
+@final
+@dataclass(frozen=True)
+class _Loaded:
+    """What a target will hold: Parameters of a packed weight, or a Parameter or buffer."""
+
+    target: _Target
+    value: PackedParameters | Tensor
+    report: LayerReport
+
+
+@final
+@dataclass(frozen=True)
+class Staged:
+    """Everything that a module will hold, read and ready; the module is as it was."""
+
+    loaded: tuple[_Loaded, ...]
+    component: str
+    notes: tuple[str, ...]
+
+
+@torch.no_grad()
+@torch.inference_mode(mode=False)
+def stage(
+    module: nn.Module, weights: Mapping[str, Weight], key_map: KeyMap, options: LoadOptions
+) -> Staged:
+    """Read what a module will hold; nothing is changed.
+
+    Packed weights stay as they are stored where the layer can hold them, and are decoded where it
+    cannot (a norm, a bias). What the module holds now is kept until `install`: a module on the meta
+    device costs nothing beside the file's bytes.
+
+    Args:
+        module: not packed.
+        weights: of the checkpoint, by name.
+        key_map: what each Parameter and persistent buffer is made of; ties need one name only.
+        options: how.
+
+    Raises:
+        FormatError: something is missing, of another shape, or not what it claims to be.
+        AlreadyPatchedError: the module is packed.
+    """
+    if any(isinstance(part, PackedLayer) for part in module.modules()):
+        raise AlreadyPatchedError(
+            f"{options.component or type(module).__name__} holds packed layers: call "
+            "lowbits.restore(target) or lowbits.dequantize(target) before loading into it"
+        )
+    targets = _targets(module)
+    sources = _sources(targets, key_map, weights)
+    loader = _Loader(weights, options)
+    total = sum(weights[segments[0].source].nbytes for segments in sources)
+    loaded, done = [], 0
+    for target, segments in zip(targets, sources, strict=True):
+        if options.cancel:
+            options.cancel.raise_if_cancelled("loading")
+        loaded.append(loader.load(target, segments))
+        done += weights[segments[0].source].nbytes
+        if options.progress:
+            options.progress(ProgressEvent("load", target.fqn, done, total))
+    unused = sorted(weights.keys() - {s.source for segments in sources for s in segments})
+    notes = (f"not used: {_some(unused)}",) if unused else ()
+    return Staged(tuple(loaded), options.component, notes)
+
+
+@torch.no_grad()
+@torch.inference_mode(mode=False)
+def install(staged: Sequence[Staged]) -> Report:
+    """Put what was read into its modules: all of it, or nothing.
+
+    There is no way back to full precision: modules have no handle, as copies of packed ones.
+    """
+    journal, before = Journal(), []
+    try:
+        for part in staged:
+            for item in part.loaded:
+                before += _put_plain(item)
+            for module, (fqn, packed) in _packed_by_module(part).items():
+                journal.install(module, packed, fqn)
+    except BaseException:
+        undo([journal])
+        for holder, tensor in before:
+            holder.slots[holder.name] = tensor
+        raise
+    layers = tuple(item.report for part in staged for item in part.loaded)
+    return Report(layers, tuple(dict.fromkeys(note for part in staged for note in part.notes)))
+
+
+def _targets(module: nn.Module) -> list[_Target]:
+    """Return what can be loaded, tied tensors once."""
+    found: dict[int, _Target] = {}
+    for fqn, part in module.named_modules():
+        passing = part._non_persistent_buffers_set
+        buffers = {name: t for name, t in part._buffers.items() if name not in passing}
+        for name, tensor in (*part._parameters.items(), *buffers.items()):
+            if tensor is not None:
+                known = found.get(id(tensor), _Target(tensor, ()))
+                holder = _Holder(part, name, dotted(fqn, name))
+                found[id(tensor)] = replace(known, holders=(*known.holders, holder))
+    return list(found.values())
+
+
+def _sources(
+    targets: Sequence[_Target], key_map: KeyMap, weights: Mapping[str, Weight]
+) -> list[Sequence[Segment]]:
+    """Return what each target is made of, and raise where something is not there, or too short."""
+    sources, missing = [], []
+    for target in targets:
+        name = next((h.fqn for h in target.holders if h.fqn in key_map), None)
+        if name is None:
+            missing.append(target.fqn)
+            continue
+        sources.append(key_map[name])
+        _require_shape(target, key_map[name], weights)
+    if missing:
+        raise FormatError(f"{len(missing)} weights of the model are not in it: {_some(missing)}")
+    return sources
+
+
+def _require_shape(
+    target: _Target, segments: Sequence[Segment], weights: Mapping[str, Weight]
+) -> None:
+    """Raise where the rows do not make the shape; ggml drops leading dimensions of one."""
+    rows = sum(segment.rows for segment in segments)
+    tails = {tuple(weights[s.source].shape[1:]) for s in segments}
+    numel = rows * torch.Size(next(iter(tails))).numel()
+    if len(tails) > 1 or numel != target.tensor.numel():
+        tail = next(iter(tails))
+        raise FormatError(
+            f"has shape {(rows, *tail)}, the model's {target.fqn} "
+            f"{tuple(target.tensor.shape)}: is it of another size of this model?",
+            tensor=segments[0].source,
+        )
+
+
+def _some(names: Sequence[str]) -> str:
+    listed = ", ".join(names[:3])
+    return listed if len(names) <= 3 else f"{listed} and {len(names) - 3} more"
+
+
+@final
+class _Loader:
+    """Makes what takes the place of a Parameter or buffer."""
+
+    def __init__(self, weights: Mapping[str, Weight], options: LoadOptions) -> None:
+        self._reader = RowReader(weights, options.registry)
+        self._weights, self._options = weights, options
+
+    def load(self, target: _Target, segments: Sequence[Segment]) -> _Loaded:
+        """Read what a target will hold."""
+        value, weight = self._reader.read(segments), self._weights[segments[0].source]
+        dtype = self._dtype(target, weight)
+        reason = self._why_not_packed(target, value) if isinstance(value, Packed) else ""
+        if isinstance(value, Packed) and not reason:
+            return self._packed(target, value, dtype, weight.compute_dtype)
+        tensor = self._reader.decoded(value).reshape(target.tensor.shape).to(target.device, dtype)
+        if isinstance(target.tensor, nn.Parameter):
+            tensor = nn.Parameter(tensor, requires_grad=target.tensor.requires_grad)
+        return _Loaded(target, tensor, self._report(target, NATIVE, tensor.nbytes, "-", reason))
+
+    def _dtype(self, target: _Target, weight: Weight) -> torch.dtype:
+        """Return the dtype that a target gets; a module without data has none of its own yet."""
+        own = target.tensor.dtype
+        if not own.is_floating_point:
+            return own
+        is_known = weight.dtype is not None and weight.dtype.itemsize > 1
+        stored = weight.dtype if target.tensor.is_meta and is_known else None
+        return self._options.dtype or stored or own
+
+    def _packed(
+        self,
+        target: _Target,
+        packed: Packed,
+        dtype: torch.dtype,
+        compute_dtype: torch.dtype | None,
+    ) -> _Loaded:
+        backend, _ = self._options.registry.find(packed.scheme)
+        assert backend
+        name = target.holders[0].name
+        layout, tensors = storage_form(name, packed, backend, target.tensor.shape)
+        kept = set(target.fqn.split(".")) & set(self._options.kept_in_fp32)
+        layout = replace(layout, compute_dtype=compute_dtype, keeps_fp32=bool(kept))
+        tensors = {key: tensor.to(target.device) for key, tensor in tensors.items()}
+        value = packed_parameters(name, layout, tensors, dtype, NoSource())
+        nbytes = sum(tensor.nbytes for tensor in tensors.values())
+        return _Loaded(target, value, self._report(target, packed.scheme, nbytes, "none", ""))
+
+    def _why_not_packed(self, target: _Target, packed: Packed) -> str:
+        """Say why a layer cannot hold a weight as it is stored."""
+        _, scheme = self._options.registry.find(packed.scheme)
+        for holder in target.holders:
+            kind = tensor_kind(holder.module, holder.name, target.tensor)
+            reason = unsuitable_module(holder.module)
+            if kind not in scheme.kinds:
+                reason = kind
+            elif packed.shape != rows_of(target.tensor.shape, kind):
+                reason = "its rows are not those of the layer"
+            if reason:
+                return f"decoded from {packed.scheme}: {reason}"
+        return ""
+
+    def _report(
+        self, target: _Target, scheme: str, nbytes: int, source: str, reason: str
+    ) -> LayerReport:
+        numel = target.tensor.numel()
+        return LayerReport(
+            fqn=target.fqn.removesuffix(".weight"),
+            component=self._options.component,
+            kind=target.kind,
+            shape=tuple(target.tensor.shape),
+            scheme=scheme,
+            bytes_before=target.tensor.nbytes,
+            bytes_after=nbytes,
+            bits_per_weight=nbytes * 8 / numel if numel else 0.0,
+            source=source,
+            reason=reason,
+        )
+
+
+def _put_plain(item: _Loaded) -> list[tuple[_Holder, Tensor | None]]:
+    """Put what is not packed into its holders; return what they held."""
+    if isinstance(item.value, PackedParameters):
+        return []
+    before = [(holder, holder.slots[holder.name]) for holder in item.target.holders]
+    for holder, _ in before:
+        holder.slots[holder.name] = item.value
+    return before
+
+
+def _packed_by_module(
+    part: Staged,
+) -> dict[nn.Module, tuple[str, dict[str, PackedParameters]]]:
+    found: dict[nn.Module, tuple[str, dict[str, PackedParameters]]] = {}
+    for item in part.loaded:
+        if not isinstance(item.value, PackedParameters):
+            continue
+        first = item.target.holders[0]
+        for holder in item.target.holders:
+            fqn = dotted(part.component, holder.fqn)
+            _, weights = found.setdefault(holder.module, (fqn, {}))
+            weights[holder.name] = item.value.renamed(first.name, holder.name)
+    return found

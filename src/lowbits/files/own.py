@@ -1,0 +1,218 @@
+"""lowbits' own files: safetensors of what packed modules hold, and a manifest that explains it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from importlib import metadata
+from typing import TYPE_CHECKING, Final, cast, final
+
+import torch
+from torch import Tensor, nn
+
+from lowbits.core.backend import Packed
+from lowbits.core.names import dotted
+from lowbits.core.packed import (
+    PackedLayer,
+    marker_name,
+    packed_weight,
+    stored_bytes,
+    stored_names,
+)
+from lowbits.core.select import adapter_fqns
+from lowbits.errors import FormatError, PatchError, UnknownSchemeError
+from lowbits.files.manifest import field_name
+from lowbits.files.weights import Weight
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from lowbits.core.packed import Layout
+    from lowbits.core.registry import BackendRegistry
+    from lowbits.files.manifest import Manifest, PackedEntry
+    from lowbits.files.weights import StoredTensor
+
+#: In place of ``diffusion_pytorch_model.safetensors`` and ``model.safetensors``: other loaders find
+#: nothing under those names, and say so, where they would put random weights for what is packed.
+OWN_FILE: Final = "lowbits.safetensors"
+
+#: What adapter libraries put between a layer and its name.
+_WRAPPED: Final = "base_layer"
+
+
+def weights_of(module: nn.Module) -> tuple[dict[str, Weight], dict[str, str]]:
+    """Return the weights of a module, packed or not, and its ties: stored name by other name.
+
+    Nothing is copied before it is read; streamed weights are read from where they wait. Adapters
+    are left out, and layers go by the names that they have without them.
+
+    Raises:
+        PatchError: a weight is another library's tensor, or has no data.
+    """
+    found = _Found()
+    adapters = tuple(f"{fqn}." for fqn in adapter_fqns(module))
+    for fqn, part in module.named_modules():
+        if not f"{fqn}.".startswith(adapters):
+            found.add(".".join(name for name in fqn.split(".") if name != _WRAPPED), part)
+    return found.weights, found.ties
+
+
+@final
+class _Found:
+    """Weights of modules, tied ones under the first name that they have."""
+
+    def __init__(self) -> None:
+        self.weights: dict[str, Weight] = {}
+        self.ties: dict[str, str] = {}
+        self._names: dict[int, str] = {}
+
+    def add(self, fqn: str, part: nn.Module) -> None:
+        """Add what a module holds itself."""
+        stored: set[str] = set()
+        if isinstance(part, PackedLayer):
+            for name, layout in part.lowbits_layouts.items():
+                stored |= set(stored_names(part, name))
+                self._packed(dotted(fqn, name), part, name, layout)
+        passing = part._non_persistent_buffers_set | stored
+        for name, tensor in (*part._parameters.items(), *part._buffers.items()):
+            if tensor is not None and name not in passing and self._is_new(fqn, name, tensor):
+                self._plain(dotted(fqn, name), tensor)
+
+    def _is_new(self, fqn: str, name: str, tensor: Tensor) -> bool:
+        full = dotted(fqn, name)
+        first = self._names.setdefault(id(tensor), full)
+        if first != full:
+            self.ties[full] = first
+        return first == full
+
+    def _packed(self, full: str, layer: PackedLayer, name: str, layout: Layout) -> None:
+        marker = cast("Tensor", layer._parameters[marker_name(name)])
+        first = self._names.setdefault(id(marker), full)
+        if first != full:
+            self.ties[full] = first
+            return
+        self.weights[full] = Weight(
+            full,
+            tuple(layout.shape),
+            marker.dtype,
+            stored_bytes(layer, name),
+            partial(_packed_on_host, layer, name),
+            layout.scheme,
+            layout.compute_dtype,
+        )
+
+    def _plain(self, full: str, tensor: Tensor) -> None:
+        if tensor.is_meta:
+            raise PatchError(f"cannot save {full}: it has no data (meta device)")
+        if type(tensor.data) is not torch.Tensor:
+            raise PatchError(
+                f"cannot save {full}: it is another library's {type(tensor.data).__name__}; "
+                "lowbits.adopt(target) turns those into packed weights, which can be saved"
+            )
+        shape = tuple(tensor.shape)
+        self.weights[full] = Weight(
+            full, shape, tensor.dtype, tensor.nbytes, partial(_on_host, tensor)
+        )
+
+
+def _packed_on_host(layer: PackedLayer, name: str) -> Packed:
+    packed = packed_weight(layer, name)
+    return replace(packed, tensors={key: _on_host(t) for key, t in packed.tensors.items()})
+
+
+def _on_host(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().contiguous()
+
+
+def versions(schemes: Iterable[str]) -> dict[str, str]:
+    """Return the versions of the packages that made some weights, as far as they are known here."""
+    backends = {name.partition("-")[0] for name in schemes}
+    packages = {"bnb": "bitsandbytes", "torchao": "torchao", "quanto": "optimum-quanto"}
+    names = ("lowbits", "torch", *(packages[b] for b in sorted(backends & packages.keys())))
+    found = {}
+    for name in names:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:  # a packed model needs no library to be saved
+            continue
+    return found
+
+
+def own_weights(
+    tensors: Mapping[str, StoredTensor],
+    manifest: Manifest,
+    registry: BackendRegistry,
+    path: object,
+) -> dict[str, Weight]:
+    """Return the weights of a file that lowbits wrote; those that are tied by all of their names.
+
+    Raises:
+        FormatError: tensors and manifest do not belong together.
+    """
+    rest = dict(tensors)
+    weights: dict[str, Weight] = {}
+    for name, entry in manifest.weights.items():
+        fields = {}
+        for field in entry.fields:
+            tensor = rest.pop(field_name(name, field), None)
+            if tensor is None:
+                raise FormatError(f"the file has no {field} of it", path, name)
+            fields[field] = tensor
+        _require_consistent(name, entry, fields, registry, path)
+        weights[name] = Weight(
+            name,
+            entry.shape,
+            entry.dtype,
+            sum(tensor.extent.nbytes for tensor in fields.values()),
+            partial(_read_packed, entry, fields),
+            entry.scheme,
+            entry.compute_dtype,
+        )
+    for name, tensor in rest.items():
+        weights[name] = Weight(name, tensor.shape, tensor.dtype, tensor.extent.nbytes, tensor.read)
+    for alias, name in manifest.ties.items():
+        if name not in weights:
+            raise FormatError(f"is tied to {name}, which is not in the file", path, alias)
+        weights.setdefault(alias, weights[name])
+    return weights
+
+
+def _require_consistent(
+    name: str,
+    entry: PackedEntry,
+    fields: Mapping[str, StoredTensor],
+    registry: BackendRegistry,
+    path: object,
+) -> None:
+    """Raise where stored tensors cannot be what the manifest calls them."""
+    try:
+        backend, scheme = registry.find(entry.scheme)
+    except UnknownSchemeError as error:
+        raise FormatError(f"is stored as {entry.scheme}: {error}", path, name) from error
+    if backend is None:
+        raise FormatError("is called packed, and native at once", path, name)
+    for field, tensor in fields.items():
+        dtype = entry.fields[field]
+        is_cut = entry.row_sliceable and tensor.shape[:1] != entry.rows[:1]
+        if tensor.dtype.itemsize != dtype.itemsize or is_cut:
+            raise FormatError(
+                f"its {field} is {tensor.dtype} {tensor.shape}, expected {dtype} for "
+                f"{entry.rows[0]} rows",
+                path,
+                name,
+            )
+    sizes = {field: tensor.extent.nbytes for field, tensor in fields.items()}
+    # A library's own scales may be float32 where the scheme's are float16.
+    wide = sum(sizes[f] // 2 for f, dtype in entry.fields.items() if dtype == torch.float32)
+    expected = backend.packed_bytes(scheme, *entry.rows)
+    if expected not in (sum(sizes.values()), sum(sizes.values()) - wide):
+        raise FormatError(
+            f"takes {sum(sizes.values())} bytes; {entry.scheme} takes {expected} for {entry.rows}",
+            path,
+            name,
+        )
+
+
+def _read_packed(entry: PackedEntry, fields: Mapping[str, StoredTensor]) -> Packed:
+    tensors = {name: tensor.read().view(entry.fields[name]) for name, tensor in fields.items()}
+    return Packed(entry.scheme, entry.rows, tensors, entry.row_sliceable)

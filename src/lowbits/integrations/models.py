@@ -1,0 +1,128 @@
+"""Models of diffusers and transformers as folders: their configs, their empty skeletons."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+from typing import TYPE_CHECKING, Any, Final
+
+from lowbits.errors import ConfigError, FormatError
+from lowbits.integrations.diffusers import default_reason
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
+    from pathlib import Path
+
+    import torch
+    from torch import nn
+
+INDEX: Final = "model_index.json"
+CONFIG: Final = "config.json"
+#: What ``from_pretrained`` looks for.
+_WEIGHTS: Final = ("diffusion_pytorch_model*", "model*.safetensors*", "pytorch_model*")
+#: Libraries whose classes can be made empty here.
+_LIBRARIES: Final = ("diffusers", "transformers")
+
+
+def save_config(module: nn.Module, folder: Path) -> None:
+    """Write a model's ``config.json`` into a folder, where it has one: plain modules have none."""
+    if hasattr(module, "save_config"):  # diffusers'
+        module.save_config(folder)
+    elif hasattr(getattr(module, "config", None), "save_pretrained"):  # transformers'
+        module.config.save_pretrained(folder)
+
+
+def refuse_other_weights(folder: Path) -> None:
+    """Raise where a folder holds weights that ``from_pretrained`` would take for this model's.
+
+    Raises:
+        ConfigError: naming one of them.
+    """
+    found = sorted(path.name for pattern in _WEIGHTS for path in folder.glob(pattern))
+    if found:
+        raise ConfigError(
+            f"{folder} holds {found[0]}, which from_pretrained would go on reading in place of "
+            "the packed weights: save into another folder, or remove it first"
+        )
+
+
+def components_in(folder: Path) -> dict[str, tuple[str, str]]:
+    """Return library and class of each component that a pipeline's folder lists.
+
+    Raises:
+        ConfigError: it is no pipeline's.
+    """
+    index = folder / INDEX
+    if not index.is_file():
+        raise ConfigError(f"{folder} has no {INDEX}: it is not a diffusers pipeline")
+    try:
+        entries = json.loads(index.read_text(encoding="utf-8"))
+        listed = {name: value for name, value in entries.items() if isinstance(value, list)}
+        return {
+            name: (str(value[0]), str(value[1]))
+            for name, value in listed.items()
+            if len(value) == 2 and value[0]
+        }
+    except (ValueError, AttributeError) as error:
+        raise FormatError(f"it is not what a pipeline's index should be: {error}", index) from error
+
+
+def skeleton(folder: Path, library: str, class_name: str) -> nn.Module:
+    """Return a model of a folder's config whose Parameters are on the meta device.
+
+    Buffers that no file holds (tables of positions) are made as its class makes them.
+
+    Raises:
+        ConfigError: a class of neither diffusers nor transformers.
+    """
+    if library not in _LIBRARIES:
+        raise ConfigError(
+            f"{folder.name} is a {library}.{class_name}: make the model yourself, call "
+            "lowbits.load(folder, into=model), and pass it to load_pipeline by its name"
+        )
+    from accelerate import init_empty_weights
+
+    model_class: Any = getattr(importlib.import_module(library), class_name, None)
+    if model_class is None:
+        raise ConfigError(f"{folder.name}: this {library} has no {class_name}: pip install -U it")
+    with init_empty_weights(include_buffers=False):
+        if library == "diffusers":
+            model = model_class.from_config(model_class.load_config(folder))
+        else:
+            model = model_class(model_class.config_class.from_pretrained(folder))
+            model.tie_weights()
+    empty: nn.Module = model.eval()
+    return empty
+
+
+def load_rest(folder: Path, parts: dict[str, Any], dtype: torch.dtype, **options: Any) -> Any:
+    """Return a pipeline of a folder around models that are loaded already."""
+    import diffusers
+
+    version = tuple(map(int, diffusers.__version__.split(".")[:2]))
+    name = "dtype" if version >= (0, 40) else "torch_dtype"
+    options.setdefault("local_files_only", True)
+    return diffusers.DiffusionPipeline.from_pretrained(folder, **{name: dtype}, **parts, **options)
+
+
+def packed_by_default(name: str, listed: tuple[str, str] | None) -> bool:
+    """Say whether a component of a pipeline's folder is packed where nobody names it."""
+    if listed is None or listed[0] not in _LIBRARIES:
+        return False
+    return not default_reason(name, listed[1]) and name not in ("scheduler", "tokenizer")
+
+
+def empty_model(folder: Path, names: Collection[str]) -> nn.Module | None:
+    """Return a model of a folder's config on the meta device, if these are its tensors' names."""
+    path = folder / CONFIG
+    if not path.is_file():
+        return None
+    config = json.loads(path.read_text(encoding="utf-8"))
+    architectures = config.get("architectures") or [None]
+    library = "diffusers" if "_class_name" in config else "transformers"
+    class_name = config.get("_class_name") or architectures[0]
+    if importlib.util.find_spec(library) is None or not class_name:
+        return None
+    model = skeleton(folder, library, class_name)
+    return model if set(model.state_dict()) <= set(names) else None
