@@ -2,7 +2,8 @@
 
 A mix is a type, and others for attention's values and for the second matrix of feed-forward
 networks. Source: ``llama_tensor_get_type`` with the names of image models, as in ComfyUI-GGUF's
-lcpp.patch; here the names are those of diffusers and transformers as well.
+lcpp.patch; here the names are those of diffusers and transformers as well, and layers that stand
+for the same in models which that patch does not name: a layer gets its type under either name.
 """
 
 from __future__ import annotations
@@ -11,13 +12,15 @@ from dataclasses import dataclass
 from typing import Final, final
 
 #: Values, of image and of text tokens.
-_VALUE: Final = r"(^|[._])(to_v|v_proj|add_v_proj|attn_v|v)$"
+_VALUE: Final = r"(^|[._])(to_v|v_proj|add_v_proj|attn_v|v|v_img|w[12]v)$"
 #: Queries, keys and values in one matrix.
 _FUSED: Final = r"(^|[._])(to_qkv|to_added_qkv|qkv|qkv_proj|in_proj_weight)$"
 #: The way back from the wide middle of a feed-forward network.
 _DOWN: Final = (
-    r"(^|\.)(ffn_down|ffn\.2|(ff|ffn|ff_context|img_mlp|txt_mlp)\.net\.2|mlp\.(2|layer2)|wo|fc2"
-    r"|down_proj|(feed_forward|experts\.\d+)\.(w2|linear_2))$"
+    r"(^|\.)(ffn_down|ffn\.2|(ff|ffn|ff_context|img_mlp|txt_mlp)\.net\.2|wo|fc2|down_proj"
+    r"|(mlp|img_mlp|txt_mlp|adaln_modulation_mlp)\.2|mlp\.layer2|mlp[XC]?\.c_proj"
+    r"|(ff|ff_context)\.(linear_out|out_projection)"
+    r"|(feed_forward|ff_[it]|shared_experts|experts\.\d+)\.(w2|linear_2))$"
 )
 
 
