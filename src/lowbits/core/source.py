@@ -33,11 +33,17 @@ _COMPARE_BYTES: Final = 1 << 24
 
 @dataclass(frozen=True)
 class Extent:
-    """Where bytes lie in a file: `nbytes` of them, from byte `offset` on."""
+    """Where bytes lie in a file: `nbytes` of them, from byte `offset` on.
+
+    Attributes:
+        stamp: modification time in ns, size and inode of the file when it was opened: another one
+            since means other bytes; None where nobody is to look.
+    """
 
     path: Path
     offset: int
     nbytes: int
+    stamp: tuple[int, int, int] | None = None
 
 
 class Source(ABC):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import os
+import stat
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, final
 
@@ -11,7 +14,8 @@ from lowbits.core.memory import bytes_of
 from lowbits.errors import FormatError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
+    from pathlib import Path
 
     from torch import Tensor
 
@@ -40,7 +44,7 @@ class StoredTensor:
         """Return the tensor, on the CPU, in memory of its own.
 
         Raises:
-            FormatError: the file is shorter than it was when it was opened.
+            FormatError: the file is not what it was when it was opened.
         """
         tensor = torch.empty(self.shape, dtype=self.dtype, device="cpu")
         read_into(tensor, self.extent, self.name)
@@ -71,6 +75,35 @@ class Weight:
     compute_dtype: torch.dtype | None = None
 
 
+def plain_weights(tensors: Mapping[str, StoredTensor]) -> dict[str, Weight]:
+    """Return tensors of files as ordinary weights, in their order."""
+    return {
+        name: Weight(name, stored.shape, stored.dtype, stored.extent.nbytes, stored.read)
+        for name, stored in tensors.items()
+    }
+
+
+def open_file(path: Path) -> io.BufferedReader:
+    """Open a file to be read, without waiting for a pipe's other end.
+
+    Raises:
+        FormatError: it is a pipe, a socket or a device.
+        OSError: it is missing, a folder, or may not be read.
+    """
+    file = io.FileIO(path, opener=_open_at_once)
+    mode = os.fstat(file.fileno()).st_mode
+    if not stat.S_ISREG(mode):
+        file.close()
+        raise FormatError("not a regular file", path)
+    return io.BufferedReader(file)
+
+
+def stamp_of(file: io.BufferedReader) -> tuple[int, int, int]:
+    """Return what tells a file from one that takes its place: time, size and inode."""
+    status = os.fstat(file.fileno())
+    return status.st_mtime_ns, status.st_size, status.st_ino
+
+
 def read_into(out: Tensor, extent: Extent, name: str = "") -> None:
     """Fill a tensor with bytes of a file.
 
@@ -80,10 +113,17 @@ def read_into(out: Tensor, extent: Extent, name: str = "") -> None:
         name: of the tensor, for the message.
 
     Raises:
-        FormatError: the file ends before.
+        FormatError: the file ends before, or it has another stamp than the extent has.
+        OSError: it is missing, or may not be read.
     """
     view, done = bytes_of(out), 0
-    with extent.path.open("rb", buffering=0) as file:
+    with open_file(extent.path) as file:
+        if extent.stamp is not None and extent.stamp != stamp_of(file):
+            raise FormatError(
+                "the file was changed or replaced since it was opened: open it again",
+                extent.path,
+                name,
+            )
         file.seek(extent.offset)
         while done < extent.nbytes:
             count = file.readinto(view[done:])
@@ -95,3 +135,7 @@ def read_into(out: Tensor, extent: Extent, name: str = "") -> None:
                     extent.offset,
                 )
             done += count
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
