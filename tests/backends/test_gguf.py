@@ -98,6 +98,24 @@ def test_rows_parts_and_dtypes(name: str, monkeypatch: pytest.MonkeyPatch) -> No
     assert torch.equal(half, whole[index].bfloat16())
 
 
+def test_blocks_across_rows() -> None:
+    kind = TYPES["Q8_0"]
+    data = torch.from_numpy(random_blocks(kind, 9))
+    shape = (12, 24)
+    values = BACKEND.decode(data, "Q8_0", (9, 32)).view(shape)
+    packed = Packed("gguf-q8_0", shape, {"qdata": data}, row_sliceable=False)
+    assert packed.rows_at_once(1) == 12
+    assert torch.equal(BACKEND.unpack(packed, torch.float32), values)
+    out = torch.full(shape, torch.nan, dtype=torch.bfloat16)
+    assert BACKEND.unpack(packed, torch.bfloat16, out=out) is out
+    assert torch.equal(out, values.bfloat16())
+    part = torch.full((4, 24), torch.nan)
+    assert BACKEND.unpack(packed, torch.float32, out=part, rows=(3, 7)) is part
+    assert torch.equal(part, values[3:7])
+    index = torch.tensor([5, 0, 5])
+    assert torch.equal(BACKEND.unpack(packed, torch.float32, rows=index), values[index])
+
+
 @pytest.mark.parametrize("name", TYPES)
 def test_compiles_whole(name: str) -> None:
     kind = TYPES[name]

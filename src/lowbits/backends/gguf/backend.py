@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar, Final, final
 
 import torch
@@ -108,14 +109,24 @@ class GgufBackend(QuantBackend):
         out: Tensor | None = None,
         rows: Rows | None = None,
     ) -> Tensor:
-        """Decode in float32."""
+        """Decode in float32; whole, where blocks run across rows: files hold such weights."""
         kind = self._types[packed.scheme]
 
         def write(part: Packed, values: Tensor) -> None:
             blocks = part["qdata"].view(-1, kind.block_bytes)
             kind.decode(blocks, values.view(-1, kind.weights))
 
-        return decode_rows(packed, rows, dtype, out, write)
+        if packed.row_sliceable:
+            return decode_rows(packed, rows, dtype, out, write)
+        grid = (packed["qdata"].shape[0], kind.weights)
+        in_blocks = replace(packed, shape=grid, row_sliceable=True)
+        target = out.view(grid) if out is not None and rows is None else None
+        values = decode_rows(in_blocks, None, dtype, target, write).view(packed.shape)
+        if rows is not None:
+            values = values[rows[0] : rows[1]] if isinstance(rows, tuple) else values[rows]
+        if out is None:
+            return values
+        return out if target is not None else out.copy_(values)
 
     def encode(self, weight: Tensor, type_name: str, *, effort: str = "ref") -> Tensor:
         """Quantize to the bytes that stand in a GGUF file.
