@@ -22,7 +22,8 @@ from lowbits.files.convert import converted, stored_name, twice_quantized
 from lowbits.files.gguf_export import ExportOptions, export, planned
 from lowbits.files.gguf_rules import TARGETS
 from lowbits.files.inspection import Inspection, inspected
-from lowbits.files.own import OWN_FILE, SHARD_BYTES, weights_of, write_own
+from lowbits.files.own import OWN_FILE, versions, weights_of
+from lowbits.files.own_writer import WriteOptions, write_own
 from lowbits.files.pickles import memory_weights
 from lowbits.files.rows import rearranged
 from lowbits.files.sharded import SUFFIX
@@ -145,7 +146,9 @@ def _convert_model(src: Path, dst: Path, how: _How, component: str) -> Report:
     weights = converted(opened.weights, decisions, default_device(), DEFAULT)
     schemes = {name: weight.scheme for name, weight in weights.items()}
     notes = _requantized(opened.weights, schemes, how.on_requantize)
-    write_own(file, weights, {}, SHARD_BYTES, how.progress, how.cancel)
+    made_by = versions(weight.scheme for weight in weights.values() if weight.scheme)
+    options = WriteOptions(made_by, stage="convert", progress=how.progress, cancel=how.cancel)
+    write_own(file, weights, {}, options)
     if file is not dst and (src / CONFIG).is_file():
         shutil.copyfile(src / CONFIG, dst / CONFIG)
     return _report(opened.weights, weights, decisions).noting(notes)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from lowbits._target import modules_of
 from lowbits.config import parse_size
@@ -12,7 +12,8 @@ from lowbits.core.registry import DEFAULT
 from lowbits.errors import ConfigError, FormatError
 from lowbits.files.checkpoint import OpenOptions, open_checkpoint
 from lowbits.files.load import LoadOptions, install, stage
-from lowbits.files.own import OWN_FILE, weights_of, write_own
+from lowbits.files.own import OWN_FILE, versions, weights_of
+from lowbits.files.own_writer import SHARD_BYTES, WriteOptions, write_own
 from lowbits.files.sharded import INDEX_SUFFIX, SUFFIX
 from lowbits.integrations.diffusers import is_pipeline, kept_in_fp32
 from lowbits.integrations.keymaps import map_for
@@ -35,15 +36,12 @@ if TYPE_CHECKING:
     from lowbits.files.rows import KeyMap
     from lowbits.progress import CancelToken, ProgressCallback
 
-#: Above it, files are split into shards.
-_SHARD_BYTES: Final = 5_000_000_000
-
 
 def save(
     target: Any,
     path: str | Path,
     *,
-    max_shard_size: int | str = _SHARD_BYTES,
+    max_shard_size: int | str = SHARD_BYTES,
     progress: ProgressCallback | None = None,
     cancel: CancelToken | None = None,
 ) -> None:
@@ -78,14 +76,16 @@ def save(
         refuse_other_weights(path)
         file = path / OWN_FILE
     weights, ties = weights_of(target)
-    write_own(file, weights, ties, shard_bytes, progress, cancel)
+    made_by = versions(weight.scheme for weight in weights.values() if weight.scheme)
+    options = WriteOptions(made_by, shard_bytes, "save", progress, cancel)
+    write_own(file, weights, ties, options)
     if file is not path:
         save_config(target, path)
 
 
 def save_component(module: nn.Module, folder: Path, max_shard_size: int | str | None) -> None:
     """Write a packed component of a pipeline: what its ``save_pretrained`` does."""
-    save(module, folder, max_shard_size=max_shard_size or _SHARD_BYTES)
+    save(module, folder, max_shard_size=max_shard_size or SHARD_BYTES)
 
 
 def load(

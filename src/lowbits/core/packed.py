@@ -80,18 +80,20 @@ class Layout:
         return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
 
 
+def storage_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype that values are held in: integers where they are floating."""
+    return _INTEGERS[dtype.itemsize] if dtype.is_floating_point else dtype
+
+
 def storage_form(
     name: str, packed: Packed, backend: QuantBackend, shape: torch.Size
 ) -> tuple[Layout, dict[str, Tensor]]:
     """Return the layout of a packed weight, and its tensors by Parameter name, as integers."""
     fields, tensors = [], {}
     for field_name, tensor in packed.tensors.items():
-        storage_dtype = tensor.dtype
-        if tensor.is_floating_point():
-            storage_dtype = _INTEGERS[tensor.element_size()]
-        field = Field(field_name, f"{name}_{field_name}", tensor.dtype, storage_dtype)
+        field = Field(field_name, f"{name}_{field_name}", tensor.dtype, storage_dtype(tensor.dtype))
         fields.append(field)
-        tensors[field.parameter] = tensor.contiguous().view(storage_dtype)
+        tensors[field.parameter] = tensor.contiguous().view(field.storage_dtype)
     layout = Layout(
         packed.scheme, backend, shape, packed.shape, tuple(fields), packed.row_sliceable
     )

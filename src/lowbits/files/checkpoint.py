@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, Final, final
 from lowbits.errors import ConfigError
 from lowbits.files.forms import recognise
 from lowbits.files.gguf import read_gguf
-from lowbits.files.manifest import read_manifest
-from lowbits.files.own import OWN_FILE, own_weights
+from lowbits.files.manifest import MANIFEST
+from lowbits.files.own import OWN_FILE, manifest_of, own_weights
 from lowbits.files.pickles import open_pickle
 from lowbits.files.sharded import INDEX_SUFFIX, SUFFIX, Tensors, open_tensors, read_index
 from lowbits.files.weights import open_file
@@ -109,8 +109,8 @@ def _kind(path: Path) -> str:
 def _safetensors(path: Path, options: OpenOptions) -> Checkpoint:
     opened = open_tensors(path)
     opened.require_readable()
-    manifest = read_manifest(opened.metadata, path)
-    if manifest is not None:
+    if MANIFEST in opened.metadata:
+        manifest = manifest_of(opened.files, verify=options.verify)
         weights = own_weights(opened.tensors, manifest, options.registry, path)
         return Checkpoint(path, OWN, weights, versions=manifest.versions)
     found = recognise(

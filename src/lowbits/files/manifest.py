@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 #: Key of the metadata that it stands under.
 MANIFEST: Final = "lowbits"
+#: Key of the BLAKE2b digest, of 16 bytes, of everything behind a file's header.
+CHECKSUM: Final = "lowbits_blake2b"
 VERSION: Final = 1
 
 

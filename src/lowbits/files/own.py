@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import replace
 from functools import partial
 from importlib import metadata
@@ -21,20 +22,25 @@ from lowbits.core.packed import (
 )
 from lowbits.core.select import adapter_fqns
 from lowbits.errors import FormatError, PatchError, UnknownSchemeError
-from lowbits.files.manifest import field_name
-from lowbits.files.weights import Weight
+from lowbits.files.manifest import CHECKSUM, Manifest, field_name, read_manifest
+from lowbits.files.safetensors import read_safetensors
+from lowbits.files.weights import Weight, open_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
+    from pathlib import Path
 
     from lowbits.core.packed import Layout
     from lowbits.core.registry import BackendRegistry
-    from lowbits.files.manifest import Manifest, PackedEntry
+    from lowbits.files.manifest import PackedEntry
+    from lowbits.files.safetensors import SafetensorsFile
     from lowbits.files.weights import StoredTensor
 
 #: In place of ``diffusion_pytorch_model.safetensors`` and ``model.safetensors``: other loaders find
 #: nothing under those names, and say so, where they would put random weights for what is packed.
 OWN_FILE: Final = "lowbits.safetensors"
+
+_READ_BYTES: Final = 1 << 22
 
 #: What adapter libraries put between a layer and its name.
 _WRAPPED: Final = "base_layer"
@@ -136,6 +142,44 @@ def versions(schemes: Iterable[str]) -> dict[str, str]:
         except metadata.PackageNotFoundError:  # a packed model needs no library to be saved
             continue
     return found
+
+
+def manifest_of(files: Iterable[Path], *, verify: bool) -> Manifest:
+    """Return what the manifests of a file, or of all shards, say together.
+
+    Args:
+        files: of one checkpoint.
+        verify: whether to read them whole, and compare their checksums.
+
+    Raises:
+        FormatError: a file is not one of lowbits', or its bytes are not those that were written.
+    """
+    parts = []
+    for path in files:
+        header = read_safetensors(path)
+        part = read_manifest(header.metadata, path)
+        if part is None:
+            raise FormatError("it has no manifest, and other shards have", path)
+        if verify:
+            _verify(path, header)
+        parts.append(part)
+    return Manifest(
+        {name: entry for part in parts for name, entry in part.weights.items()},
+        {alias: name for part in parts for alias, name in part.ties.items()},
+        {name: version for part in parts for name, version in part.versions.items()},
+    )
+
+
+def _verify(path: Path, header: SafetensorsFile) -> None:
+    """Compare the checksum of everything behind the header."""
+    start = min((tensor.extent.offset for tensor in header.tensors.values()), default=0)
+    found = hashlib.blake2b(digest_size=16)
+    with open_file(path) as file:
+        file.seek(start)
+        while start and (data := file.read(_READ_BYTES)):
+            found.update(data)
+    if found.hexdigest() != header.metadata.get(CHECKSUM):
+        raise FormatError("its bytes are not those that were written: its checksum differs", path)
 
 
 def own_weights(
