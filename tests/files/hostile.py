@@ -68,7 +68,7 @@ def in_child(
 
 def _receive(reader: int) -> bytes | None:
     """Return what the child writes until it ends, None where it does not end."""
-    parts = []
+    parts: list[bytes] = []
     with os.fdopen(reader, "rb", buffering=0) as pipe:
         while select.select([pipe], [], [], WALL_S)[0]:
             part = pipe.read(1 << 16)

@@ -8,12 +8,12 @@ import zipfile
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import hostile
 import pytest
 import torch
+from files import hostile
+from files.raw import entry, file_of, good
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from raw import entry, file_of, good
 
 from lowbits.errors import FormatError
 from lowbits.files.safetensors import read_safetensors

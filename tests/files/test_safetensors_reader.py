@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import hostile
 import pytest
 import torch
-from raw import entry, file_of
+from files import hostile
+from files.raw import assert_same_bits, entry, file_of, random_bytes
 from safetensors.torch import load_file, save_file
 
 from lowbits.errors import FormatError
@@ -20,30 +19,6 @@ from lowbits.files.pickles import open_pickle
 from lowbits.files.safetensors import DTYPES, read_safetensors
 from lowbits.files.sharded import open_tensors
 from lowbits.files.weights import plain_weights
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from torch import Tensor
-
-
-def random_bytes(dtype: torch.dtype, *shape: int) -> Tensor:
-    """Return a tensor of any dtype, of random bits but for a bool's."""
-    if dtype == torch.bool:
-        return torch.randint(0, 2, shape).bool()
-    size = (*shape[:-1], shape[-1] * dtype.itemsize)
-    return torch.randint(0, 256, size, dtype=torch.uint8).view(dtype)
-
-
-def bits(tensor: Tensor) -> Tensor:
-    return tensor.reshape(-1).view(torch.uint8)
-
-
-def assert_same_bits(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    assert set(found) == set(expected)
-    for name, tensor in expected.items():
-        assert (found[name].dtype, found[name].shape) == (tensor.dtype, tensor.shape)
-        assert torch.equal(bits(found[name]), bits(tensor))
 
 
 def save(path: Path, **names: int) -> None:
@@ -254,13 +229,12 @@ def test_links_out_of_the_folder_are_followed(tmp_path: Path) -> None:
     assert values(tmp_path / "snapshot") == {"a": 1}
 
 
-OPEN_WITH_FEW_FILES = """
-import resource, sys
-from lowbits.files.sharded import open_tensors
-resource.setrlimit(resource.RLIMIT_NOFILE, (32, 32))
-opened = open_tensors(sys.argv[1])
-print(len(opened.files), sum(int(stored.read().sum()) for stored in opened.tensors.values()))
-"""
+def read_with_few_files(folder: Path) -> tuple[int, int]:
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_NOFILE, (32, 32))
+    opened = open_tensors(folder)
+    return len(opened.files), sum(int(stored.read()[0]) for stored in opened.tensors.values())
 
 
 @pytest.mark.skipif(not hostile.SUPPORTED, reason=hostile.REASON)
@@ -269,9 +243,8 @@ def test_a_hundred_shards_and_32_open_files(tmp_path: Path) -> None:
     for number, name in enumerate(names):
         save_file({f"t{number}": torch.ones(1)}, tmp_path / name)
     index(tmp_path / "m.safetensors.index.json", **{f"t{n}": name for n, name in enumerate(names)})
-    command = [sys.executable, "-c", OPEN_WITH_FEW_FILES, str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["100", "100"]
+    outcome = hostile.in_child(lambda: read_with_few_files(tmp_path))
+    assert outcome == hostile.Outcome("returned", (100, 100))
 
 
 def test_pickles(tmp_path: Path) -> None:

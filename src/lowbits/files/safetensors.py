@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeGuard, final
 
 import torch
 
@@ -222,7 +222,7 @@ def _place(name: str, entry: Any, path: Path) -> _Place:
     return _Place(name, dtype, tuple(shape), *offsets)
 
 
-def _is_integers(value: Any) -> bool:
+def _is_integers(value: Any) -> TypeGuard[list[int]]:
     # `type`: a bool is an int.
     return isinstance(value, list) and all(type(v) is int and 0 <= v <= _LARGEST for v in value)
 
