@@ -25,6 +25,13 @@ if TYPE_CHECKING:
     from lowbits._api import restore as restore
     from lowbits._api import schemes as schemes
     from lowbits._api import unmerge_lora as unmerge_lora
+    from lowbits._convert import convert as convert
+    from lowbits._convert import inspect as inspect
+    from lowbits._convert import save_gguf as save_gguf
+    from lowbits._files import adopt as adopt
+    from lowbits._files import load as load
+    from lowbits._files import load_pipeline as load_pipeline
+    from lowbits._files import save as save
     from lowbits.config import LowbitsConfig as LowbitsConfig
     from lowbits.core.backend import Packed as Packed
     from lowbits.core.backend import QuantBackend as QuantBackend
@@ -49,6 +56,8 @@ if TYPE_CHECKING:
 _HOMES = {
     "lowbits._api": """apply backend dequantize handle merge_lora quantize register_backend
         restore schemes unmerge_lora""",
+    "lowbits._convert": "convert inspect save_gguf",
+    "lowbits._files": "adopt load load_pipeline save",
     "lowbits.config": "LowbitsConfig",
     "lowbits.core.backend": "Packed QuantBackend",
     "lowbits.core.handle": "Handle",

@@ -7,15 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 from lowbits._target import modules_of
 from lowbits.config import parse_size
-from lowbits.core.guards import guard_methods
+from lowbits.core.adopt import adopt_layers
+from lowbits.core.handle import find_handle, guard
 from lowbits.core.registry import DEFAULT
-from lowbits.errors import ConfigError, FormatError
+from lowbits.errors import AlreadyPatchedError, ConfigError, FormatError
 from lowbits.files.checkpoint import OpenOptions, open_checkpoint
 from lowbits.files.load import LoadOptions, install, stage
 from lowbits.files.own import OWN_FILE, versions, weights_of
 from lowbits.files.own_writer import SHARD_BYTES, WriteOptions, write_own
 from lowbits.files.sharded import INDEX_SUFFIX, SUFFIX
-from lowbits.integrations.diffusers import is_pipeline, kept_in_fp32
+from lowbits.integrations.diffusers import forget_quantizer, is_pipeline, kept_in_fp32
 from lowbits.integrations.keymaps import map_for
 from lowbits.integrations.models import (
     components_in,
@@ -24,6 +25,7 @@ from lowbits.integrations.models import (
     save_config,
     skeleton,
 )
+from lowbits.streaming.engine import refuse_streamed
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -135,7 +137,7 @@ def load(
         staged.append(stage(module, opened.weights, key_map, options))
     report = install(staged)
     for part in staged:
-        guard_methods(modules[part.component], save_component)
+        guard(modules[part.component], save_component)
     return report.noting(opened.problems)
 
 
@@ -153,6 +155,38 @@ def _key_maps(modules: Mapping[str, nn.Module], opened: Checkpoint) -> dict[str,
     if not found:
         raise FormatError(f"none of the pipeline's models is in it ({'; '.join(failures)})")
     return found
+
+
+def adopt(target: Any) -> Report:
+    """Take over layers that bitsandbytes, torchao, quanto or diffusers' GGUF quantized, in place.
+
+    Nothing is quantized again: they become packed layers with the codes and scales that they have.
+    The target has no handle then, as a copy of an applied one has none: ``lowbits.apply(target)``
+    places, or streams, it as it is; ``lowbits.dequantize`` gives ordinary layers. All layers that
+    can be taken over are, or, where anything raises, none.
+
+    Args:
+        target: a `torch.nn.Module` or a diffusers pipeline.
+
+    Returns:
+        Each layer with its scheme and bytes; what stays as it was, with the reason.
+
+    Raises:
+        AlreadyPatchedError: the target has a handle, or is streamed.
+    """
+    modules = modules_of(target)
+    for name, module in modules.items():
+        if find_handle(module) is not None:
+            raise AlreadyPatchedError(
+                f"{name or type(target).__name__} was applied: lowbits.restore(target) first"
+            )
+        refuse_streamed(module)
+    adoption = adopt_layers(modules, DEFAULT)
+    for name, is_complete in adoption.components.items():
+        guard(modules[name], save_component)
+        if is_complete:
+            forget_quantizer(modules[name])
+    return adoption.report
 
 
 def load_pipeline(

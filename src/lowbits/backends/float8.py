@@ -13,9 +13,10 @@ import torch
 
 from lowbits.core.backend import Packed, QuantBackend, Rows
 from lowbits.core.capability import has_float8_product
-from lowbits.core.decode import decode_rows, write_float8
+from lowbits.core.decode import decode_rows, scale_by_row, write_float8
 from lowbits.core.products import dynamic_linear, widened_linear
 from lowbits.core.scheme import LINEAR, Scheme
+from lowbits.errors import FormatError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -105,3 +106,24 @@ def _write(packed: Packed, out: Tensor) -> None:
 
 def _format(scheme_name: str) -> str:
     return scheme_name.removeprefix("float8-").removesuffix("-raw").removesuffix("-dynamic")
+
+
+def stored(codes: Tensor, scale: Tensor | None) -> Packed:
+    """Return a float8 weight as files hold it; nothing is quantized again.
+
+    Args:
+        codes: ``(rows, ...)`` float8, contiguous; of two dimensions or more.
+        scale: to multiply by, one for all or one for each row; None: 1.
+
+    Raises:
+        FormatError: another dtype, or scales of other numbers.
+    """
+    names = {dtype: name for name, dtype in FORMATS.items()}
+    if codes.dtype not in names or codes.dim() < 2:
+        raise FormatError(f"float8 codes are {codes.dtype} of shape {tuple(codes.shape)}")
+    flat = codes.view(torch.uint8).reshape(codes.shape[0], -1)
+    shape = (flat.shape[0], flat.shape[1])
+    if scale is None:
+        return Packed(f"float8-{names[codes.dtype]}-raw", shape, {"qdata": flat})
+    tensors = {"qdata": flat, "scale": scale_by_row(scale, shape[0])}
+    return Packed(f"float8-{names[codes.dtype]}", shape, tensors)

@@ -19,15 +19,20 @@ from lowbits.core.decode import (
     ByteTable,
     decode_rows,
     pack_codes,
+    scale_by_row,
     scale_groups,
     write_float8,
     write_int8,
 )
+from lowbits.core.foreign import Foreign, is_of
 from lowbits.core.products import dynamic_linear, widened_linear
 from lowbits.core.scheme import LINEAR, Scheme
+from lowbits.errors import FormatError
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from collections.abc import Mapping
+
+    from torch import Tensor, nn
 
 _INT8: Final = ("torchao-int8", "torchao-int8-dynamic")
 _FLOAT8: Final = ("torchao-float8", "torchao-float8-dynamic")
@@ -73,6 +78,8 @@ class TorchaoBackend(QuantBackend):
 
     name: ClassVar[str] = "torchao"
     requires: ClassVar[str | None] = "lowbits[torchao]"
+    # Its layers are torch's own; both it and diffusers give each of them a description.
+    foreign: ClassVar[Foreign | None] = Foreign("torchao", ("extra_repr",))
 
     def __init__(self) -> None:
         self._int4 = ByteTable.of_codes([code - _MIDDLE for code in range(16)])
@@ -107,6 +114,16 @@ class TorchaoBackend(QuantBackend):
         """Compute ``codes * scale``, for int4 ``(codes - 8) * scale + zero_point``."""
         return decode_rows(packed, rows, dtype, out, self._write)
 
+    def adopt(self, layer: nn.Module) -> Packed | None:
+        """Take over a weight that is one of torchao's tensors."""
+        weight = layer._parameters.get("weight")
+        if weight is None or not is_of(weight, "torchao"):
+            return None
+        kind = type(weight).__name__
+        parts = {name: getattr(weight, name, None) for name in PARTS}
+        held = {name: tensor for name, tensor in parts.items() if tensor is not None}
+        return stored(kind, weight.shape, held, is_dynamic=_quantizes_rows(weight))
+
     def _write(self, packed: Packed, out: Tensor) -> None:
         qdata, scale = packed["qdata"], packed["scale"]
         if packed.scheme in _INT8:
@@ -133,6 +150,118 @@ def _has_product(x: Tensor, packed: Packed) -> bool:
         return has_float8_product(x.device, packed.shape)
     fewest = int8_rows(x.device, packed.shape)
     return fewest is not None and x.numel() // x.shape[-1] >= fewest
+
+
+#: Tensors that torchao's tensors are made of; the last ones change the activations.
+PARTS: Final = (
+    *("qdata", "scale", "zero_point"),
+    *("act_quant_scale", "act_quant_zero_point", "act_pre_scale"),
+)
+
+
+def stored(
+    kind: str, shape: tuple[int, ...], parts: Mapping[str, Tensor], *, is_dynamic: bool
+) -> Packed:
+    """Return a weight as torchao stores it; nothing is quantized again.
+
+    Float8 e5m2 becomes a weight of the ``float8`` backend.
+
+    Args:
+        kind: torchao's class: ``"Int8Tensor"``, ``"Float8Tensor"``, ``"Int4Tensor"``.
+        shape: of the weight.
+        parts: its tensors by name, out of `PARTS`.
+        is_dynamic: whether activations are quantized too, each row by itself, as in the schemes
+            ``torchao-int8-dynamic`` and ``torchao-float8-dynamic``.
+
+    Raises:
+        FormatError: a class, or a granularity, that no scheme holds; or tensors of other shapes.
+
+    Source: torchao 0.18, ``torchao/quantization/quantize_/workflows``.
+    """
+    if len(shape) != 2 or "qdata" not in parts or "scale" not in parts:
+        raise FormatError(f"a {kind} of shape {tuple(shape)} has only {', '.join(parts)}")
+    if "act_pre_scale" in parts:
+        raise FormatError(f"this {kind} is for inputs that are scaled before (AWQ, SmoothQuant)")
+    scheme = stored_scheme(kind, parts["qdata"].dtype, shape[1], is_dynamic=is_dynamic)
+    readers = {"Int8Tensor": _int8, "Float8Tensor": _float8, "Int4Tensor": _int4}
+    grid = (shape[0], shape[1])
+    return Packed(scheme, grid, readers[kind](grid, parts))
+
+
+def stored_scheme(kind: str, dtype: torch.dtype, row_length: int, *, is_dynamic: bool) -> str:
+    """Return the scheme of a weight as torchao stores it.
+
+    Args:
+        kind: torchao's class.
+        dtype: of its codes.
+        row_length: of the weight.
+        is_dynamic: as for `stored`.
+
+    Raises:
+        FormatError: no scheme holds such weights.
+    """
+    schemes = {
+        ("Int8Tensor", torch.int8): "torchao-int8",
+        ("Float8Tensor", torch.float8_e4m3fn): "torchao-float8",
+        ("Float8Tensor", torch.float8_e5m2): "float8-e5m2",
+        ("Int4Tensor", torch.int8): _INT4,
+        ("Int4Tensor", torch.uint8): _INT4,
+    }
+    name = schemes.get((kind, dtype))
+    if name is None:
+        raise FormatError(
+            f"torchao's {kind} of {dtype} is of no scheme; of one are Int8Tensor, Float8Tensor "
+            "and Int4Tensor"
+        )
+    dynamic = next((s for s in _SCHEMES if s.name == f"{name}-dynamic"), None)
+    if is_dynamic and dynamic and dynamic.refusal(LINEAR, row_length) is None:
+        return dynamic.name
+    return name
+
+
+def _int8(shape: tuple[int, int], parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    qdata, zero_point = parts["qdata"], parts.get("zero_point")
+    if qdata.shape != shape:
+        raise FormatError(f"int8 codes of {shape} have shape {tuple(qdata.shape)}")
+    if zero_point is not None and zero_point.any():
+        raise FormatError("its zero point is not 0 (asymmetric int8)")
+    return {"qdata": qdata.contiguous(), "scale": scale_by_row(parts["scale"], shape[0])}
+
+
+def _float8(shape: tuple[int, int], parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    qdata = parts["qdata"]
+    if qdata.shape != shape:
+        raise FormatError(f"float8 codes of {shape} have shape {tuple(qdata.shape)}")
+    codes = qdata.contiguous().view(torch.uint8)
+    return {"qdata": codes, "scale": scale_by_row(parts["scale"], shape[0])}
+
+
+def _int4(shape: tuple[int, int], parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Make codes unsigned; scales and zero points, of a group a row, those of a row each."""
+    qdata, scale, zero_point = parts["qdata"], parts["scale"], parts.get("zero_point")
+    rows, row_length = shape
+    is_whole = qdata.shape == (rows, row_length // 2)
+    groups = scale.shape[0] if scale.dim() else 0
+    if not is_whole or row_length % 2 or not groups or row_length % groups:
+        raise FormatError(
+            f"int4 codes of {shape} in {groups} groups are {qdata.dtype} {tuple(qdata.shape)}"
+        )
+    if scale.shape != (groups, rows) or zero_point is None or zero_point.shape != scale.shape:
+        raise FormatError(f"its scale and zero point are not ({groups}, {rows}) both")
+    return {
+        "qdata": qdata.contiguous().view(torch.uint8) ^ 0x88,
+        "scale": scale.t().contiguous(),
+        "zero_point": zero_point.t().contiguous(),
+    }
+
+
+def _quantizes_rows(weight: nn.Parameter) -> bool:
+    """Say whether a weight's inputs are quantized as the dynamic schemes do."""
+    how = getattr(weight, "act_quant_kwargs", None)
+    granularity = type(getattr(how, "granularity", None)).__name__
+    mapping = getattr(getattr(how, "mapping_type", None), "name", "SYMMETRIC")
+    is_static = getattr(weight, "act_quant_scale", None) is not None
+    return granularity == "PerRow" and mapping == "SYMMETRIC" and not is_static
 
 
 def _padded(weight: Tensor) -> Tensor:

@@ -12,8 +12,9 @@ from torch.nn import functional
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from torch import dtype
+    from torch import dtype, nn
 
+    from lowbits.core.foreign import Foreign
     from lowbits.core.scheme import Scheme
 
 #: Some rows of a weight: ``(start, stop)``, or a 1-D integer tensor of row numbers.
@@ -72,6 +73,8 @@ class QuantBackend(ABC):
     requires: ClassVar[str | None] = None
     #: Device types that its schemes run on; empty: all.
     devices: ClassVar[tuple[str, ...]] = ()
+    #: What the layers look like that `adopt` takes over; None where it takes none.
+    foreign: ClassVar[Foreign | None] = None
 
     @abstractmethod
     def schemes(self) -> tuple[Scheme, ...]:
@@ -137,6 +140,21 @@ class QuantBackend(ABC):
 
     def sliceable(self, packed: Packed) -> Packed | None:  # noqa: ARG002 - part of the interface
         """Return the same values as a weight whose rows can be told apart, or None."""
+        return None
+
+    def adopt(self, layer: nn.Module) -> Packed | None:  # noqa: ARG002 - part of the interface
+        """Return the weight of a layer that the library itself quantized, with the same values.
+
+        Args:
+            layer: not changed. The library is not imported: it made the layer, or did not.
+
+        Returns:
+            Plain tensors, which may share the layer's memory; None where the library did not
+            quantize it. The scheme may be another backend's.
+
+        Raises:
+            FormatError: the library did, and no scheme holds it: says why.
+        """
         return None
 
     def __reduce__(self) -> tuple[Callable[[str], QuantBackend], tuple[str]]:

@@ -13,6 +13,7 @@ import torch
 
 from lowbits.core.memory import PART_WEIGHTS, scratch
 from lowbits.core.tracing import needs_plain_ops
+from lowbits.errors import FormatError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -167,6 +168,20 @@ def scale_groups(values: Tensor, scale: Tensor, offset: Tensor | None = None) ->
         grouped.mul_(scale.to(values.dtype).unsqueeze(-1))
         if offset is not None:
             grouped.add_(offset.to(values.dtype).unsqueeze(-1))
+
+
+def scale_by_row(scale: Tensor, rows: int) -> Tensor:
+    """Return one scale for each row, ``(rows, 1)`` float32, where there is one for all, or each.
+
+    Raises:
+        FormatError: there are others, e.g. of blocks.
+    """
+    if scale.numel() not in (1, rows) or (scale.dim() > 1 and scale.shape[-1] != 1):
+        raise FormatError(
+            f"scales of shape {tuple(scale.shape)} for {rows} rows: neither one for all nor one "
+            "for each"
+        )
+    return scale.float().reshape(-1, 1).expand(rows, 1).contiguous()
 
 
 def write_int8(codes: Tensor, scale: Tensor, out: Tensor) -> None:

@@ -103,9 +103,7 @@ class Handle:
         for name, module in self.components.items():
             if find_handle(module) is not self:
                 module.__dict__[_OWNED] = _Owned(self, journals.get(name) or Journal())
-                register: Any = module._register_state_dict_hook
-                self._hooks.append(register(_answer_weight_lookups))
-                guard_methods(module, save)
+                self._hooks.append(guard(module, save))
         self.adapters.attach(self)
 
     @property
@@ -305,6 +303,22 @@ def find_handle(module: nn.Module) -> Handle | None:
     """Return the handle of a component, if it has one."""
     owned = module.__dict__.get(_OWNED)
     return owned.handle if isinstance(owned, _Owned) else None
+
+
+def guard(module: nn.Module, save: Save) -> RemovableHandle:
+    """Let a packed model answer look-ups of its weights, and not run what would lose them.
+
+    Args:
+        module: changed in place.
+        save: what ``save_pretrained`` does.
+
+    Returns:
+        What ends the answers; `allow_methods` gives a part its own methods back.
+    """
+    register: Any = module._register_state_dict_hook
+    hook: RemovableHandle = register(_answer_weight_lookups)
+    guard_methods(module, save)
+    return hook
 
 
 class _StateDict(OrderedDict[str, Any]):

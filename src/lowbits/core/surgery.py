@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final, cast, final
 import torch
 from torch import nn
 
+from lowbits.core.foreign import drop_hooks
 from lowbits.core.packed import (
     Layout,
     PackedLayer,
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from lowbits.core.backend import Packed
+    from lowbits.core.foreign import Foreign
 
 LAYOUTS: Final = "lowbits_layouts"
 _OWNER: Final = "_lowbits_owner"
@@ -401,3 +403,66 @@ def _dense_parameters(
         elif key not in stored:
             parameters[key] = parameter
     return parameters
+
+
+@final
+@dataclass(frozen=True)
+class Takeover:
+    """What becomes of a layer that another library quantized.
+
+    Attributes:
+        module: the layer; where its class cannot be set, an object that takes its place.
+        base: its class without the library.
+        packed: its weights, by name.
+        foreign: what else the library made of it.
+        fqn: its dotted name.
+        places: modules that are to hold the layer, and by what names, where it is another object.
+    """
+
+    module: nn.Module
+    base: type[nn.Module]
+    packed: Mapping[str, PackedParameters]
+    foreign: Foreign | None
+    fqn: str
+    places: tuple[tuple[nn.Module, str], ...] = ()
+
+
+@torch.no_grad()
+@torch.inference_mode(mode=False)
+def take_over(takeovers: Sequence[Takeover]) -> None:
+    """Turn layers of other libraries into packed ones, in place: all of them, or none."""
+    journal = Journal()
+    done: list[tuple[nn.Module, type[nn.Module], dict[str, Any]]] = []
+    moved: list[tuple[dict[str, nn.Module | None], str, nn.Module | None]] = []
+    try:
+        for takeover in takeovers:
+            module = takeover.module
+            done.append((module, type(module), dict(module.__dict__)))
+            module.__class__ = takeover.base
+            if takeover.foreign:
+                _strip(module.__dict__, takeover.foreign)
+            journal.install(module, takeover.packed, takeover.fqn)
+        for takeover in takeovers:
+            for parent, name in takeover.places:
+                moved.append((parent._modules, name, parent._modules[name]))
+                parent._modules[name] = takeover.module
+    except BaseException:
+        for modules, name, before in reversed(moved):
+            modules[name] = before
+        for module, cls, state in reversed(done):
+            module.__class__ = cls
+            module.__dict__.clear()
+            module.__dict__.update(state)
+        raise
+    for module, *_ in done:
+        module.__dict__.pop(_OWNER, None)
+
+
+def _strip(state: dict[str, Any], foreign: Foreign) -> None:
+    """Take what a library added out of a module's ``__dict__``; dictionaries in it are replaced."""
+    held = {name: dict(state[name]) for name in ("_parameters", "_buffers")}
+    state.update(held)
+    for part in (state, *held.values()):
+        for name in foreign.attributes:
+            part.pop(name, None)
+    drop_hooks(state, foreign.package)

@@ -23,6 +23,13 @@ if TYPE_CHECKING:
 #: Names that diffusers' pipelines give to what runs at every step.
 _DENOISERS: Final = ("transformer", "unet", "prior", "decoder", "controlnet", "dit")
 
+#: What quantizers of diffusers and transformers set on the models that they load.
+_QUANTIZER_FLAGS: Final = (
+    *("hf_quantizer", "is_quantized", "quantization_method"),
+    *("is_loaded_in_4bit", "is_loaded_in_8bit", "is_4bit_serializable", "is_8bit_serializable"),
+)
+_QUANTIZER_ENTRIES: Final = ("quantization_config", "_pre_quantization_dtype", "_is_quantized")
+
 
 def is_pipeline(target: Any) -> bool:
     """Say whether an object is a diffusers pipeline."""
@@ -71,6 +78,25 @@ def kept_in_fp32(module: nn.Module) -> tuple[str, ...]:
         for attribute in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
     )
     return tuple({name: None for names in lists for name in names or ()})
+
+
+def forget_quantizer(module: nn.Module) -> None:
+    """Let a model forget the quantizer of diffusers or transformers that loaded it.
+
+    Its flags make ``.to(dtype)`` and others refuse, or act as for layers that are not there any
+    more.
+    """
+    for part in module.modules():
+        for name in _QUANTIZER_FLAGS:
+            part.__dict__.pop(name, None)
+        frozen = part.__dict__.get("_internal_dict")  # diffusers' config: it refuses deletions
+        if frozen is not None:
+            kept = {key: frozen[key] for key in frozen if key not in _QUANTIZER_ENTRIES}
+            part.__dict__["_internal_dict"] = type(frozen)(kept)
+        config = part.__dict__.get("config")
+        entries = vars(config) if hasattr(config, "__dict__") else {}
+        for name in _QUANTIZER_ENTRIES:
+            entries.pop(name, None)
 
 
 def announce_device(module: nn.Module, engine: Engine) -> Callable[[], None]:

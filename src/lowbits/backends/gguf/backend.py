@@ -13,13 +13,14 @@ from lowbits.backends.gguf.quantize import BEST, QUANTIZERS, quantize
 from lowbits.backends.gguf.types import TYPES, GgufType
 from lowbits.core.backend import Packed, QuantBackend, Rows
 from lowbits.core.decode import decode_rows
+from lowbits.core.foreign import Foreign, is_of, plain
 from lowbits.core.scheme import Override, Scheme
 from lowbits.errors import FormatError, NonFiniteWeightError, suggestion
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from torch import Tensor
+    from torch import Tensor, nn
 
 _PREFIX: Final = "gguf-"
 #: Suffix of the schemes whose quantizer searches longer; the bytes are of the same type.
@@ -66,6 +67,7 @@ class GgufBackend(QuantBackend):
     """GGUF's block types, in torch on any device."""
 
     name: ClassVar[str] = "gguf"
+    foreign: ClassVar[Foreign | None] = Foreign("diffusers.quantizers", ("compute_dtype", "device"))
 
     def __init__(self) -> None:
         self._schemes = tuple(_schemes())
@@ -128,6 +130,14 @@ class GgufBackend(QuantBackend):
             return values
         return out if target is not None else out.copy_(values)
 
+    def adopt(self, layer: nn.Module) -> Packed | None:
+        """Take over diffusers' ``GGUFLinear``."""
+        weight = layer._parameters.get("weight")
+        if weight is None or not is_of(weight, "diffusers.quantizers"):
+            return None
+        number = getattr(weight, "quant_type", None)
+        return stored(_of_number(number), plain(weight))
+
     def encode(self, weight: Tensor, type_name: str, *, effort: str = "ref") -> Tensor:
         """Quantize to the bytes that stand in a GGUF file.
 
@@ -185,6 +195,33 @@ class GgufBackend(QuantBackend):
         grid = (size[:-1].numel(), size[-1])
         qdata = data.reshape(grid[0], -1)
         return self.unpack(Packed(scheme_name(type_name), grid, {"qdata": qdata}), dtype).view(size)
+
+
+def stored(type_name: str, data: Tensor) -> Packed:
+    """Return a weight as it stands in a GGUF file; nothing is quantized again.
+
+    Args:
+        type_name: ggml's name, e.g. ``"Q4_K"``.
+        data: ``(rows, row_bytes)`` uint8.
+
+    Raises:
+        FormatError: an unknown type, or rows that are not whole blocks of it.
+    """
+    kind = _known(type_name)
+    if data.dtype != torch.uint8 or data.dim() != 2 or data.shape[1] % kind.block_bytes:
+        raise FormatError(
+            f"rows of {type_name} are whole blocks of {kind.block_bytes} bytes; got {data.dtype} "
+            f"of shape {tuple(data.shape)}"
+        )
+    shape = (data.shape[0], data.shape[1] // kind.block_bytes * kind.weights)
+    return Packed(scheme_name(type_name), shape, {"qdata": data.contiguous()})
+
+
+def _of_number(number: object) -> str:
+    name = next((kind.name for kind in TYPES.values() if kind.number == number), None)
+    if name is None:
+        raise FormatError(f"GGUF type {number!r} is of no scheme")
+    return name
 
 
 def _encode(weight: Tensor, kind: GgufType, effort: str) -> Tensor:
