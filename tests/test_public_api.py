@@ -16,9 +16,9 @@ from lowbits import errors
 NAMES = {
     "BackendInfo", "CancelToken", "Handle", "LayerReport", "LayerStreamer", "LowbitsConfig",
     "Packed", "ProgressEvent", "QuantBackend", "Report", "Scheme", "SchemeInfo", "StreamStats",
-    "UnitStats", "__version__", "adopt", "apply", "backend", "backends", "dequantize", "device_budget",
-    "errors", "forge", "handle", "merge_lora", "quantize", "register_backend", "restore", "schemes",
-    "testing", "unmerge_lora",
+    "UnitStats", "__version__", "adopt", "apply", "backend", "backends", "dequantize",
+    "device_budget", "errors", "forge", "handle", "merge_lora", "quantize", "register_backend",
+    "restore", "schemes", "testing", "unmerge_lora",
 }  # fmt: skip
 
 SCHEMES = [
