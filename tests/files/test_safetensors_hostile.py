@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import pickle
 import zipfile
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -63,6 +64,7 @@ REFUSED: dict[str, tuple[Callable[[], bytes], str]] = {
     "101 MB of header": (lambda: file_of(b"{" + b" " * 101_000_000), "100000000 are allowed"),
     "zip of torch": (zipped, "zip archive"),
     "old pickle": (lambda: b"\x80\x02}q\x00X\x01\x00\x00\x00a", "a pickle, as torch.save"),
+    "newer pickle": (lambda: pickle.dumps({"a": [1.0] * 99}), "a pickle, as torch.save"),
     "gguf": (lambda: b"GGUF\x03\x00\x00\x00" + bytes(64), "a GGUF file"),
     "git-lfs": (lambda: b"version https://git-lfs.github.com/spec/v1\noid", "git-lfs"),
     "web page": (lambda: b"<!DOCTYPE html><html></html>", "web site"),

@@ -14,11 +14,12 @@ from files import hostile
 from files.raw import assert_same_bits, entry, file_of, random_bytes
 from safetensors.torch import load_file, save_file
 
+from lowbits.core.source import Extent
 from lowbits.errors import FormatError
 from lowbits.files.pickles import open_pickle
 from lowbits.files.safetensors import DTYPES, read_safetensors
 from lowbits.files.sharded import open_tensors
-from lowbits.files.weights import plain_weights
+from lowbits.files.weights import plain_weights, read_into
 
 
 def save(path: Path, **names: int) -> None:
@@ -108,6 +109,13 @@ def test_a_file_that_was_changed_since_it_was_opened(how: str, tmp_path: Path) -
     message = {"a pipe": "not a regular file", "gone": "No such file"}
     with pytest.raises((FormatError, FileNotFoundError), match=message.get(how, "changed or rep")):
         stored.read()
+
+
+def test_a_part_of_a_file_that_is_not_there(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    path.write_bytes(b"12345")
+    with pytest.raises(FormatError, match="w: the file ends after 2 of 4 bytes of it .at byte 3"):
+        read_into(torch.empty(4, dtype=torch.uint8), Extent(path, 3, 4), "w")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no pipes in folders")

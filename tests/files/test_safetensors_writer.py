@@ -269,12 +269,19 @@ def test_what_others_left_stays(content: str, tmp_path: Path) -> None:
 
 
 @posix
-def test_a_link_is_written_through(tmp_path: Path) -> None:
-    link = tmp_path / "a.safetensors"
-    link.symlink_to("blob")
-    write_safetensors(link, entries({"a": torch.ones(1)}))
-    assert link.is_symlink()
-    assert_same_bits(read(link), {"a": torch.ones(1)})
+def test_links_are_written_through(tmp_path: Path) -> None:
+    (tmp_path / "blobs").mkdir()
+    path = tmp_path / "m.safetensors"
+    for limit in (4, 100):
+        links = [*(f"m-0000{n}-of-00002.safetensors" for n in (1, 2)), f"{path.name}.index.json"]
+        for name in links if limit == 4 else ["m.safetensors"]:
+            (tmp_path / name).symlink_to(f"blobs/{name}")
+        for value in (1.0, 2.0):
+            tensors = {name: torch.full((1,), value) for name in "ab"}
+            written = write_safetensors(path, entries(tensors), max_shard_bytes=limit)
+            assert all(file.is_symlink() for file in written)
+            assert_same_bits(read(tmp_path), tensors)
+    assert names(tmp_path) == ["blobs", "m.safetensors"]
 
 
 def write_too_much(path: Path, limit: int) -> None:

@@ -77,10 +77,11 @@ class AtomicFiles:
 
         It comes back where none of them could take its own, and is gone for good else.
         """
-        if path.exists():
-            aside = _temporary(path)
-            path.replace(aside)
-            self._hidden = (aside, path)
+        target = Path(os.path.realpath(path))
+        if target.exists():
+            aside = _temporary(target)
+            target.replace(aside)
+            self._hidden = (aside, target)
 
     def _take_places(self) -> None:
         while self._waiting:

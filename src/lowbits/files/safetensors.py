@@ -64,7 +64,7 @@ _PICKLE: Final = (
 #: What files begin with that are taken for safetensors, and are none.
 _STRANGERS: Final = {
     b"PK\x03\x04": f"a zip archive of a pickle, {_PICKLE}",
-    b"\x80\x02": f"a pickle, {_PICKLE}",
+    **{bytes((0x80, protocol)): f"a pickle, {_PICKLE}" for protocol in range(2, 6)},
     b"GGUF": "a GGUF file",
     b"version ": "a pointer of git-lfs: the file itself was not downloaded",
     b"<": "a page of a web site: it was not downloaded as a file",
