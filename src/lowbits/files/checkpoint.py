@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, final
 
 from lowbits.errors import ConfigError
-from lowbits.files.forms import recognise
+from lowbits.files.forms.recognise import recognise
 from lowbits.files.gguf import read_gguf
 from lowbits.files.manifest import MANIFEST
 from lowbits.files.own import OWN_FILE, manifest_of, own_weights

@@ -246,6 +246,7 @@ class _Loader:
         tensor = self._reader.decoded(value).reshape(target.tensor.shape).to(target.device, dtype)
         if isinstance(target.tensor, nn.Parameter):
             tensor = nn.Parameter(tensor, requires_grad=target.tensor.requires_grad)
+        reason = reason or _why_plain(target.kind, weight)
         return _Loaded(target, tensor, self._report(target, NATIVE, tensor.nbytes, "-", reason))
 
     def _dtype(self, target: _Target, weight: Weight) -> torch.dtype:
@@ -305,6 +306,15 @@ class _Loader:
             source=source,
             reason=reason,
         )
+
+
+def _why_plain(kind: str, weight: Weight) -> str:
+    """Say why a weight is not packed, as other reports do."""
+    if kind in ("bias", "buffer", "vector"):
+        return kind
+    if "norm" in kind.lower():
+        return "norm"
+    return f"stored as {str(weight.dtype).removeprefix('torch.')}"
 
 
 def _put_plain(item: _Loaded) -> list[tuple[_Holder, Tensor | None]]:
