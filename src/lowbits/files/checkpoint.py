@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, final
@@ -12,7 +13,7 @@ from lowbits.files.gguf import read_gguf
 from lowbits.files.manifest import MANIFEST
 from lowbits.files.own import OWN_FILE, manifest_of, own_weights
 from lowbits.files.pickles import open_pickle
-from lowbits.files.sharded import INDEX_SUFFIX, SUFFIX, Tensors, open_tensors, read_index
+from lowbits.files.sharded import INDEX_SUFFIX, Tensors, open_tensors
 from lowbits.files.weights import open_file
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ OWN: Final = "lowbits"
 PICKLE: Final = "pickle"
 
 _CONFIG: Final = "config.json"
+_CONFIG_BYTES: Final = 1 << 24
 #: How files begin: GGUF's magic in both byte orders, zip archives and pickles of torch.
 _MAGIC: Final = {b"GGUF": GGUF, b"FUGG": GGUF, b"PK\x03\x04": PICKLE, b"\x80\x02": PICKLE}
 
@@ -124,10 +126,13 @@ def _safetensors(path: Path, options: OpenOptions) -> Checkpoint:
 
 def _config_of(opened: Tensors) -> Mapping[str, Any] | None:
     """Return what the model's config says, if one lies beside the files."""
-    config = opened.files[0].parent / _CONFIG
-    return read_index(config) if config.is_file() else None
-
-
-def is_checkpoint(path: Path) -> bool:
-    """Say whether a file's name is that of a checkpoint; its bytes are not looked at."""
-    return path.suffix in (SUFFIX, ".gguf") or path.name.endswith(INDEX_SUFFIX)
+    path = opened.files[0].parent / _CONFIG
+    if not path.is_file():
+        return None
+    with open_file(path) as file:
+        text = file.read(_CONFIG_BYTES)
+    try:
+        config = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"it is no JSON: {error}", path) from error
+    return config if isinstance(config, dict) else None
