@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, final
 
-from lowbits.errors import ConfigError
+from lowbits.errors import ConfigError, FormatError
 from lowbits.files.forms.recognise import recognise
 from lowbits.files.gguf import read_gguf
 from lowbits.files.manifest import MANIFEST

@@ -91,7 +91,8 @@ def skeleton(folder: Path, library: str, class_name: str) -> nn.Module:
             model = model_class.from_config(model_class.load_config(folder))
         else:
             model = model_class(model_class.config_class.from_pretrained(folder))
-            model.tie_weights()
+    if library == "transformers":
+        model.tie_weights()  # the empty Parameters that took their places are not
     empty: nn.Module = model.eval()
     return empty
 
