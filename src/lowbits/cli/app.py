@@ -11,7 +11,7 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 import lowbits
-from lowbits.cli import options, tables
+from lowbits.cli import files, options, tables
 from lowbits.cli.bars import Bars
 from lowbits.cli.loading import Recipe, load_loras, load_pipeline, pick_device, quiet, read_recipe
 from lowbits.errors import ConfigError, LowbitsError
@@ -217,6 +217,10 @@ def compare(  # noqa: PLR0913 - a parameter is an option
         shown.print(line, soft_wrap=True)
     for path in write_outputs(found, model.resolve().name, out, blind=blind):
         typer.echo(f"wrote {path}")
+
+
+app.command()(files.convert)
+app.command()(files.inspect)
 
 
 def _require(*schemes: str) -> None:

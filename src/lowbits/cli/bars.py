@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, final
 
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -17,13 +25,18 @@ class Bars:
     """Shows a bar for each phase of the work while its block runs, one at a time.
 
     Nothing is shown where the console is no terminal, and nothing stays when the block ends.
+
+    Args:
+        console: to draw on.
+        in_bytes: whether amounts are bytes, shown with the time that is left.
     """
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, *, in_bytes: bool = False) -> None:
+        amounts = (DownloadColumn(), TimeRemainingColumn()) if in_bytes else (TaskProgressColumn(),)
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
-            TaskProgressColumn(),
+            *amounts,
             TimeElapsedColumn(),
             console=console,
             transient=True,
