@@ -1,7 +1,7 @@
 """What a diffusers pipeline is made of, and which of it is worth packing.
 
-The only file that knows diffusers. It never imports it: an object can only be a pipeline where
-somebody else did.
+The only file that knows diffusers' pipelines (`keymaps` knows its converters). It never imports it:
+an object can only be a pipeline where somebody else did.
 """
 
 from __future__ import annotations
