@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, final
 from torch import nn
 
 from lowbits._target import default_device
+from lowbits.core.names import dotted
 from lowbits.core.registry import DEFAULT
 from lowbits.core.report import LayerReport, Report
 from lowbits.core.requantize import twice_text
@@ -30,7 +31,7 @@ from lowbits.files.sharded import SUFFIX
 from lowbits.files.skeleton import skeleton_of
 from lowbits.integrations.architectures import recognized
 from lowbits.integrations.configs import request_of
-from lowbits.integrations.keymaps import classes_of, linear_names, to_reference
+from lowbits.integrations.keymaps import classes_of, to_reference
 from lowbits.integrations.models import (
     CONFIG,
     INDEX,
@@ -229,7 +230,9 @@ def save_gguf(
     linear = None
     if isinstance(model, nn.Module):
         weights, _ = weights_of(model)
-        linear = linear_names(model)
+        linear = {
+            dotted(fqn, "weight") for fqn, m in model.named_modules() if isinstance(m, nn.Linear)
+        }
         if names == "reference":
             key_map = to_reference(model)
             linear = {name for name, rows in key_map.items() if rows[0].source in linear}

@@ -26,7 +26,8 @@ from transformers import (
 )
 
 from lowbits.errors import FormatError
-from lowbits.integrations.keymaps import KeyMap, Segment, map_for
+from lowbits.files.rows import KeyMap, Segment
+from lowbits.integrations.keymaps import map_for
 from lowbits.integrations.module_tensors import tensors_of
 
 if TYPE_CHECKING:

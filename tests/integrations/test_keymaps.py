@@ -14,9 +14,8 @@ from torch import nn
 
 import lowbits
 from lowbits.errors import ConfigError, FormatError
+from lowbits.files.rows import KeyMap, Segment
 from lowbits.integrations.keymaps import (
-    KeyMap,
-    Segment,
     _converter_of,
     map_for,
     to_diffusers,

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from lowbits.errors import FormatError
-from lowbits.integrations.row_tracing import Segment, Trace, backward, forward, trace
+from lowbits.files.rows import Segment
+from lowbits.integrations.row_tracing import Trace, backward, forward, trace
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -10,7 +10,7 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Final, final
+from typing import TYPE_CHECKING, Final, TypeAlias, final
 
 import torch
 from torch import Tensor
@@ -29,20 +29,33 @@ _KEPT: Final = 4
 @final
 @dataclass(frozen=True)
 class Segment:
-    """Rows ``start`` to ``stop`` of dim 0 of a tensor; a scalar is one row."""
+    """Rows of a tensor of another naming: ``tensor[start:stop:step]`` of dim 0.
+
+    Attributes:
+        source: name of that tensor; one without dims is one row.
+        start: first row.
+        stop: row behind the last one.
+        step: 1, but for rows that alternate (llama.cpp's heads).
+    """
 
     source: str
     start: int
     stop: int
+    step: int = 1
 
     @property
     def rows(self) -> int:
         """How many they are."""
-        return self.stop - self.start
+        return len(range(self.start, self.stop, self.step))
+
+    def take(self, tensor: Tensor) -> Tensor:
+        """Return these rows of a tensor, a view."""
+        rows = tensor if tensor.dim() else tensor.reshape(1)
+        return rows[self.start : self.stop : self.step]
 
 
 #: What each tensor is made of: the rows of others, one after the other.
-KeyMap = Mapping[str, Sequence[Segment]]
+KeyMap: TypeAlias = Mapping[str, Sequence[Segment]]
 
 
 @final
@@ -73,14 +86,14 @@ class RowReader:
         weight = self._weights[segment.source]
         whole = self._whole(weight)
         rows = weight.shape[0] if weight.shape else 1
-        if (segment.start, segment.stop) == (0, rows):
+        if (segment.start, segment.stop, segment.step) == (0, rows, 1):
             return whole
         if not isinstance(whole, Packed):
-            return whole[segment.start : segment.stop].clone()
+            return segment.take(whole).clone()
         if not whole.row_sliceable:
             whole = self._sliceable(weight, whole)
-        part = whole.rows((segment.start, segment.stop))
-        return replace(part, tensors={name: t.clone() for name, t in part.tensors.items()})
+        # Gathered: a copy, which does not keep the other rows.
+        return whole.rows(torch.arange(segment.start, segment.stop, segment.step))
 
     def _whole(self, weight: Weight) -> Tensor | Packed:
         if weight.name not in self._kept:

@@ -10,7 +10,8 @@ import re
 from typing import TYPE_CHECKING, Any, Final
 
 from lowbits.errors import FormatError
-from lowbits.integrations.row_tracing import Segment, rows_in
+from lowbits.files.rows import Segment
+from lowbits.integrations.row_tracing import rows_in
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

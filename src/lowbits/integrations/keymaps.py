@@ -10,17 +10,16 @@ diffusers is imported while a map of one of its models is made, never before.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Final, TypeAlias
+from typing import TYPE_CHECKING, Any, Final
 
 from lowbits.errors import ConfigError, FormatError
+from lowbits.files.rows import KeyMap, Segment
 from lowbits.integrations.architectures import prefixes_of, recognized
 from lowbits.integrations.encoder_names import llama_cpp_map
 from lowbits.integrations.module_tensors import tensors_of
 from lowbits.integrations.reference_names import reference_namer
 from lowbits.integrations.row_tracing import (
-    Segment,
     Trace,
     backward,
     forward,
@@ -30,7 +29,7 @@ from lowbits.integrations.row_tracing import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Mapping
 
     from torch import Tensor, nn
 
@@ -39,11 +38,6 @@ if TYPE_CHECKING:
     from lowbits.integrations.row_tracing import Shape, Shapes
 
     _Converter = Callable[..., Mapping[str, Any]]
-
-__all__ = ["KeyMap", "Segment", "map_for", "to_diffusers", "to_reference"]
-
-#: A tensor of one naming is these rows, joined along dim 0, of tensors of the other.
-KeyMap: TypeAlias = Mapping[str, tuple[Segment, ...]]
 
 #: What a converter wants in front of all names; others want nothing there.
 _PREFIXES: Final[Mapping[str, str]] = {
@@ -134,6 +128,11 @@ def map_for(module: nn.Module, shapes: Shapes, arch: str | None = None) -> KeyMa
         name: tuple(replace(segment, source=prefix + segment.source) for segment in segments)
         for name, segments in keymap.items()
     }
+
+
+def classes_of(architecture: str) -> tuple[str, ...]:
+    """Return diffusers' classes of models of an architecture."""
+    return tuple(name for name, known in _ARCHITECTURES.items() if architecture in known)
 
 
 def to_diffusers(shapes: Shapes, module: nn.Module) -> KeyMap:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias, final
 import torch
 
 from lowbits.errors import FormatError
+from lowbits.files.rows import Segment
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -33,29 +34,6 @@ _ROWS: Final = 12
 
 #: What a converter raises on tensors that it was not made for.
 _REFUSALS: Final = (LookupError, ValueError, TypeError, AttributeError, RuntimeError)
-
-
-@final
-@dataclass(frozen=True)
-class Segment:
-    """Rows of a tensor of the other naming: ``tensor[start:stop:step]`` of dim 0.
-
-    Attributes:
-        source: name of that tensor.
-        start: first row.
-        stop: row behind the last one.
-        step: 1, but for rows that alternate (llama.cpp's heads).
-    """
-
-    source: str
-    start: int
-    stop: int
-    step: int = 1
-
-    def take(self, tensor: Tensor) -> Tensor:
-        """Return these rows of a tensor, a view; a tensor without dims is one row."""
-        rows = tensor if tensor.dim() else tensor.reshape(1)
-        return rows[self.start : self.stop : self.step]
 
 
 @final
