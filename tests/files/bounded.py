@@ -18,8 +18,10 @@ if TYPE_CHECKING:
 
 MEMORY_BYTES = 256 << 20
 CPU_S = 2
+#: Times as long, where a tracer looks at every line: coverage.
+TRACED = 10
 #: A machine may be busy: only what waits for nothing may be taken for a hang.
-WALL_S = 20
+WALL_S = 60
 
 needs_fork = pytest.mark.skipif(
     sys.platform != "linux", reason="needs fork and /proc, which are Linux's"
@@ -58,7 +60,7 @@ def _run(function: Callable[[], Any], pipe: int) -> NoReturn:
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
         for alarm in (signal.SIGALRM, signal.SIGPROF):
             signal.signal(alarm, signal.SIG_DFL)
-        signal.setitimer(signal.ITIMER_PROF, CPU_S)
+        signal.setitimer(signal.ITIMER_PROF, CPU_S * (TRACED if sys.gettrace() else 1))
         signal.alarm(WALL_S)
         try:
             result = function()

@@ -55,6 +55,8 @@ _HALVES: Final[dict[str, tuple[int, ...] | None]] = {
 }  # fmt: skip
 #: Other integers of several bytes: what ggml copies into one, or declares as one.
 _WORDS: Final = {"Q5_0": ((2, 4),), "Q5_1": ((4, 4),), "IQ4_XS": ((2, 2),)}
+#: Exponents of MXFP4 up to here keep the largest code, 12 times a power of two, within float32.
+_MXFP4_FINITE: Final = 252
 #: Their indices are declared as bytes or 16-bit words, and read as 32-bit ones.
 _UNKNOWN_ORDER: Final = ("IQ3_S", "IQ3_XXS", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S")
 
@@ -149,6 +151,8 @@ def _is_finite(blocks: Tensor, kind: StoredType) -> bool:
     if kind.halves is not None:
         halves = [blocks.view(torch.float16)[:, offset // 2] for offset in kind.halves]
         return all(_are_numbers(values) for values in halves)
+    if kind.name == "MXFP4" and int(blocks[:, 0].amax()) <= _MXFP4_FINITE:
+        return True
     values = torch.empty(blocks.shape[0], kind.weights, dtype=torch.float32, device="cpu")
     TYPES[kind.name].decode(blocks, values)
     return _are_numbers(values)
