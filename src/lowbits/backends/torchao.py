@@ -126,7 +126,9 @@ class TorchaoBackend(QuantBackend):
 
     def _write(self, packed: Packed, out: Tensor) -> None:
         qdata, scale = packed["qdata"], packed["scale"]
-        if packed.scheme in _INT8:
+        if packed.scheme in _INT8 and scale.shape[1] > 1:
+            scale_groups(out.copy_(qdata), scale)
+        elif packed.scheme in _INT8:
             write_int8(qdata, scale, out)
         elif packed.scheme in _FLOAT8:
             write_float8(qdata, scale, out, torch.float8_e4m3fn)
@@ -139,6 +141,8 @@ class TorchaoBackend(QuantBackend):
         if x.numel() == 0 or packed.scheme == _INT4:
             return None
         qdata, scale = packed["qdata"], packed["scale"]
+        if scale.shape[1] > 1:
+            return None  # of groups: torchao stored it, here there is one for each row
         if packed.scheme.endswith("-dynamic") and _has_product(x, packed):
             return dynamic_linear(x, qdata, scale, bias)
         codes = qdata if packed.scheme in _INT8 else qdata.view(torch.float8_e4m3fn)
@@ -167,7 +171,8 @@ def stored(
     Float8 e5m2 becomes a weight of the ``float8`` backend.
 
     Args:
-        kind: torchao's class: ``"Int8Tensor"``, ``"Float8Tensor"``, ``"Int4Tensor"``.
+        kind: torchao's class: ``"Int8Tensor"``, ``"Float8Tensor"``, ``"Int4Tensor"``, or
+            ``"IntxUnpackedToInt8Tensor"``, whose codes of fewer bits are in 8.
         shape: of the weight.
         parts: its tensors by name, out of `PARTS`.
         is_dynamic: whether activations are quantized too, each row by itself, as in the schemes
@@ -183,9 +188,9 @@ def stored(
     if "act_pre_scale" in parts:
         raise FormatError(f"this {kind} is for inputs that are scaled before (AWQ, SmoothQuant)")
     scheme = stored_scheme(kind, parts["qdata"].dtype, shape[1], is_dynamic=is_dynamic)
-    readers = {"Int8Tensor": _int8, "Float8Tensor": _float8, "Int4Tensor": _int4}
+    readers = {"Float8Tensor": _float8, "Int4Tensor": _int4}
     grid = (shape[0], shape[1])
-    return Packed(scheme, grid, readers[kind](grid, parts))
+    return Packed(scheme, grid, readers.get(kind, _int8)(grid, parts))
 
 
 def stored_scheme(kind: str, dtype: torch.dtype, row_length: int, *, is_dynamic: bool) -> str:
@@ -202,6 +207,7 @@ def stored_scheme(kind: str, dtype: torch.dtype, row_length: int, *, is_dynamic:
     """
     schemes = {
         ("Int8Tensor", torch.int8): "torchao-int8",
+        ("IntxUnpackedToInt8Tensor", torch.int8): "torchao-int8",
         ("Float8Tensor", torch.float8_e4m3fn): "torchao-float8",
         ("Float8Tensor", torch.float8_e5m2): "float8-e5m2",
         ("Int4Tensor", torch.int8): _INT4,
@@ -210,8 +216,8 @@ def stored_scheme(kind: str, dtype: torch.dtype, row_length: int, *, is_dynamic:
     name = schemes.get((kind, dtype))
     if name is None:
         raise FormatError(
-            f"torchao's {kind} of {dtype} is of no scheme; of one are Int8Tensor, Float8Tensor "
-            "and Int4Tensor"
+            f"torchao's {kind} of {dtype} is of no scheme; of one are "
+            f"{', '.join(dict.fromkeys(known for known, _ in schemes))}"
         )
     dynamic = next((s for s in _SCHEMES if s.name == f"{name}-dynamic"), None)
     if is_dynamic and dynamic and dynamic.refusal(LINEAR, row_length) is None:
@@ -225,7 +231,11 @@ def _int8(shape: tuple[int, int], parts: Mapping[str, Tensor]) -> dict[str, Tens
         raise FormatError(f"int8 codes of {shape} have shape {tuple(qdata.shape)}")
     if zero_point is not None and zero_point.any():
         raise FormatError("its zero point is not 0 (asymmetric int8)")
-    return {"qdata": qdata.contiguous(), "scale": scale_by_row(parts["scale"], shape[0])}
+    scale = parts["scale"]
+    is_grouped = scale.dim() == 2 and scale.shape[0] == shape[0] and scale.shape[1] > 1
+    if is_grouped and shape[1] % scale.shape[1] == 0:
+        return {"qdata": qdata.contiguous(), "scale": scale.float().contiguous()}
+    return {"qdata": qdata.contiguous(), "scale": scale_by_row(scale, shape[0])}
 
 
 def _float8(shape: tuple[int, int], parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
