@@ -14,7 +14,8 @@ from lowbits.errors import AlreadyPatchedError, ConfigError, FormatError
 from lowbits.files.checkpoint import OpenOptions, open_checkpoint
 from lowbits.files.load import LoadOptions, install, stage
 from lowbits.files.own import OWN_FILE, versions, weights_of
-from lowbits.files.own_writer import SHARD_BYTES, WriteOptions, write_own
+from lowbits.files.own_writer import WriteOptions, write_own
+from lowbits.files.safetensors_writer import SHARD_BYTES
 from lowbits.files.sharded import INDEX_SUFFIX, SUFFIX
 from lowbits.integrations.diffusers import forget_quantizer, is_pipeline, kept_in_fp32
 from lowbits.integrations.keymaps import map_for

@@ -11,22 +11,27 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Final, final
 
-import torch
-
 from lowbits.core.packed import LAYOUT_VERSION
 from lowbits.errors import FormatError
+from lowbits.files.safetensors import DTYPES, parse_json
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from pathlib import Path
+
+    import torch
 
     from lowbits.core.backend import Packed
     from lowbits.files.weights import Weight
 
 #: Key of the metadata that it stands under.
 MANIFEST: Final = "lowbits"
-#: Key of the BLAKE2b digest, of 16 bytes, of everything behind a file's header.
-CHECKSUM: Final = "lowbits_blake2b"
 VERSION: Final = 1
+
+#: By their names in torch; a name in a file must not reach any other attribute of it.
+_DTYPES: Final = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
+
+_MAX_DIMENSIONS: Final = 64
 
 
 @final
@@ -38,7 +43,7 @@ class PackedEntry:
         scheme: name of the scheme.
         shape: of the weight as its module sees it.
         rows: the weight as ``(rows, row_length)``.
-        dtype: of the weight before it was packed.
+        dtype: of the weight before it was packed; None: not known.
         fields: dtype of the values of each stored tensor, by the field's name.
         row_sliceable: whether dim 0 of each is dim 0 of the weight.
         compute_dtype: that the caller asked for; None: what is fast on the device.
@@ -47,7 +52,7 @@ class PackedEntry:
     scheme: str
     shape: tuple[int, ...]
     rows: tuple[int, int]
-    dtype: torch.dtype
+    dtype: torch.dtype | None
     fields: Mapping[str, torch.dtype]
     row_sliceable: bool
     compute_dtype: torch.dtype | None = None
@@ -55,7 +60,6 @@ class PackedEntry:
     @classmethod
     def of(cls, weight: Weight, packed: Packed) -> PackedEntry:
         """Describe a packed weight."""
-        assert weight.dtype
         fields = {name: tensor.dtype for name, tensor in packed.tensors.items()}
         return cls(
             packed.scheme, tuple(weight.shape), packed.shape, weight.dtype, fields,
@@ -96,7 +100,7 @@ def field_name(weight: str, field: str) -> str:
     return f"{weight}_{field}"
 
 
-def read_manifest(metadata: Mapping[str, str], path: object) -> Manifest | None:
+def read_manifest(metadata: Mapping[str, str], path: Path) -> Manifest | None:
     """Return what a file's metadata says; None where lowbits did not write the file.
 
     Raises:
@@ -104,11 +108,8 @@ def read_manifest(metadata: Mapping[str, str], path: object) -> Manifest | None:
     """
     if MANIFEST not in metadata:
         return None
-    try:
-        data = json.loads(metadata[MANIFEST])
-        versions = data["version"], data["layout"]
-    except (ValueError, LookupError, TypeError, RecursionError) as error:
-        raise FormatError(f"its manifest cannot be read: {error!r}", path) from error
+    data = parse_json(metadata[MANIFEST].encode(), path)
+    versions = data.get("version"), data.get("layout")
     if versions != (VERSION, LAYOUT_VERSION):
         raise FormatError(
             f"its manifest is of version {versions[0]}, layout {versions[1]}; this lowbits reads "
@@ -128,42 +129,35 @@ def _texts(data: Any) -> dict[str, str]:
 
 
 def _to_json(entry: PackedEntry) -> dict[str, Any]:
-    data = asdict(entry)
-    data |= {"dtype": _dtype_name(entry.dtype)}
-    data |= {"fields": {name: _dtype_name(dtype) for name, dtype in entry.fields.items()}}
-    if entry.compute_dtype is not None:
-        data["compute_dtype"] = _dtype_name(entry.compute_dtype)
-    return data
+    fields = {name: _dtype_name(dtype) for name, dtype in entry.fields.items()}
+    dtypes = {"dtype": _dtype_name(entry.dtype), "compute_dtype": _dtype_name(entry.compute_dtype)}
+    return {**asdict(entry), **dtypes, "fields": fields}
 
 
 def _from_json(data: Any) -> PackedEntry:
-    shape, rows = tuple(map(_count, data["shape"])), tuple(map(_count, data["rows"]))
+    shape, rows = _shape(data["shape"]), _shape(data["rows"])
     if len(rows) != 2 or math.prod(shape) != math.prod(rows):
         raise ValueError(f"rows {rows} do not make shape {shape}")
-    compute_dtype = data["compute_dtype"]
+    dtype, compute_dtype = data["dtype"], data["compute_dtype"]
     return PackedEntry(
         scheme=str(data["scheme"]),
         shape=shape,
         rows=(rows[0], rows[1]),
-        dtype=_dtype(data["dtype"]),
-        fields={str(name): _dtype(dtype) for name, dtype in data["fields"].items()},
+        dtype=None if dtype is None else _DTYPES[dtype],
+        fields={str(name): _DTYPES[dtype] for name, dtype in data["fields"].items()},
         row_sliceable=bool(data["row_sliceable"]),
-        compute_dtype=None if compute_dtype is None else _dtype(compute_dtype),
+        compute_dtype=None if compute_dtype is None else _DTYPES[compute_dtype],
     )
 
 
-def _count(value: Any) -> int:
-    if type(value) is not int or not 0 < value < 1 << 63:
-        raise ValueError(f"{value!r} is no dimension")
-    return value
+def _shape(sizes: Any) -> tuple[int, ...]:
+    # `type`: a bool is an int.
+    if not all(type(size) is int and 0 < size < 1 << 63 for size in sizes):
+        raise ValueError(f"{sizes!r} is no shape of a packed weight")
+    if len(sizes) > _MAX_DIMENSIONS:
+        raise ValueError(f"a shape of {len(sizes)} dimensions")
+    return tuple(sizes)
 
 
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _dtype(name: Any) -> torch.dtype:
-    dtype = getattr(torch, name, None)
-    if not isinstance(dtype, torch.dtype):
-        raise ValueError(f"{name!r} is no dtype")  # noqa: TRY004 - of a file, not of a caller
-    return dtype
+def _dtype_name(dtype: torch.dtype | None) -> str | None:
+    return None if dtype is None else str(dtype).removeprefix("torch.")

@@ -22,8 +22,9 @@ from lowbits.core.packed import (
 )
 from lowbits.core.select import adapter_fqns
 from lowbits.errors import FormatError, PatchError, UnknownSchemeError
-from lowbits.files.manifest import CHECKSUM, Manifest, field_name, read_manifest
+from lowbits.files.manifest import Manifest, field_name, read_manifest
 from lowbits.files.safetensors import read_safetensors
+from lowbits.files.safetensors_writer import CHECKSUM
 from lowbits.files.weights import Weight, open_file
 
 if TYPE_CHECKING:

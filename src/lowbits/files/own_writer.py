@@ -1,49 +1,42 @@
-"""Writes lowbits' own files: a weight at a time, whose stored form is known once it is made.
-
-The header of a safetensors file stands in front of tensors that are not there yet when it is begun.
-Room is left for it, as much as names and counts of tensors can need, and what it does not take is
-filled with spaces, which the format allows (https://huggingface.co/docs/safetensors, "Format").
-"""
+"""Writes lowbits' own files, a weight at a time: what `lowbits.files.own` reads."""
 
 from __future__ import annotations
 
-import hashlib
-import json
+from collections import defaultdict
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, BinaryIO, Final, final
+from functools import partial
+from typing import TYPE_CHECKING, Final, final
+
+import torch
 
 from lowbits.core.backend import Packed
-from lowbits.core.memory import bytes_of
 from lowbits.core.packed import storage_dtype
-from lowbits.errors import BackendError
-from lowbits.files.atomic import atomic_files
-from lowbits.files.manifest import CHECKSUM, Manifest, PackedEntry, field_name
-from lowbits.files.safetensors import DTYPES, METADATA
-from lowbits.files.safetensors_writer import index_json, remove_former, shard_names
-from lowbits.files.sharded import INDEX_SUFFIX, SUFFIX
-from lowbits.progress import CancelToken, ProgressCallback, ProgressEvent
+from lowbits.files.manifest import Manifest, PackedEntry, field_name
+from lowbits.files.safetensors_writer import (
+    SHARD_BYTES,
+    Metadata,
+    TensorGroup,
+    header_bytes,
+    json_bytes,
+    write_safetensors,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from torch import Tensor
 
     from lowbits.files.weights import Weight
+    from lowbits.progress import CancelToken, ProgressCallback
 
-#: Bytes of a file, above which it is split: what other libraries do.
-SHARD_BYTES: Final = 5_000_000_000
-
-_NAMES: Final = {dtype: name for name, dtype in DTYPES.items()}
-#: Tensors of a packed weight, at most, and what each of them takes in the header beside its name.
+#: Tensors of a packed weight that room is left for, and letters of their fields' names.
 _FIELDS: Final = 8
-_TENSOR_BYTES: Final = 160
-#: What the manifest says of a packed weight beside its name, at most.
-_ENTRY_BYTES: Final = 640
-#: Of the manifest itself.
-_MANIFEST_BYTES: Final = 1024
-#: Tensors of other sizes are written last, so that those behind them are aligned.
-_ALIGNMENT: Final = 8
+_FIELD_LETTERS: Final = 24
+
+#: No dtype's name is longer, and no dimension is larger.
+_WIDEST: Final = torch.float8_e4m3fnuz
+_LARGEST: Final = 2**63
 
 
 @final
@@ -55,6 +48,8 @@ class WriteOptions:
         versions: of the packages that made the weights, by their names.
         max_shard_bytes: of a file, unless it is one larger weight.
         stage: as progress calls it.
+        progress: called after each weight.
+        cancel: stops between two weights.
     """
 
     versions: Mapping[str, str]
@@ -66,7 +61,7 @@ class WriteOptions:
 
 def write_own(
     path: Path, weights: Mapping[str, Weight], ties: Mapping[str, str], options: WriteOptions
-) -> None:
+) -> tuple[Path, ...]:
     """Write weights to a safetensors file, or to shards with an index.
 
     Holds one weight at a time. What was at `path` stays until all is written, also where weights
@@ -78,120 +73,79 @@ def write_own(
         ties: the stored name of each other name.
         options: how.
 
+    Returns:
+        The file; or the index, then the shards.
+
     Raises:
+        BackendError: a weight is packed into too many tensors; nothing has changed.
+        ConfigError: a weight has a name or dtype that files do not have; nothing has changed.
         CancelledError: nothing has changed.
         OSError: the system refuses to write.
     """
-    shards = _split(path, weights, options.max_shard_bytes)
-    total, done = sum(weight.nbytes for weight in weights.values()), 0
-    listed: dict[Path, dict[str, int]] = {}
-    index = path.with_name(path.name.removesuffix(SUFFIX) + INDEX_SUFFIX)
-    with atomic_files() as files:
-        for file, shard in shards.items():
-            here = {alias: name for alias, name in ties.items() if name in shard}
-            with files.open(file) as opened:
-                writer = _Writer(opened, _header_bytes(shard, here))
-                for name, weight in shard.items():
-                    if options.cancel:
-                        options.cancel.raise_if_cancelled("saving")
-                    writer.add(name, weight)
-                    done += weight.nbytes
-                    if options.progress:
-                        options.progress(ProgressEvent(options.stage, name, done, total))
-                listed[file] = writer.finish(here, options.versions)
-        if len(shards) > 1:
-            with files.open(index) as opened:
-                opened.write(index_json(listed))
-            if any(file.exists() for file in shards):
-                files.hide(index)  # with its old index, a mixture of shards would look whole
-    remove_former(path, index, (index, *shards) if len(shards) > 1 else tuple(shards))
-
-
-def _split(
-    path: Path, weights: Mapping[str, Weight], max_shard_bytes: int
-) -> dict[Path, dict[str, Weight]]:
-    """Return the weights of each file; a packed weight's tensors stay together."""
-    shards: list[dict[str, Weight]] = [{}]
-    taken = 0
-    for name, weight in weights.items():
-        if shards[-1] and taken + weight.nbytes > max_shard_bytes:
-            shards.append({})
-            taken = 0
-        shards[-1][name] = weight
-        taken += weight.nbytes
-    return dict(zip(shard_names(path, len(shards)), shards, strict=True))
-
-
-def _header_bytes(weights: Mapping[str, Weight], ties: Mapping[str, str]) -> int:
-    """Return what the header of these may take at most."""
-    size = _MANIFEST_BYTES + sum(len(json.dumps(pair)) + 8 for pair in ties.items()) * 2
-    for name, weight in weights.items():
-        own = len(json.dumps(name)) * 2 + _TENSOR_BYTES
-        size += own if weight.scheme is None else own * _FIELDS + _ENTRY_BYTES
-    return -(-size // _ALIGNMENT) * _ALIGNMENT
+    contents = _Contents(ties, options.versions)
+    return write_safetensors(
+        path,
+        [contents.group(name, weight) for name, weight in weights.items()],
+        Metadata(_metadata_bytes(Manifest(versions=options.versions)), contents.metadata),
+        max_shard_bytes=options.max_shard_bytes,
+        progress=options.progress,
+        cancel=options.cancel,
+        stage=options.stage,
+    )
 
 
 @final
-class _Writer:
-    """Writes one file; its header comes last."""
+class _Contents:
+    """Keeps what each packed weight turned out to be, for its file's manifest."""
 
-    def __init__(self, file: BinaryIO, header_bytes: int) -> None:
-        self._file, self._header_bytes = file, header_bytes
-        file.write(header_bytes.to_bytes(8, "little") + b" " * header_bytes)
-        self._digest = hashlib.blake2b(digest_size=16)
-        self._offset = 0
-        self._header: dict[str, object] = {}
-        self._sizes: dict[str, int] = {}
+    def __init__(self, ties: Mapping[str, str], versions: Mapping[str, str]) -> None:
+        self._versions = versions
         self._packed: dict[str, PackedEntry] = {}
-        self._last: list[tuple[str, Tensor]] = []
+        self._ties: defaultdict[str, dict[str, str]] = defaultdict(dict)
+        for alias, name in ties.items():
+            self._ties[name][alias] = name
 
-    def add(self, name: str, weight: Weight) -> None:
-        """Read a weight, and write what it is stored as."""
+    def group(self, name: str, weight: Weight) -> TensorGroup:
+        """Return what a weight is stored as."""
+        size = _header_bytes(name, weight) + _metadata_bytes(self._manifest(name, weight))
+        return TensorGroup(name, weight.nbytes, size, partial(self._read, name, weight))
+
+    def metadata(self, names: Sequence[str]) -> dict[str, str]:
+        """Return the manifest of weights that were read."""
+        packed = {name: self._packed[name] for name in names if name in self._packed}
+        ties = {alias: name for name in names for alias in self._ties[name]}
+        return Manifest(packed, ties, self._versions).to_metadata()
+
+    def _manifest(self, name: str, weight: Weight) -> Manifest:
+        """Return the largest one that a weight's part of a manifest may be."""
+        packed = {} if weight.scheme is None else {name: _widest(weight, weight.scheme)}
+        return Manifest(packed, self._ties[name])
+
+    def _read(self, name: str, weight: Weight) -> dict[str, Tensor]:
         value = weight.read()
-        if isinstance(value, Packed):
-            self._packed[name] = PackedEntry.of(weight, value)
-        for key, tensor in _tensors(name, value):
-            if tensor.nbytes % _ALIGNMENT:
-                self._last.append((key, tensor))
-            else:
-                self._write(key, tensor)
-
-    def finish(self, ties: Mapping[str, str], versions: Mapping[str, str]) -> dict[str, int]:
-        """Write what is left, and the header; return the bytes of each tensor."""
-        for key, tensor in sorted(self._last, key=lambda item: -item[1].dtype.itemsize):
-            self._write(key, tensor)
-        metadata = Manifest(self._packed, ties, versions).to_metadata()
-        metadata[CHECKSUM] = self._digest.hexdigest()
-        header = {METADATA: metadata, **self._header}
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        if len(text) > self._header_bytes:
-            raise BackendError(
-                f"names of stored tensors take {len(text)} bytes, {self._header_bytes} were left: "
-                f"a backend stores a weight as more than {_FIELDS} tensors"
-            )
-        self._file.seek(8)
-        self._file.write(text)
-        self._file.seek(0, 2)
-        return self._sizes
-
-    def _write(self, key: str, tensor: Tensor) -> None:
-        data = bytes_of(tensor)
-        self._file.write(data)
-        self._digest.update(data)
-        stop = self._offset + tensor.nbytes
-        self._header[key] = {
-            "dtype": _NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [self._offset, stop],
+        if not isinstance(value, Packed):
+            return {name: value}
+        self._packed[name] = PackedEntry.of(weight, value)
+        return {
+            # Integers: no cast of floats changes them.
+            field_name(name, field): tensor.contiguous().view(storage_dtype(tensor.dtype))
+            for field, tensor in value.tensors.items()
         }
-        self._sizes[key] = tensor.nbytes
-        self._offset = stop
 
 
-def _tensors(name: str, value: Tensor | Packed) -> Iterator[tuple[str, Tensor]]:
-    """Yield what a weight is stored as: of a packed one, integers, which no cast changes."""
-    if not isinstance(value, Packed):
-        yield name, value.detach().cpu().contiguous()
-        return
-    for field, tensor in value.tensors.items():
-        yield field_name(name, field), tensor.contiguous().view(storage_dtype(tensor.dtype))
+def _widest(weight: Weight, scheme: str) -> PackedEntry:
+    fields = {f"{number:0{_FIELD_LETTERS}}": _WIDEST for number in range(_FIELDS)}
+    rows = (_LARGEST, _LARGEST)
+    return PackedEntry(
+        scheme, weight.shape, rows, _WIDEST, fields, row_sliceable=False, compute_dtype=_WIDEST
+    )
+
+
+def _header_bytes(name: str, weight: Weight) -> int:
+    if weight.scheme is None:
+        return header_bytes(name, dimensions=len(weight.shape))
+    return header_bytes(field_name(name, "-" * _FIELD_LETTERS), _FIELDS)
+
+
+def _metadata_bytes(manifest: Manifest) -> int:
+    return json_bytes(manifest.to_metadata())

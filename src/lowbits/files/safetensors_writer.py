@@ -1,22 +1,29 @@
-"""Safetensors files written tensor by tensor, in shards with an index where they are large.
+"""Safetensors files written a few tensors at a time, in shards with an index where they are large.
 
-Source: https://huggingface.co/docs/safetensors, "Format"; the index and its shards are named as in
-https://huggingface.co/docs/transformers/big_models.
+[Note: header last]
+The header of a file stands in front of its tensors, and is known only once all of them are made:
+the form of a packed weight, a checksum. Room is left for what it can take at most, the data is
+written behind it, then the header, and spaces where it takes less.
+
+Source: https://huggingface.co/docs/safetensors, "Format", which allows those spaces; the index and
+its shards are named as in https://huggingface.co/docs/transformers/big_models.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, Final, final
+from typing import TYPE_CHECKING, Any, BinaryIO, Final, NamedTuple, final
 
 import torch
 
 from lowbits.core.memory import bytes_of
-from lowbits.errors import ConfigError, FormatError
+from lowbits.errors import BackendError, ConfigError, FormatError
 from lowbits.files.atomic import atomic_files
 from lowbits.files.safetensors import DTYPES, MAX_HEADER_BYTES, METADATA
 from lowbits.files.sharded import INDEX_SUFFIX, SUFFIX, read_index
@@ -30,53 +37,107 @@ if TYPE_CHECKING:
     from lowbits.progress import CancelToken, ProgressCallback
 
 #: Above it, files are split: what huggingface's libraries do by default or did.
-MAX_SHARD_BYTES: Final = 5_000_000_000
+SHARD_BYTES: Final = 5_000_000_000
 
-_STAGE: Final = "save"
+#: Key of a file's metadata: the BLAKE2b digest, of 16 bytes, of everything behind the header.
+CHECKSUM: Final = "lowbits_blake2b"
 
 #: Stands in an index: shards that others wrote are not removed.
 _WRITER: Final = "lowbits"
 
 _NAMES: Final = {dtype: name for name, dtype in DTYPES.items()}
-_RANKS: Final = {dtype: rank for rank, dtype in enumerate(DTYPES.values())}
+
+#: Of the header and of tensors, so that each begins at a multiple of its dtype's size.
+_ALIGNMENT: Final = 8
+
+#: What any number of a header is smaller than.
+_LARGEST: Final = 2**64
 
 
 @final
 @dataclass(frozen=True)
-class TensorEntry:
-    """A tensor to be written.
+class TensorGroup:
+    """Tensors that are made together, and go into one file.
 
     Attributes:
-        name: in the file.
-        dtype: that `read` will give.
-        shape: that `read` will give.
-        read: gives the tensor, on any device; called once, when it is its turn.
+        name: of the group; of an ordinary tensor, its own.
+        nbytes: of all of them: files are split, and progress is told, by it.
+        header_bytes: what they take in the file's header at most; see `header_bytes`.
+        read: gives them by name, on any device; called once, when it is their turn.
     """
 
     name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    read: Callable[[], Tensor]
+    nbytes: int
+    header_bytes: int
+    read: Callable[[], Mapping[str, Tensor]]
 
-    @property
-    def nbytes(self) -> int:
-        """Its bytes in the file."""
-        return math.prod(self.shape) * self.dtype.itemsize
+
+@final
+@dataclass(frozen=True)
+class Metadata:
+    """Metadata that is known only once the tensors of a file are.
+
+    Attributes:
+        header_bytes: what it takes in the header at most, beside what groups count as theirs.
+        make: gives it for the names of a file's groups, all of which were read.
+    """
+
+    header_bytes: int
+    make: Callable[[Sequence[str]], Mapping[str, str]]
+
+
+def plain_group(
+    name: str, dtype: torch.dtype, shape: Sequence[int], read: Callable[[], Tensor]
+) -> TensorGroup:
+    """Return the group of one tensor, which `read` must give in this dtype and shape.
+
+    Raises:
+        ConfigError: the format has no such tensors.
+    """
+    shape = tuple(shape)
+    _require_storable(name, dtype, shape)
+    return TensorGroup(
+        name,
+        math.prod(shape) * dtype.itemsize,
+        header_bytes(name, dimensions=len(shape)),
+        partial(_read_plain, name, dtype, shape, read),
+    )
+
+
+def header_bytes(name: str, count: int = 1, dimensions: int = 8) -> int:
+    """Return what tensors take in a header at most.
+
+    Args:
+        name: the longest of their names.
+        count: how many there are at most.
+        dimensions: that each of them has at most.
+    """
+    entry = _entry(max(DTYPES, key=len), [_LARGEST] * dimensions, _LARGEST, _LARGEST)
+    return count * json_bytes({name: entry})
+
+
+def json_bytes(value: Any) -> int:
+    """Return what a JSON value takes in a header at most."""
+    # Escapes are longer than what they stand for: it is no less in UTF-8.
+    return len(json.dumps(value))
 
 
 def write_safetensors(
     path: str | Path,
-    entries: Iterable[TensorEntry],
-    metadata: Mapping[str, str] | None = None,
+    groups: Iterable[TensorGroup],
+    metadata: Mapping[str, str] | Metadata | None = None,
     *,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
+    max_shard_bytes: int = SHARD_BYTES,
     progress: ProgressCallback | None = None,
     cancel: CancelToken | None = None,
+    stage: str = "save",
 ) -> tuple[Path, ...]:
     """Write tensors to a safetensors file, or to shards and an index.
 
-    Holds one tensor at a time in memory: what `read` gives, and a copy where that is not contiguous
-    or on another device. A single file is byte for byte that of ``safetensors.torch.save_file``.
+    Holds one group at a time in memory: what `read` gives, and a copy of a tensor that is not
+    contiguous or on another device. Tensors whose bytes are no multiple of 8 are kept until their
+    file is full, and written last, so that each one is aligned; in models they are small.
+
     Whatever is raised, what was at `path` stays, also where the tensors are read from it. After
     success, what a former call left there under other names (shards and their index) is removed. A
     process that is killed while shards take their places leaves them without an index, which
@@ -85,36 +146,43 @@ def write_safetensors(
     Args:
         path: ends with ``.safetensors``. Shards are ``<name>-00001-of-00002.safetensors``, their
             index is ``<name>.safetensors.index.json``.
-        entries: the tensors; shards keep their order, each is sorted by dtype and name.
-        metadata: of each file.
-        max_shard_bytes: that a file's tensors take, unless it is one larger tensor.
-        progress: called after each tensor, with the bytes of the file.
-        cancel: stops between two tensors.
+        groups: in the order to read and to write them in.
+        metadata: of each file; a checksum, `CHECKSUM`, is added.
+        max_shard_bytes: that a file's tensors take, unless it is one larger group.
+        progress: called after each group.
+        cancel: stops between two groups.
+        stage: as progress calls it.
 
     Returns:
         The file; or the index, then the shards.
 
     Raises:
         ConfigError: a name, a dtype or the metadata cannot be written.
-        FormatError: `read` gave another dtype or shape than its entry says.
+        BackendError: a header takes more than its groups said.
+        FormatError: `read` gave another dtype or shape than `plain_group` was told.
         CancelledError: `cancel` was set.
         OSError: the system refuses to write.
     """
-    path, entries, metadata = Path(path), list(entries), dict(metadata or {})
-    _check(path, entries, metadata)
-    shards = _split(path, entries, max_shard_bytes)
-    headers = {file: _header(shard, metadata, file) for file, shard in shards.items()}
+    path, groups = Path(path), list(groups)
+    _check(path, groups)
+    if not isinstance(metadata, Metadata):
+        metadata = _constant(metadata or {})
+    shards = _split(path, groups, max_shard_bytes)
+    rooms = {file: _room(file, shard, metadata) for file, shard in shards.items()}
     index = path.with_name(path.name.removesuffix(SUFFIX) + INDEX_SUFFIX)
     former = _former_shards(index)
-    report = _Report(sum(entry.nbytes for entry in entries), progress, cancel)
+    report = _Report(stage, sum(group.nbytes for group in groups), progress, cancel)
+    taken: set[str] = set()
+    listed: dict[Path, dict[str, int]] = {}
     with atomic_files() as files:
         for file, shard in shards.items():
             with files.open(file) as opened:
-                opened.write(headers[file])
-                _write_tensors(opened, shard, file, report)
+                writer = _Writer(opened, rooms[file], taken)
+                _write_groups(writer, shard, report)
+                listed[file] = writer.finish(metadata.make([group.name for group in shard]))
         if len(shards) > 1:
             with files.open(index) as opened:
-                opened.write(_index(shards))
+                opened.write(_index(listed))
             if any(file.exists() for file in shards):
                 # Names are equal: with its old index, a mixture of shards would look whole.
                 files.hide(index)
@@ -129,54 +197,157 @@ class _Report:
     """Tells the caller how far it is."""
 
     def __init__(
-        self, total_bytes: int, progress: ProgressCallback | None, cancel: CancelToken | None
+        self,
+        stage: str,
+        total_bytes: int,
+        progress: ProgressCallback | None,
+        cancel: CancelToken | None,
     ) -> None:
-        self._done_bytes, self._total_bytes = 0, total_bytes
+        self._stage, self._done_bytes, self._total_bytes = stage, 0, total_bytes
         self._progress, self._cancel = progress, cancel
 
     def begin(self) -> None:
         if self._cancel:
-            self._cancel.raise_if_cancelled(_STAGE)
+            self._cancel.raise_if_cancelled(self._stage)
 
-    def done(self, entry: TensorEntry) -> None:
-        self._done_bytes += entry.nbytes
+    def done(self, group: TensorGroup) -> None:
+        self._done_bytes += group.nbytes
         if self._progress:
-            event = ProgressEvent(_STAGE, entry.name, self._done_bytes, self._total_bytes)
-            self._progress(event)
+            self._progress(
+                ProgressEvent(self._stage, group.name, self._done_bytes, self._total_bytes)
+            )
 
 
-def _check(path: Path, entries: Sequence[TensorEntry], metadata: Mapping[str, str]) -> None:
+class _Stored(NamedTuple):
+    """A tensor as it is written."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    data: bytes | memoryview
+
+
+@final
+class _Writer:
+    """Writes one file. See [Note: header last]."""
+
+    def __init__(self, file: BinaryIO, room: int, taken: set[str]) -> None:
+        self._file, self._room, self._taken = file, room, taken
+        self._digest = hashlib.blake2b(digest_size=16)
+        self._entries: dict[str, dict[str, Any]] = {}
+        self._sizes: dict[str, int] = {}
+        self._offset = 0
+        self._kept: list[_Stored] = []
+        file.seek(8 + room)
+
+    def add(self, tensors: Mapping[str, Tensor]) -> None:
+        """Write tensors, or keep those behind which others would not be aligned."""
+        for name, tensor in tensors.items():
+            _claim(name, self._taken)
+            shape = tuple(tensor.shape)
+            _require_storable(name, tensor.dtype, shape)
+            # Conjugated and negated views are only marked as such: their bytes are those before.
+            held = tensor.detach().resolve_conj().resolve_neg().to("cpu").contiguous()
+            data = bytes_of(held)
+            if len(data) % _ALIGNMENT:
+                self._kept.append(_Stored(name, held.dtype, shape, bytes(data)))
+            else:
+                self._write(_Stored(name, held.dtype, shape, data))
+
+    def finish(self, metadata: Mapping[str, str]) -> dict[str, int]:
+        """Write what was kept, and the header; return the bytes of each tensor."""
+        for stored in sorted(self._kept, key=lambda stored: -stored.dtype.itemsize):
+            self._write(stored)
+        metadata = {**metadata, CHECKSUM: self._digest.hexdigest()}
+        header = _encoded({METADATA: metadata, **self._entries})
+        if len(header) > self._room:
+            raise BackendError(
+                f"the header takes {len(header)} bytes, and its tensors were said to take "
+                f"{self._room} at most: a backend stores a weight as too many tensors"
+            )
+        self._file.seek(0)
+        self._file.write(self._room.to_bytes(8, "little") + header.ljust(self._room))
+        return self._sizes
+
+    def _write(self, stored: _Stored) -> None:
+        self._file.write(stored.data)
+        self._digest.update(stored.data)
+        size, shape = len(stored.data), list(stored.shape)
+        if stored.dtype == torch.float4_e2m1fn_x2:
+            # The format counts values, torch counts pairs.
+            shape[-1] *= 2
+        start, self._offset = self._offset, self._offset + size
+        self._entries[stored.name] = _entry(_NAMES[stored.dtype], shape, start, self._offset)
+        self._sizes[stored.name] = size
+
+
+def _entry(dtype: str, shape: list[int], start: int, stop: int) -> dict[str, Any]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": [start, stop]}
+
+
+def _encoded(value: Any) -> bytes:
+    try:
+        return json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"a name or the metadata is no Unicode text: {error}") from error
+
+
+def _check(path: Path, groups: Iterable[TensorGroup]) -> None:
     if path.suffix != SUFFIX:
         raise ConfigError(f"path: expected a name that ends with {SUFFIX}, got {path.name!r}")
-    names: set[str] = set()
-    for entry in entries:
-        if not entry.name or entry.name == METADATA or entry.name in names:
-            problem = "there twice" if entry.name in names else "not allowed"
-            raise ConfigError(f"entries: a tensor's name, {entry.name!r}, is {problem}")
-        is_scalar_pair = entry.dtype == torch.float4_e2m1fn_x2 and not entry.shape
-        if entry.dtype not in _NAMES or is_scalar_pair:
-            raise ConfigError(
-                f"{entry.name}: safetensors files have no {entry.dtype} {entry.shape}"
-            )
-        names.add(entry.name)
+    taken: set[str] = set()
+    for group in groups:
+        _claim(group.name, taken)
+    _encoded(list(taken))
+
+
+def _claim(name: str, taken: set[str]) -> None:
+    """Add a name to those that are taken."""
+    if not name or name == METADATA or name in taken:
+        problem = "there twice" if name in taken else "not allowed"
+        raise ConfigError(f"groups: a tensor's name, {name!r}, is {problem}")
+    taken.add(name)
+
+
+def _require_storable(name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    is_scalar_pair = dtype == torch.float4_e2m1fn_x2 and not shape
+    if dtype not in _NAMES or is_scalar_pair:
+        raise ConfigError(f"{name}: safetensors files have no {dtype} {shape}")
+
+
+def _read_plain(
+    name: str, dtype: torch.dtype, shape: tuple[int, ...], read: Callable[[], Tensor]
+) -> dict[str, Tensor]:
+    tensor = read()
+    if tensor.dtype != dtype or tuple(tensor.shape) != shape:
+        raise FormatError(
+            f"expected {dtype} of shape {shape}, got {tensor.dtype} of {tuple(tensor.shape)}",
+            tensor=name,
+        )
+    return {name: tensor}
+
+
+def _constant(metadata: Mapping[str, str]) -> Metadata:
+    """Return metadata that is the same for each file."""
+    metadata = dict(metadata)
     if not all(isinstance(text, str) for item in metadata.items() for text in item):
         raise ConfigError("metadata: expected strings by name")
+    _encoded(metadata)
+    return Metadata(json_bytes(metadata), lambda _: metadata)
 
 
 def _split(
-    path: Path, entries: Iterable[TensorEntry], max_shard_bytes: int
-) -> dict[Path, list[TensorEntry]]:
-    """Return what goes into each file, in the order in which it lies there."""
-    shards: list[list[TensorEntry]] = [[]]
+    path: Path, groups: Iterable[TensorGroup], max_shard_bytes: int
+) -> dict[Path, list[TensorGroup]]:
+    """Return what goes into each file, in the order in which it is read."""
+    shards: list[list[TensorGroup]] = [[]]
     taken = 0
-    for entry in entries:
-        if shards[-1] and taken + entry.nbytes > max_shard_bytes:
+    for group in groups:
+        if shards[-1] and taken + group.nbytes > max_shard_bytes:
             shards.append([])
             taken = 0
-        shards[-1].append(entry)
-        taken += entry.nbytes
-    for shard in shards:
-        shard.sort(key=lambda entry: (-_RANKS[entry.dtype], entry.name))
+        shards[-1].append(group)
+        taken += group.nbytes
     if len(shards) == 1:
         return {path: shards[0]}
     stem, count = path.name.removesuffix(SUFFIX), len(shards)
@@ -186,63 +357,32 @@ def _split(
     }
 
 
-def _header(entries: Iterable[TensorEntry], metadata: Mapping[str, str], path: Path) -> bytes:
-    header: dict[str, object] = {METADATA: metadata} if metadata else {}
-    start = 0
-    for entry in entries:
-        shape = list(entry.shape)
-        if entry.dtype == torch.float4_e2m1fn_x2:
-            # The format counts values, torch counts pairs.
-            shape[-1] *= 2
-        stop = start + entry.nbytes
-        header[entry.name] = {
-            "dtype": _NAMES[entry.dtype],
-            "shape": shape,
-            "data_offsets": [start, stop],
-        }
-        start = stop
-    try:
-        raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        raise ConfigError(f"a name or the metadata is no Unicode text: {error}") from error
-    raw += b" " * (-len(raw) % 8)
-    if len(raw) > MAX_HEADER_BYTES:
+def _room(path: Path, groups: Iterable[TensorGroup], metadata: Metadata) -> int:
+    """Return the bytes to leave for a header."""
+    frame = json_bytes({METADATA: {CHECKSUM: "0" * 32}})
+    room = frame + metadata.header_bytes + sum(group.header_bytes for group in groups)
+    room += -room % _ALIGNMENT
+    if room > MAX_HEADER_BYTES:
         raise ConfigError(
-            f"{path.name}: names and metadata take {len(raw)} bytes, where the format allows "
+            f"{path.name}: names and metadata may take {room} bytes, where the format allows "
             f"{MAX_HEADER_BYTES}"
         )
-    return len(raw).to_bytes(8, "little") + raw
+    return room
 
 
-def _index(shards: Mapping[Path, Sequence[TensorEntry]]) -> bytes:
-    total_size = sum(entry.nbytes for shard in shards.values() for entry in shard)
-    weight_map = {entry.name: file.name for file, shard in shards.items() for entry in shard}
+def _index(listed: Mapping[Path, Mapping[str, int]]) -> bytes:
+    total_size = sum(size for sizes in listed.values() for size in sizes.values())
+    weight_map = {name: file.name for file, sizes in listed.items() for name in sizes}
     index = {"metadata": {"total_size": total_size, "writer": _WRITER}, "weight_map": weight_map}
     return (json.dumps(index, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
 
 
-def _write_tensors(
-    file: BinaryIO, entries: Iterable[TensorEntry], path: Path, report: _Report
-) -> None:
-    for entry in entries:
+def _write_groups(writer: _Writer, groups: Iterable[TensorGroup], report: _Report) -> None:
+    for group in groups:
         report.begin()
-        # In a function of its own: the tensor is let go before the next one is read.
-        _write(file, entry, path)
-        report.done(entry)
-
-
-def _write(file: BinaryIO, entry: TensorEntry, path: Path) -> None:
-    tensor = entry.read().detach()
-    if tensor.dtype != entry.dtype or tuple(tensor.shape) != tuple(entry.shape):
-        raise FormatError(
-            f"expected {entry.dtype} of shape {tuple(entry.shape)}, got {tensor.dtype} of "
-            f"{tuple(tensor.shape)}",
-            path,
-            entry.name,
-        )
-    # Conjugated and negated views are only marked as such: their bytes are those before.
-    tensor = tensor.resolve_conj().resolve_neg().to("cpu").contiguous()
-    file.write(bytes_of(tensor))
+        # Not given a name here: the tensors are let go before the next ones are read.
+        writer.add(group.read())
+        report.done(group)
 
 
 def _former_shards(index: Path) -> list[Path]:
