@@ -21,7 +21,6 @@ from lowbits.errors import ConfigError, SourceUnavailableError
 from lowbits.files.checkpoint import OpenOptions, open_checkpoint
 from lowbits.files.convert import converted, stored_name, twice_quantized
 from lowbits.files.gguf_export import ExportOptions, export, planned
-from lowbits.files.gguf_rules import TARGETS
 from lowbits.files.inspection import Inspection, inspected
 from lowbits.files.own import OWN_FILE, versions, weights_of
 from lowbits.files.own_writer import WriteOptions, write_own
@@ -52,6 +51,10 @@ logger = logging.getLogger("lowbits.convert")
 
 _GGUF: Final = ".gguf"
 _PREFIX: Final = "gguf-"
+_UNKNOWN: Final = (
+    "the architecture is not known by its names: no layer is kept in high precision for its place, "
+    "and ComfyUI-GGUF does not load the file"
+)
 _NAMES: Final = ("reference", "diffusers")
 
 
@@ -183,10 +186,12 @@ def _convert_to_gguf(src: Path, dst: Path, how: _How) -> Report:
     opened = open_checkpoint(src, OpenOptions(DEFAULT))
     type_name = how.scheme.removeprefix(_PREFIX)
     arch = opened.architecture or _architecture(opened.weights)
+    target = "comfy" if arch else "sdcpp"  # which tells by names, and asks for no architecture
     options = ExportOptions(
-        type_name, arch, TARGETS[0], None, DEFAULT, default_device(), how.progress, how.cancel
+        type_name, arch, target, None, DEFAULT, default_device(), how.progress, how.cancel
     )
-    return _export(dst, opened.weights, options, how.on_requantize)
+    report = _export(dst, opened.weights, options, how.on_requantize)
+    return report if arch else report.noting((_UNKNOWN,))
 
 
 def save_gguf(
