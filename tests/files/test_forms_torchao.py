@@ -24,6 +24,7 @@ quantization = pytest.importorskip("torchao.quantization", reason="needs torchao
 flat = pytest.importorskip("torchao.prototype.safetensors.safetensors_support")
 
 PER_16 = quantization.PerGroup(16)
+INT4 = getattr(torch, "int4")  # noqa: B009 - torch's stubs lack it
 
 
 def model(config: Any, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -59,7 +60,7 @@ def weight_only(name: str, **options: Any) -> Callable[[], Any]:
             weight_only("Int8WeightOnlyConfig", granularity=quantization.PerGroup(16)),
             "torchao-int8",
         ),
-        (weight_only("IntxWeightOnlyConfig", weight_dtype=torch.int4), "torchao-int8"),
+        (weight_only("IntxWeightOnlyConfig", weight_dtype=INT4), "torchao-int8"),
         (
             weight_only("IntxWeightOnlyConfig", granularity=quantization.PerGroup(8)),
             "torchao-int8",

@@ -91,6 +91,7 @@ class BitsAndBytesBackend(QuantBackend):
             *("ipex_linear_is_set", "support_avx512bf16_for_cpu"),
             *("state", "index", "source_cls"),
         ),
+        ("weight.quant_state.original_dtype", "weight.quant_state.dtype"),
     )
 
     def __init__(self) -> None:

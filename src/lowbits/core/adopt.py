@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from lowbits.core.backend import Packed, QuantBackend
+    from lowbits.core.foreign import Foreign
     from lowbits.core.registry import BackendRegistry
 
 #: What stands on a layer whose forward somebody else replaced: it calls the library's.
@@ -106,7 +107,7 @@ class _Adopter:
                 raise FormatError(f"a {type(layer).__name__} can only be taken over in a module")
             module, places = object.__new__(base), tuple(self._places(layer))
             module.__dict__.update(layer.__dict__)
-        weights = {"weight": self._packed(layer, packed, self._modules[component])}
+        weights = {"weight": self._packed(layer, packed, foreign, self._modules[component])}
         return Takeover(module, base, weights, foreign, fqn, places)
 
     def _places(self, layer: nn.Module) -> Iterator[tuple[nn.Module, str]]:
@@ -114,7 +115,9 @@ class _Adopter:
         for parent in parents.values():
             yield from ((parent, name) for name, part in parent._modules.items() if part is layer)
 
-    def _packed(self, layer: nn.Module, packed: Packed, component: nn.Module) -> PackedParameters:
+    def _packed(
+        self, layer: nn.Module, packed: Packed, foreign: Foreign | None, component: nn.Module
+    ) -> PackedParameters:
         """Return what takes a weight's place; tied weights stay tied."""
         weight = layer._parameters["weight"]
         assert weight is not None
@@ -122,7 +125,8 @@ class _Adopter:
             backend, _ = self._registry.find(packed.scheme)
             assert backend is not None
             layout, tensors = storage_form("weight", packed, backend, _shape(layer, packed))
-            dtype = _dtype(weight, layout.shape, layer, component)
+            dtype = foreign.dtype_of(layer) if foreign else None
+            dtype = dtype or _dtype(weight, layout.shape, layer, component)
             made = packed_parameters("weight", layout, tensors, dtype, NoSource())
             self._parameters[id(weight)] = made
         return self._parameters[id(weight)]
@@ -158,7 +162,7 @@ def _shape(layer: nn.Module, packed: Packed) -> torch.Size:
 def _dtype(
     weight: nn.Parameter, shape: torch.Size, layer: nn.Module, component: nn.Module
 ) -> torch.dtype:
-    """Return the dtype that a weight had: the library's tensor says so, or what is beside it."""
+    """Return the dtype that a weight seems to have had: its tensor's, or that of what is beside."""
     # Of another shape, it is bytes, whatever they are said to be.
     own = (weight if weight.shape == shape else None, layer._parameters.get("bias"))
     for tensor in (*own, *component.parameters(), *component.buffers()):

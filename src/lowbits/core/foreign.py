@@ -25,10 +25,23 @@ class Foreign:
     Attributes:
         package: that the classes of its layers are in, or below.
         attributes: what such a layer has beside torch's: attributes, buffers and Parameters.
+        dtypes: where a layer may say what dtype its weight had, e.g. ``"weight.state.dtype"``.
     """
 
     package: str
     attributes: tuple[str, ...]
+    dtypes: tuple[str, ...] = ()
+
+    def dtype_of(self, layer: nn.Module) -> torch.dtype | None:
+        """Return the dtype that a layer's weight had, if the library keeps it."""
+        found = (self._at(layer, path) for path in self.dtypes)
+        return next((value for value in found if isinstance(value, torch.dtype)), None)
+
+    @staticmethod
+    def _at(value: object, path: str) -> object:
+        for name in path.split("."):
+            value = getattr(value, name, None)
+        return value
 
 
 def is_of(value: object, package: str) -> bool:

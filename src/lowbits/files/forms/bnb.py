@@ -7,7 +7,7 @@ Forge's, diffusers' and transformers' files have them alike; source: ``QuantStat
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeGuard
 
 import torch
 
@@ -100,7 +100,7 @@ def _described(
     return tuple(shape), block, _DTYPES[dtype]
 
 
-def _is_shape(value: object) -> bool:
+def _is_shape(value: object) -> TypeGuard[list[int]]:
     return isinstance(value, list) and all(type(n) is int and 0 < n < 1 << 48 for n in value)
 
 
@@ -108,10 +108,11 @@ def _offset(state: Mapping[str, Any], part: StoredTensor) -> float:
     block, offset = state["nested_blocksize"], state.get("nested_offset")
     if block != NESTED_BLOCK:
         raise refusal(part, f"nested_blocksize {block!r}; bitsandbytes has {NESTED_BLOCK}")
-    is_number = type(offset) is float or (type(offset) is int and abs(offset) < 1 << 64)
-    if not is_number:
+    if type(offset) is int and abs(offset) < 1 << 64:
+        return float(offset)
+    if not isinstance(offset, float):
         raise refusal(part, f"nested_offset {offset!r}")
-    return float(offset)
+    return offset
 
 
 def _eight_bits(checkpoint: Checkpoint, base: str, scale: StoredTensor) -> Found:

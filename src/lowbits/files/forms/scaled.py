@@ -73,7 +73,7 @@ def unclaimed(checkpoint: Checkpoint) -> None:
 
 def _formats(checkpoint: Checkpoint) -> dict[str, Mapping[str, Any]]:
     """Return what ComfyUI's descriptions say of each layer."""
-    formats = {
+    formats: dict[str, Mapping[str, Any]] = {
         name.removesuffix(_DESCRIPTION): read_json(part)
         for name, part in checkpoint.tensors.items()
         if name.endswith(_DESCRIPTION)
@@ -107,9 +107,11 @@ def _weight(checkpoint: Checkpoint, module: str, part: StoredTensor, dtype: torc
     rows, _ = rows_of(part)
     scale = _scale(checkpoint, module)
     altering = _companions(checkpoint, module, _ALTERING)
-    if altering or (scale and not _is_by_row(scale, rows)):
-        named = [checkpoint.tensors[name] for name in altering] or [scale]
-        shown = ", ".join(f"{t.name} {t.dtype} {t.shape}" for t in named if t)
+    named = [checkpoint.tensors[name] for name in altering]
+    if scale and not _is_by_row(scale, rows):
+        named.append(scale)
+    if named:
+        shown = ", ".join(f"{tensor.name} {tensor.dtype} {tensor.shape}" for tensor in named)
         is_blocks = bool(altering) and altering[0].endswith(_BLOCKS)
         label = "scaled:blocks" if is_blocks else "scaled:unknown"
         message = f"weights of {part.dtype} with {shown} are of no scheme"

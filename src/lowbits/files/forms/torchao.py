@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeGuard
 
 import torch
 
@@ -64,7 +64,7 @@ def _descriptions(metadata: Mapping[str, str]) -> Iterator[tuple[str, str]]:
             yield name, metadata[name]
 
 
-def _is_names(names: object) -> bool:
+def _is_names(names: object) -> TypeGuard[list[str]]:
     return isinstance(names, list) and bool(names) and all(isinstance(n, str) for n in names)
 
 

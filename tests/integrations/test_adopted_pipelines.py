@@ -1,0 +1,82 @@
+"""Models and pipelines that diffusers and transformers quantized, taken over."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from pipelines import PIPELINES, draw
+
+import lowbits
+from lowbits.errors import PatchError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+FLAGS = ("hf_quantizer", "is_quantized", "quantization_method", "is_loaded_in_4bit")
+
+
+def quanto_config() -> Any:
+    return pytest.importorskip("diffusers").QuantoConfig(weights_dtype="int8")
+
+
+def torchao_config() -> Any:
+    quantization = pytest.importorskip("torchao.quantization")
+    return pytest.importorskip("diffusers").TorchAoConfig(quantization.Int8WeightOnlyConfig())
+
+
+@pytest.mark.filterwarnings("ignore:.*:FutureWarning")
+@pytest.mark.parametrize(
+    ("config", "scheme"), [(quanto_config, "quanto-int8"), (torchao_config, "torchao-int8")]
+)
+def test_a_pipeline_with_a_quantized_denoiser(
+    tmp_path: Path, config: Callable[[], Any], scheme: str
+) -> None:
+    pipe: Any = PIPELINES["flux"].build()
+    pipe.transformer.save_pretrained(tmp_path)
+    pipe.transformer = type(pipe.transformer).from_pretrained(
+        tmp_path, quantization_config=config(), torch_dtype=torch.float32
+    )
+    transformer = pipe.transformer
+    expected = draw("flux", pipe)
+    report = lowbits.adopt(pipe)
+    assert {layer.component for layer in report.packed} == {"transformer"}
+    assert {layer.scheme for layer in report.packed} == {scheme}
+    torch.testing.assert_close(draw("flux", pipe), expected, rtol=0, atol=2e-3)
+    assert pipe.transformer is transformer
+    assert not any(flag in transformer.__dict__ for flag in FLAGS)
+    assert "quantization_config" not in transformer.config
+    assert getattr(transformer.config, "quantization_config", None) is None
+    with pytest.raises(PatchError, match="save_pretrained would write"):
+        transformer.save_pretrained(tmp_path / "again")
+    assert transformer.state_dict()["proj_out.weight"].shape == transformer.proj_out.weight.shape
+    transformer.to(torch.float64)
+    transformer.to(torch.float32)
+    handle = lowbits.apply(pipe, "native", device="cpu")
+    torch.testing.assert_close(draw("flux", pipe), expected, rtol=0, atol=2e-3)
+    handle.restore()
+    lowbits.dequantize(pipe)
+    torch.testing.assert_close(draw("flux", pipe), expected, rtol=0, atol=2e-3)
+    transformer.save_pretrained(tmp_path / "again")
+
+
+def test_a_text_encoder_of_transformers(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("bitsandbytes")
+    pipe: Any = PIPELINES["flux"].build()
+    pipe.text_encoder_2.save_pretrained(tmp_path)
+    config = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    pipe.text_encoder_2 = encoder = type(pipe.text_encoder_2).from_pretrained(
+        tmp_path, quantization_config=config, dtype=torch.float32
+    )
+    expected = draw("flux", pipe)
+    report = lowbits.adopt(pipe)
+    assert {layer.component for layer in report.packed} == {"text_encoder_2"}
+    torch.testing.assert_close(draw("flux", pipe), expected, rtol=0, atol=2e-3)
+    assert not any(flag in encoder.__dict__ for flag in FLAGS)
+    assert getattr(encoder.config, "quantization_config", None) is None
+    assert encoder.dtype == torch.float32
+    encoder.to(torch.float16)
+    assert encoder.dtype == torch.float16
