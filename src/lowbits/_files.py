@@ -12,6 +12,7 @@ from lowbits.core.handle import find_handle, guard
 from lowbits.core.registry import DEFAULT
 from lowbits.errors import AlreadyPatchedError, ConfigError, FormatError
 from lowbits.files.checkpoint import OpenOptions, open_checkpoint
+from lowbits.files.forms.quanto import fitted
 from lowbits.files.load import LoadOptions, install, stage
 from lowbits.files.own import OWN_FILE, versions, weights_of
 from lowbits.files.own_writer import WriteOptions, write_own
@@ -26,6 +27,7 @@ from lowbits.integrations.models import (
     save_config,
     skeleton,
 )
+from lowbits.integrations.module_tensors import tensors_of
 from lowbits.streaming.engine import refuse_streamed
 
 if TYPE_CHECKING:
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
     from lowbits.core.report import Report
     from lowbits.files.checkpoint import Checkpoint
     from lowbits.files.rows import KeyMap
+    from lowbits.files.weights import Weight
     from lowbits.progress import CancelToken, ProgressCallback
 
 
@@ -132,30 +135,37 @@ def load(
     opened = open_checkpoint(path, OpenOptions(DEFAULT, verify, allow_pickle, allow_nonfinite))
     modules = modules_of(into)
     staged = []
-    for name, key_map in _key_maps(modules, opened).items():
+    for name, (weights, key_map) in _key_maps(modules, opened).items():
         module = modules[name]
         options = LoadOptions(DEFAULT, name, kept_in_fp32(module), dtype, progress, cancel)
-        staged.append(stage(module, opened.weights, key_map, options))
+        staged.append(stage(module, weights, key_map, options))
     report = install(staged)
     for part in staged:
         guard(modules[part.component], save_component)
     return report.noting(opened.problems)
 
 
-def _key_maps(modules: Mapping[str, nn.Module], opened: Checkpoint) -> dict[str, KeyMap]:
-    """Return what each model is made of; of a pipeline, those models that are in the file."""
-    shapes = {name: weight.shape for name, weight in opened.weights.items()}
+def _key_maps(
+    modules: Mapping[str, nn.Module], opened: Checkpoint
+) -> dict[str, tuple[Mapping[str, Weight], KeyMap]]:
+    """Return weights, and what each model is made of; of a pipeline, of models in the file."""
     if "" in modules:
-        return {"": map_for(modules[""], shapes, opened.architecture)}
+        return {"": _key_map(modules[""], opened)}
     found, failures = {}, []
     for name, module in modules.items():
         try:
-            found[name] = map_for(module, shapes, opened.architecture)
+            found[name] = _key_map(module, opened)
         except FormatError as error:
             failures.append(f"{name}: {error}")
     if not found:
         raise FormatError(f"none of the pipeline's models is in it ({'; '.join(failures)})")
     return found
+
+
+def _key_map(module: nn.Module, opened: Checkpoint) -> tuple[Mapping[str, Weight], KeyMap]:
+    weights = fitted(opened.weights, tensors_of(module).shapes)
+    shapes = {name: weight.shape for name, weight in weights.items()}
+    return weights, map_for(module, shapes, opened.architecture)
 
 
 def adopt(target: Any) -> Report:

@@ -8,9 +8,11 @@ Source: ``QTensor.save_to_state_dict`` of optimum-quanto 0.2.7.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 from lowbits.backends.quanto import BYTE_SCHEMES, regrouped, stored_bits, stored_bytes
+from lowbits.core.backend import Packed
 from lowbits.files.forms.found import Checkpoint, Found, Listed, refusal, rows_of
 
 if TYPE_CHECKING:
@@ -18,9 +20,9 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from lowbits.core.backend import Packed
-    from lowbits.files.weights import StoredTensor
+    from lowbits.files.weights import StoredTensor, Weight
 
+_BIT_SCHEMES: Final = ("quanto-int4", "quanto-int2")
 _BITS: Final = "._data._data"
 _BYTES: Final = "._data"
 #: Scales of activations, beside each weight whether these are quantized or not.
@@ -34,6 +36,30 @@ def find(checkpoint: Checkpoint) -> Iterator[Found]:
             yield _bits(checkpoint, name.removesuffix(_BITS), codes)
         elif name.endswith(_BYTES) and f"{name.removesuffix(_BYTES)}._scale" in checkpoint.tensors:
             yield _bytes(checkpoint, name.removesuffix(_BYTES), codes)
+
+
+def fitted(
+    weights: Mapping[str, Weight], shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, Weight]:
+    """Return weights whose shape the file does not say in those that a module's have."""
+    return {
+        name: _fitted(weight, tuple(shapes[name]))
+        if weight.scheme in _BIT_SCHEMES and name in shapes
+        else weight
+        for name, weight in weights.items()
+    }
+
+
+def _fitted(weight: Weight, shape: tuple[int, ...]) -> Weight:
+    if weight.shape == shape or math.prod(weight.shape) != math.prod(shape):
+        return weight
+
+    def read() -> Packed:
+        packed = weight.read()
+        assert isinstance(packed, Packed)
+        return regrouped(packed, (shape[0], math.prod(shape[1:])))
+
+    return replace(weight, shape=shape, read=read)
 
 
 def _bytes(checkpoint: Checkpoint, name: str, codes: StoredTensor) -> Found:
