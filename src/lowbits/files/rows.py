@@ -104,7 +104,7 @@ class RowReader:
 
     def _sliceable(self, weight: Weight, packed: Packed) -> Packed:
         backend, _ = self._registry.find(packed.scheme)
-        sliceable = backend and backend.sliceable(packed)
+        sliceable = backend.sliceable(packed) if backend else None
         if sliceable is None:
             raise FormatError(
                 f"its rows cannot be told apart in {packed.scheme}, and the model has it in parts: "

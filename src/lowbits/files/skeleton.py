@@ -32,55 +32,36 @@ def skeleton_of(weights: Mapping[str, Weight]) -> nn.Module:
         dtype = weight.dtype or torch.float32
         tensor = torch.empty(weight.shape, dtype=dtype, device="meta")
         fqn, _, last = name.rpartition(".")
-        module = _module(root, fqn, tensor if last == "weight" else None)
+        module = _module(root, fqn)
         if dtype.is_floating_point:
             module._parameters[last] = nn.Parameter(tensor, requires_grad=False)
         else:
             module._buffers[last] = tensor
+    for fqn, module in list(root.named_modules()):
+        module.__class__ = _class_of(fqn, module)
     return root
 
 
-def _module(root: nn.Module, fqn: str, weight: torch.Tensor | None) -> nn.Module:
-    """Return the module of a dotted name, made where it is not there; a layer for a weight."""
-    parent, last = root, ""
-    for part in fqn.split(".") if fqn else ():
-        if last:
-            parent = _child(parent, last)
-        last = part
-        if part.isdecimal() and not isinstance(parent, nn.ModuleList):
-            parent.__class__ = nn.ModuleList  # so that it counts as a list of blocks
-    if not last:
-        return root
-    made = _layer(fqn, weight)
-    known = parent._modules.get(last)
-    if known is None or made is not None:
-        new = made or nn.Module()
-        if known is not None:  # its bias came first
-            new._parameters.update(known._parameters)
-            new._modules.update(known._modules)
-        parent._modules[last] = new
-    child = parent._modules[last]
-    assert child is not None
-    return child
+def _module(root: nn.Module, fqn: str) -> nn.Module:
+    """Return the module of a dotted name, made where it is not there."""
+    module = root
+    for name in fqn.split(".") if fqn else ():
+        child = module._modules.get(name)
+        if child is None:
+            child = module._modules[name] = nn.Module()
+        module = child
+    return module
 
 
-def _child(parent: nn.Module, name: str) -> nn.Module:
-    child = parent._modules.get(name)
-    if child is None:
-        child = parent._modules[name] = nn.Module()
-    return child
-
-
-def _layer(fqn: str, weight: torch.Tensor | None) -> nn.Module | None:
-    """Return an empty layer of the kind that a weight of this shape has; None for a vector's."""
+def _class_of(fqn: str, module: nn.Module) -> type[nn.Module]:
+    """Return the class of layer, or list of blocks, that a module stands for."""
+    weight = module._parameters.get("weight")
     if weight is None or weight.dim() < 2:
-        return None
-    if weight.dim() == 2:
-        kind: type[nn.Module] = nn.Embedding if _EMBEDDING.search(fqn) else nn.Linear
-    else:
-        kind = _CONVOLUTIONS.get(weight.dim(), nn.Module)
-    layer: nn.Module = kind.__new__(kind)
-    nn.Module.__init__(layer)
-    if kind is nn.Embedding:
-        layer.max_norm = None
-    return layer
+        is_list = any(name.isdecimal() for name in module._modules)
+        return nn.ModuleList if is_list else nn.Module
+    if weight.dim() > 2:
+        return _CONVOLUTIONS.get(weight.dim(), nn.Module)
+    if not _EMBEDDING.search(fqn):
+        return nn.Linear
+    module.__dict__["max_norm"] = None
+    return nn.Embedding
