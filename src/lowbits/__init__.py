@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from lowbits import errors as errors
 
 if TYPE_CHECKING:
+    from lowbits import files as files
     from lowbits import forge as forge
     from lowbits import testing as testing
     from lowbits._api import apply as apply
@@ -70,13 +71,13 @@ _HOMES = {
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split()}
 
-__all__ = ["__version__", "backends", "errors", "forge", "testing", *_HOME_OF]  # noqa: PLE0604 - all strings
+__all__ = ["__version__", "backends", "errors", "files", "forge", "testing", *_HOME_OF]  # noqa: PLE0604 - all strings
 
 
 def __getattr__(name: str) -> object:
     if name == "__version__":
         return importlib.import_module("importlib.metadata").version("lowbits")
-    if name in ("backends", "forge", "testing"):  # modules; the first one is callable
+    if name in ("backends", "files", "forge", "testing"):  # modules; the first one is callable
         return importlib.import_module(f"lowbits.{name}")
     if name in _HOME_OF:
         return getattr(importlib.import_module(_HOME_OF[name]), name)

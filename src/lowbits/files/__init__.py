@@ -1,1 +1,3 @@
 """Low-bit checkpoints: read, written, converted."""
+
+from lowbits.files import gguf as gguf
