@@ -16,9 +16,10 @@ from lowbits import errors
 NAMES = {
     "BackendInfo", "CancelToken", "Handle", "LayerReport", "LayerStreamer", "LowbitsConfig",
     "Packed", "ProgressEvent", "QuantBackend", "Report", "Scheme", "SchemeInfo", "StreamStats",
-    "UnitStats", "__version__", "adopt", "apply", "backend", "backends", "dequantize",
-    "device_budget", "errors", "forge", "handle", "merge_lora", "quantize", "register_backend",
-    "restore", "schemes", "testing", "unmerge_lora",
+    "UnitStats", "__version__", "adopt", "apply", "backend", "backends", "convert", "dequantize",
+    "device_budget", "errors", "files", "forge", "handle", "inspect", "load", "load_pipeline",
+    "merge_lora", "quantize", "register_backend", "restore", "save", "save_gguf", "schemes",
+    "testing", "unmerge_lora",
 }  # fmt: skip
 
 SCHEMES = [
