@@ -151,11 +151,21 @@ def test_saved_in_place_and_reloaded_as_noise(name: str, tmp_path: Path) -> None
     pipe: Any = PIPELINES["flux"].build()
     model = getattr(pipe, name)
     handle = lowbits.quantize(pipe, "bnb-nf4")
-    for packed in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model)), pipe):
-        with pytest.raises(errors.PatchError, match="reads as random weights.*state_dict"):
-            packed.save_pretrained(tmp_path / "packed")
-    twin = copy.deepcopy(model)
-    lowbits.dequantize(twin)
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        with pytest.raises(errors.PatchError, match="reads as random weights.*lowbits.save"):
+            copied.save_pretrained(tmp_path / "copied")
+    pipe.save_pretrained(tmp_path / "pipe")
+    for folder in (tmp_path / "pipe" / name, tmp_path / "packed"):
+        model.save_pretrained(folder)
+        with pytest.raises(OSError, match="no file named"):
+            type(model).from_pretrained(folder)
+        twin = copy.deepcopy(model)
+        lowbits.dequantize(twin)
+        decoded = twin.state_dict()
+        lowbits.load(folder, into=twin)
+        assert same_codes(twin, stored(model))
+        lowbits.dequantize(twin)
+        assert all(torch.equal(twin.state_dict()[key], value) for key, value in decoded.items())
     handle.restore()
     for ordinary in (twin, model):
         ordinary.save_pretrained(tmp_path / "ordinary")
@@ -164,23 +174,32 @@ def test_saved_in_place_and_reloaded_as_noise(name: str, tmp_path: Path) -> None
             assert torch.equal(again.state_dict()[key], value)
 
 
-def test_a_model_that_its_handle_let_go_is_not_saved_either(tmp_path: Path) -> None:
+def test_a_model_that_its_handle_let_go_is_not_saved_as_noise_either(tmp_path: Path) -> None:
     model = PIPELINES["flux"].build().transformer
     lowbits.quantize(model, "bnb-nf4").release()
-    with pytest.raises(errors.PatchError, match="save_pretrained"):
-        model.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path / "packed")
+    with pytest.raises(OSError, match="no file named"):
+        type(model).from_pretrained(tmp_path / "packed")
+    codes = stored(model)
     lowbits.dequantize(model)
     model.save_pretrained(tmp_path)
+    lowbits.load(tmp_path / "packed", into=model)
+    assert same_codes(model, codes)
 
 
-def test_a_model_inside_of_another_module_is_not_saved_either(tmp_path: Path) -> None:
+def test_a_model_inside_of_another_module_is_not_saved_as_noise_either(tmp_path: Path) -> None:
     wrapper = nn.ModuleDict({"inner": PIPELINES["flux"].build().transformer})
     handle = lowbits.quantize(wrapper, "bnb-nf4")
     inner: Any = wrapper["inner"]
-    with pytest.raises(errors.PatchError, match="reads as random weights"):
-        inner.save_pretrained(tmp_path)
+    inner.save_pretrained(tmp_path / "packed")
+    with pytest.raises(OSError, match="no file named"):
+        type(inner).from_pretrained(tmp_path / "packed")
+    codes = stored(inner)
     handle.restore()
     inner.save_pretrained(tmp_path)
+    again = type(inner).from_pretrained(tmp_path)
+    lowbits.load(tmp_path / "packed", into=again)
+    assert same_codes(again, codes)
 
 
 def test_adapters_of_a_packed_model_are_saved(tmp_path: Path) -> None:

@@ -365,13 +365,15 @@ def test_save_pretrained_of_a_native_model(mode: dict[str, Any], tmp_path: Path)
     assert same_state(dict(again.text_encoder_2.state_dict()), encoder)
 
 
-def test_save_pretrained_of_a_packed_model_is_refused(tmp_path: Path) -> None:
+def test_save_pretrained_of_a_packed_model(tmp_path: Path) -> None:
     pipe, expected, _ = build("bnb-nf4")
     handle = stream(pipe, "bnb-nf4", keep_source="memory", **ASYNC_DISK)
-    with pytest.raises(errors.PatchError, match="lowbits.restore"):
-        pipe.transformer.save_pretrained(tmp_path)
+    pipe.save_pretrained(tmp_path)
     assert torch.equal(draw("flux", pipe), expected)
     handle.restore()
+    again = lowbits.load_pipeline(tmp_path)
+    again.set_progress_bar_config(disable=True)
+    assert torch.equal(draw("flux", again), expected)
 
 
 @pytest.mark.parametrize("again", ["native", "gguf-q8_0"])

@@ -17,7 +17,6 @@ from lowbits.core.packed import (
     PackedLayer,
     marker_name,
     packed_weight,
-    stored_bytes,
     stored_names,
 )
 from lowbits.core.select import adapter_fqns
@@ -102,7 +101,7 @@ class _Found:
             full,
             tuple(layout.shape),
             marker.dtype,
-            stored_bytes(layer, name),
+            sum(cast("Tensor", layer._parameters[key]).nbytes for key in stored_names(layer, name)),
             partial(_packed_on_host, layer, name),
             layout.scheme,
             layout.compute_dtype,
