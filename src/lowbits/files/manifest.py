@@ -139,13 +139,15 @@ def _from_json(data: Any) -> PackedEntry:
     if len(rows) != 2 or math.prod(shape) != math.prod(rows):
         raise ValueError(f"rows {rows} do not make shape {shape}")
     dtype, compute_dtype = data["dtype"], data["compute_dtype"]
+    if not isinstance(data["row_sliceable"], bool):
+        raise ValueError(f"row_sliceable is {data['row_sliceable']!r}")  # noqa: TRY004 - a file's
     return PackedEntry(
         scheme=str(data["scheme"]),
         shape=shape,
         rows=(rows[0], rows[1]),
         dtype=None if dtype is None else _DTYPES[dtype],
         fields={str(name): _DTYPES[dtype] for name, dtype in data["fields"].items()},
-        row_sliceable=bool(data["row_sliceable"]),
+        row_sliceable=data["row_sliceable"],
         compute_dtype=None if compute_dtype is None else _DTYPES[compute_dtype],
     )
 

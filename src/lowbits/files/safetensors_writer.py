@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from lowbits.files.atomic import AtomicFiles
     from lowbits.progress import CancelToken, ProgressCallback
 
 #: Above it, files are split: what huggingface's libraries do by default or did.
@@ -134,14 +135,12 @@ def write_safetensors(
 ) -> tuple[Path, ...]:
     """Write tensors to a safetensors file, or to shards and an index.
 
-    Holds one group at a time in memory: what `read` gives, and a copy of a tensor that is not
-    contiguous or on another device. Tensors whose bytes are no multiple of 8 are kept until their
-    file is full, and written last, so that each one is aligned; in models they are small.
+    Holds one group at a time in memory, and a copy of a tensor that is not contiguous or on another
+    device; also tensors whose bytes are no multiple of 8, small in models, which are written last.
 
     Whatever is raised, what was at `path` stays, also where the tensors are read from it. After
-    success, what a former call left there under other names (shards and their index) is removed. A
-    process that is killed while shards take their places leaves them without an index, which
-    `lowbits.files.sharded.open_tensors` refuses.
+    success, what a former call left there under other names is removed. A process that is killed
+    while shards take their places leaves them without an index: `open_tensors` refuses those.
 
     Args:
         path: ends with ``.safetensors``. Shards are ``<name>-00001-of-00002.safetensors``, their
@@ -165,10 +164,9 @@ def write_safetensors(
     """
     path, groups = Path(path), list(groups)
     _check(path, groups)
-    if not isinstance(metadata, Metadata):
-        metadata = _constant(metadata or {})
+    made = metadata if isinstance(metadata, Metadata) else _constant(metadata or {})
     shards = _split(path, groups, max_shard_bytes)
-    rooms = {file: _room(file, shard, metadata) for file, shard in shards.items()}
+    rooms = {file: _room(file, shard, made) for file, shard in shards.items()}
     index = path.with_name(path.name.removesuffix(SUFFIX) + INDEX_SUFFIX)
     former = _former_shards(index)
     report = _Report(stage, sum(group.nbytes for group in groups), progress, cancel)
@@ -178,14 +176,9 @@ def write_safetensors(
         for file, shard in shards.items():
             with files.open(file) as opened:
                 writer = _Writer(opened, rooms[file], taken)
-                _write_groups(writer, shard, report)
-                listed[file] = writer.finish(metadata.make([group.name for group in shard]))
+                listed[file] = _write_groups(writer, shard, made, report)
         if len(shards) > 1:
-            with files.open(index) as opened:
-                opened.write(_index(listed))
-            if any(file.exists() for file in shards):
-                # Names are equal: with its old index, a mixture of shards would look whole.
-                files.hide(index)
+            _write_index(files, index, listed)
     written = (index, *shards) if len(shards) > 1 else (path,)
     for file in {path, *former}.difference(written):
         file.unlink(missing_ok=True)
@@ -370,19 +363,28 @@ def _room(path: Path, groups: Iterable[TensorGroup], metadata: Metadata) -> int:
     return room
 
 
-def _index(listed: Mapping[Path, Mapping[str, int]]) -> bytes:
-    total_size = sum(size for sizes in listed.values() for size in sizes.values())
-    weight_map = {name: file.name for file, sizes in listed.items() for name in sizes}
-    index = {"metadata": {"total_size": total_size, "writer": _WRITER}, "weight_map": weight_map}
-    return (json.dumps(index, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
-
-
-def _write_groups(writer: _Writer, groups: Iterable[TensorGroup], report: _Report) -> None:
+def _write_groups(
+    writer: _Writer, groups: Sequence[TensorGroup], metadata: Metadata, report: _Report
+) -> dict[str, int]:
+    """Fill a file; return the bytes of each tensor."""
     for group in groups:
         report.begin()
         # Not given a name here: the tensors are let go before the next ones are read.
         writer.add(group.read())
         report.done(group)
+    return writer.finish(metadata.make([group.name for group in groups]))
+
+
+def _write_index(files: AtomicFiles, index: Path, listed: Mapping[Path, Mapping[str, int]]) -> None:
+    total_size = sum(size for sizes in listed.values() for size in sizes.values())
+    weight_map = {name: file.name for file, sizes in listed.items() for name in sizes}
+    content = {"metadata": {"total_size": total_size, "writer": _WRITER}, "weight_map": weight_map}
+    text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False)
+    with files.open(index) as opened:
+        opened.write(f"{text}\n".encode())
+    if any(file.exists() for file in listed):
+        # Names are equal: with its old index, a mixture of shards would look whole.
+        files.hide(index)
 
 
 def _former_shards(index: Path) -> list[Path]:
