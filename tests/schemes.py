@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-import lowbits
+from lowbits.core.registry import DEFAULT
 
 if TYPE_CHECKING:
     from _pytest.mark import ParameterSet
@@ -29,8 +29,8 @@ def every_scheme() -> list[ParameterSet]:
     """Return the built-in schemes that store weights; those not among `LAYOUTS` are slow."""
     return [
         pytest.param(scheme.name, marks=() if scheme.name in LAYOUTS else pytest.mark.slow)
-        for info in lowbits.backends()
-        if info.name != "toy"
-        for scheme in lowbits.backend(info.name).schemes()
+        for name, backend in DEFAULT.all().items()
+        if name != "toy"
+        for scheme in backend.schemes()
         if scheme.can_quantize and not scheme.mix
     ]

@@ -455,7 +455,12 @@ def test_a_process_that_is_killed_leaves_old_or_new_or_what_is_refused(
     assert states == (shards if limit == 16 else [("died", "old"), *[("returned", "new")] * 5])
 
 
-def test_transformers_and_diffusers_load_the_shards(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("limit", [900, 10**9])
+def test_transformers_and_diffusers_load_the_file_and_shards(
+    limit: int, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """Biases of three values are among them: bytes that are no multiple of 8."""
     diffusers, transformers = pytest.importorskip("diffusers"), pytest.importorskip("transformers")
     config = transformers.CLIPTextConfig(
         vocab_size=50, hidden_size=8, intermediate_size=16, num_hidden_layers=2,
@@ -469,16 +474,15 @@ def test_transformers_and_diffusers_load_the_shards(tmp_path: Path) -> None:
     for stem, model in models.items():
         folder = tmp_path / stem
         folder.mkdir()
-        tensors = model.state_dict()
-        write_safetensors(
-            folder / f"{stem}.safetensors", groups(tensors), {"format": "pt"}, max_shard_bytes=900
-        )
+        tensors = model.to(dtype).state_dict()
+        path = folder / f"{stem}.safetensors"
+        write_safetensors(path, groups(tensors), {"format": "pt"}, max_shard_bytes=limit)
         if stem == "model":
             model.config.save_pretrained(folder)
         else:
             model.save_config(folder)
-        assert len(names(folder)) > 4
-        loaded = type(model).from_pretrained(folder).state_dict()
+        assert (len(names(folder)) > 4) == (limit == 900)
+        loaded = type(model).from_pretrained(folder, torch_dtype=dtype).state_dict()
         assert_same_bits(loaded, tensors)
 
 
