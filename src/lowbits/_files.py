@@ -119,7 +119,7 @@ def load(
         dtype: of floating weights; None: that of the module, on the meta device the file's.
         verify: compare the checksum that lowbits' own files have before anything is changed.
         allow_pickle: let torch unpickle ``.pt``, ``.bin`` and the like, harmless types only.
-        allow_nonfinite: take scales that are NaN or infinite.
+        allow_nonfinite: take scales and weights that are NaN or infinite.
         progress: called after each weight.
         cancel: stops between two weights when set; nothing has changed then.
 
@@ -137,7 +137,8 @@ def load(
     staged = []
     for name, (weights, key_map) in _key_maps(modules, opened).items():
         module = modules[name]
-        options = LoadOptions(DEFAULT, name, kept_in_fp32(module), dtype, progress, cancel)
+        kept = kept_in_fp32(module)
+        options = LoadOptions(DEFAULT, name, kept, dtype, allow_nonfinite, progress, cancel)
         staged.append(stage(module, weights, key_map, options))
     report = install(staged)
     for part in staged:

@@ -113,7 +113,13 @@ def _safetensors(path: Path, options: OpenOptions) -> Checkpoint:
     opened.require_readable()
     if MANIFEST in opened.metadata:
         manifest = manifest_of(opened.files, verify=options.verify)
-        weights = own_weights(opened.tensors, manifest, options.registry, path)
+        weights = own_weights(
+            opened.tensors,
+            manifest,
+            options.registry,
+            path,
+            allow_nonfinite=options.allow_nonfinite,
+        )
         return Checkpoint(path, OWN, weights, versions=manifest.versions)
     found = recognise(
         opened.tensors,

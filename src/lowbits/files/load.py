@@ -38,12 +38,14 @@ class LoadOptions:
         component: name of the module in its pipeline, for the report.
         kept_in_fp32: names in the dotted names of layers that float16 is too narrow for.
         dtype: of floating weights; None: the module's, on the meta device the file's.
+        allow_nonfinite: whether Parameters may be NaN or infinite; buffers may, as masks are.
     """
 
     registry: BackendRegistry
     component: str = ""
     kept_in_fp32: Sequence[str] = ()
     dtype: torch.dtype | None = None
+    allow_nonfinite: bool = False
     progress: ProgressCallback | None = None
     cancel: CancelToken | None = None
 
@@ -245,9 +247,20 @@ class _Loader:
             return self._packed(target, value, dtype, weight.compute_dtype)
         tensor = self._reader.decoded(value).reshape(target.tensor.shape).to(target.device, dtype)
         if isinstance(target.tensor, nn.Parameter):
+            self._require_finite(tensor, weight)
             tensor = nn.Parameter(tensor, requires_grad=target.tensor.requires_grad)
         reason = reason or _why_plain(target.kind, weight)
         return _Loaded(target, tensor, self._report(target, NATIVE, tensor.nbytes, "-", reason))
+
+    def _require_finite(self, tensor: Tensor, weight: Weight) -> None:
+        if self._options.allow_nonfinite or not tensor.is_floating_point() or not tensor.numel():
+            return
+        low, high = torch.aminmax(tensor)
+        if not (low.isfinite() and high.isfinite()):
+            raise FormatError(
+                "it holds NaN or infinity; allow_nonfinite=True reads it all the same",
+                tensor=weight.name,
+            )
 
     def _dtype(self, target: _Target, weight: Weight) -> torch.dtype:
         """Return the dtype that a target gets; a module without data has none of its own yet."""

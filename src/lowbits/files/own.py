@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import replace
+import math
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib import metadata
 from typing import TYPE_CHECKING, Final, cast, final
@@ -24,14 +25,17 @@ from lowbits.errors import FormatError, PatchError, UnknownSchemeError
 from lowbits.files.manifest import Manifest, field_name, read_manifest
 from lowbits.files.safetensors import read_safetensors
 from lowbits.files.safetensors_writer import CHECKSUM
+from lowbits.files.soundness import require_decodable, require_finite
 from lowbits.files.weights import Weight, open_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
     from pathlib import Path
 
+    from lowbits.core.backend import QuantBackend
     from lowbits.core.packed import Layout
     from lowbits.core.registry import BackendRegistry
+    from lowbits.core.scheme import Scheme
     from lowbits.files.manifest import PackedEntry
     from lowbits.files.safetensors import SafetensorsFile
     from lowbits.files.weights import StoredTensor
@@ -187,6 +191,8 @@ def own_weights(
     manifest: Manifest,
     registry: BackendRegistry,
     path: object,
+    *,
+    allow_nonfinite: bool = False,
 ) -> dict[str, Weight]:
     """Return the weights of a file that lowbits wrote; those that are tied by all of their names.
 
@@ -202,13 +208,15 @@ def own_weights(
             if tensor is None:
                 raise FormatError(f"the file has no {field} of it", path, name)
             fields[field] = tensor
-        _require_consistent(name, entry, fields, registry, path)
+        backend = _require_consistent(name, entry, fields, registry, path)
+        reader = _Reader(name, entry, fields, backend, path, allow_nonfinite)
+        nbytes = sum(tensor.extent.nbytes for tensor in fields.values())
         weights[name] = Weight(
             name,
             entry.shape,
             entry.dtype,
-            sum(tensor.extent.nbytes for tensor in fields.values()),
-            partial(_read_packed, entry, fields),
+            nbytes,
+            reader,
             entry.scheme,
             entry.compute_dtype,
         )
@@ -227,14 +235,15 @@ def _require_consistent(
     fields: Mapping[str, StoredTensor],
     registry: BackendRegistry,
     path: object,
-) -> None:
-    """Raise where stored tensors cannot be what the manifest calls them."""
+) -> QuantBackend:
+    """Return a weight's backend; raise where its tensors cannot be what the manifest says."""
     try:
         backend, scheme = registry.find(entry.scheme)
     except UnknownSchemeError as error:
         raise FormatError(f"is stored as {entry.scheme}: {error}", path, name) from error
     if backend is None:
         raise FormatError("is called packed, and native at once", path, name)
+    sizes = {field: tensor.extent.nbytes for field, tensor in fields.items()}
     for field, tensor in fields.items():
         dtype = entry.fields[field]
         is_cut = entry.row_sliceable and tensor.shape[:1] != entry.rows[:1]
@@ -245,18 +254,48 @@ def _require_consistent(
                 path,
                 name,
             )
-    sizes = {field: tensor.extent.nbytes for field, tensor in fields.items()}
+    nbytes, expected = sum(sizes.values()), backend.packed_bytes(scheme, *entry.rows)
     # A library's own scales may be float32 where the scheme's are float16.
     wide = sum(sizes[f] // 2 for f, dtype in entry.fields.items() if dtype == torch.float32)
-    expected = backend.packed_bytes(scheme, *entry.rows)
-    if expected not in (sum(sizes.values()), sum(sizes.values()) - wide):
+    if expected not in (nbytes, nbytes - wide) and not _has_other_groups(scheme, entry, fields):
         raise FormatError(
-            f"takes {sum(sizes.values())} bytes; {entry.scheme} takes {expected} for {entry.rows}",
-            path,
-            name,
+            f"takes {nbytes} bytes; {entry.scheme} takes {expected} for {entry.rows}", path, name
         )
+    return backend
 
 
-def _read_packed(entry: PackedEntry, fields: Mapping[str, StoredTensor]) -> Packed:
-    tensors = {name: tensor.read().view(entry.fields[name]) for name, tensor in fields.items()}
-    return Packed(entry.scheme, entry.rows, tensors, entry.row_sliceable)
+def _has_other_groups(
+    scheme: Scheme, entry: PackedEntry, fields: Mapping[str, StoredTensor]
+) -> bool:
+    """Say whether as many codes as there should be share scales of other groups.
+
+    Those of a layer that another library quantized may (`lowbits.adopt`).
+    """
+    if not scheme.group_bits or not {"qdata", "scale"} <= fields.keys():
+        return False
+    weights = math.prod(entry.rows)
+    scales = math.prod(fields["scale"].shape)
+    code_bytes = -(-weights * int(scheme.code_bits) // 8)
+    return fields["qdata"].extent.nbytes == code_bytes and 0 < scales <= weights // 2
+
+
+@final
+@dataclass(frozen=True)
+class _Reader:
+    """Reads a packed weight."""
+
+    name: str
+    entry: PackedEntry
+    fields: Mapping[str, StoredTensor]
+    backend: QuantBackend
+    path: object
+    allow_nonfinite: bool
+
+    def __call__(self) -> Packed:
+        entry = self.entry
+        tensors = {key: t.read().view(entry.fields[key]) for key, t in self.fields.items()}
+        packed = Packed(entry.scheme, entry.rows, tensors, entry.row_sliceable)
+        require_decodable(packed, self.backend, self.path, self.name)
+        if not self.allow_nonfinite:
+            require_finite(packed, self.path, self.name)
+        return packed

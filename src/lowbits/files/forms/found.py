@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, final
 import torch
 
 from lowbits.errors import FormatError
+from lowbits.files.soundness import require_finite
 from lowbits.files.weights import Weight
 
 if TYPE_CHECKING:
@@ -139,12 +140,7 @@ class _Reader:
         except FormatError as error:
             raise FormatError(error.args[0], path, self.name) from error
         if not self.allow_nonfinite:
-            bad = _count_nonfinite(packed)
-            if bad:
-                raise FormatError(
-                    f"{bad} of its {packed.scheme} scales or values are NaN or infinite", path,
-                    self.name,
-                )  # fmt: skip
+            require_finite(packed, path, self.name)
         return packed
 
 
@@ -161,17 +157,6 @@ class _Refusal:
 def refusal(part: StoredTensor, message: str) -> FormatError:
     """Return the error about a tensor of a file."""
     return FormatError(message, part.extent.path, part.name)
-
-
-def _count_nonfinite(packed: Packed) -> int:
-    floats = (tensor for tensor in packed.tensors.values() if tensor.is_floating_point())
-    bad = sum(int((~tensor.isfinite()).sum()) for tensor in floats)
-    if "float8" not in packed.scheme:
-        return bad
-    # All codes from there on but the sign: e4m3 has one NaN, e5m2 an exponent of them.
-    limit = 0x7C if "e5m2" in packed.scheme else 0x7F
-    parts = torch.split(packed["qdata"].view(-1), _PART_BYTES)
-    return bad + sum(int(((part & 0x7F) >= limit).sum()) for part in parts)
 
 
 def read_json(part: StoredTensor) -> dict[str, Any]:
