@@ -44,6 +44,10 @@ if TYPE_CHECKING:
 #: nothing under those names, and say so, where they would put random weights for what is packed.
 OWN_FILE: Final = "lowbits.safetensors"
 
+#: Tensors that are nothing but their values; ours are, too: those that are streamed.
+_PLAIN: Final = (Tensor, nn.Parameter, nn.Buffer)
+_OURS: Final = "lowbits."
+
 _READ_BYTES: Final = 1 << 22
 
 #: What adapter libraries put between a layer and its name.
@@ -114,9 +118,10 @@ class _Found:
     def _plain(self, full: str, tensor: Tensor) -> None:
         if tensor.is_meta:
             raise PatchError(f"cannot save {full}: it has no data (meta device)")
-        if type(tensor.data) is not torch.Tensor:
+        kind = type(tensor)
+        if kind not in _PLAIN and not kind.__module__.startswith(_OURS):
             raise PatchError(
-                f"cannot save {full}: it is another library's {type(tensor.data).__name__}; "
+                f"cannot save {full}: it is another library's {kind.__name__}; "
                 "lowbits.adopt(target) turns those into packed weights, which can be saved"
             )
         shape = tuple(tensor.shape)
