@@ -191,19 +191,17 @@ def packed_weight(layer: PackedLayer, name: str = "weight") -> Packed:
     Raises:
         FormatError: something cast the stored integers, so that the weight is lost.
     """
-    layout = layer.lowbits_layouts[name]
-    return _reinterpreted(layout, _stored_tensors(layer, layout))
+    return _packed_in(layer._parameters, layer.lowbits_layouts[name])
 
 
-def _stored_tensors(layer: PackedLayer, layout: Layout) -> list[Tensor]:
+def _packed_in(parameters: Mapping[str, Any], layout: Layout) -> Packed:
     tensors = []
-    parameters: dict[str, Any] = layer._parameters
     for field in layout.fields:
         tensor = parameters[field.parameter]
         if tensor.dtype != field.storage_dtype:
             raise FormatError(_cast_message(layout, field, tensor))
         tensors.append(tensor)
-    return tensors
+    return _reinterpreted(layout, tensors)
 
 
 def _reinterpreted(layout: Layout, tensors: Sequence[Tensor]) -> Packed:
@@ -230,14 +228,21 @@ def read_weight(layer: PackedLayer, name: str = "weight") -> Tensor:
         # A compiler cannot look into the proxy; it drops what is not used.
         return dequantized(layer, name)
     layout = layer.lowbits_layouts[name]
-    tensors = _stored_tensors(layer, layout)
+    # The dictionary, not what is in it now: a streamed weight is elsewhere by the time it is used.
+    # A layer that is restored gets another one.
+    parameters: dict[str, Any] = layer._parameters
 
     def read() -> Packed:
-        return _reinterpreted(layout, tensors)
+        return _packed_in(parameters, layout)
 
     # Not called: adapter libraries read it dozens of times per layer, and a metaclass takes time.
     return WeightProxy.__new__(
-        WeightProxy, read, layout.scheme, layout.backend, layout.shape, _marker(layer, name)
+        WeightProxy,
+        read,
+        layout.scheme,
+        layout.backend,
+        layout.shape,
+        parameters[marker_name(name)],
     )
 
 
