@@ -190,7 +190,7 @@ def test_original_shapes_in_any_integers(tmp_path: Path, order: str) -> None:
 )
 def test_original_shapes_of_other_values_are_refused(tmp_path: Path, kind: str, shape: Any) -> None:
     keys = [key("comfy.gguf.orig_shape.w", kind, shape)]
-    with pytest.raises(FormatError, match=r"w: its original shape \(.*\) is none of 4 values"):
+    with pytest.raises(FormatError, match=r"w: its original shape.* is none of 4 values"):
         opened(tmp_path, Gguf(keys, [info("w", (4,))], floats(*range(4))))
 
 

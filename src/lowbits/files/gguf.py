@@ -103,7 +103,7 @@ class GgufFile:
     @property
     def architecture(self) -> str | None:
         """``general.architecture``; None where the file does not say."""
-        value = self.metadata.get("general.architecture")
+        value = self.metadata.at_hand("general.architecture")
         return value if isinstance(value, str) else None
 
     def read(self, name: str) -> Tensor:
@@ -114,7 +114,7 @@ class GgufFile:
             that the file has.
 
         Raises:
-            FormatError: a type that cannot be read, or a file that became shorter.
+            FormatError: a type that cannot be read, or a file that was changed or replaced.
             KeyError: there is no such tensor.
         """
         tensor = self.tensors[name]
@@ -213,7 +213,8 @@ def read_gguf(path: str | os.PathLike[str]) -> GgufFile:
     """Open a GGUF file, of version 2 or 3 and either byte order.
 
     Its header is read and checked: sizes, shapes and offsets against the file's own size. No
-    tensor is read, nor a long array of the metadata; both are read again from the path.
+    tensor is read, nor a long array of the metadata; both are read from the path when they are
+    asked for, and refused where another file has taken its place.
 
     Tensors of up to five dimensions are read, and of none; the trailing bytes of a file, and gaps
     between its tensors, are reported as `GgufFile.problems`.
@@ -223,7 +224,7 @@ def read_gguf(path: str | os.PathLike[str]) -> GgufFile:
 
     Raises:
         FormatError: no GGUF file, or one that does not hold what it claims to hold.
-        OSError: the file is not there, or may not be read.
+        OSError: the file is not there, a folder, or may not be read.
     """
     path = Path(path)
     header = read_header(path)
@@ -264,22 +265,23 @@ def _tensor(path: Path, header: Header, info: TensorInfo) -> GgufTensor:
             offset,
         )
     shape = _original_shape(path, header, info) or info.shape
-    extent = Extent(path, offset, nbytes)
+    extent = Extent(path, offset, nbytes, header.stamp)
     return GgufTensor(info.name, shape, type_name(info.number), extent, info.shape)
 
 
 def _original_shape(path: Path, header: Header, info: TensorInfo) -> tuple[int, ...] | None:
     """Return the shape that the metadata has for a tensor. See [Note: GGUF shapes]."""
-    value = header.metadata.get(_ORIGINAL_SHAPE + info.name)
-    if value is None:
+    key = _ORIGINAL_SHAPE + info.name
+    if key not in header.metadata:
         return None
+    value = header.metadata.at_hand(key)
     sizes = value if isinstance(value, tuple) else ()
     shape = tuple(size for size in sizes if type(size) is int and size > 0)
     is_short = 0 < len(shape) == len(sizes) <= _MAX_ORIGINAL_DIMENSIONS
     if not is_short or math.prod(shape) != math.prod(info.shape):
+        listed = f" {sizes[:_MAX_ORIGINAL_DIMENSIONS]}" if isinstance(value, tuple) else ""
         raise FormatError(
-            f"its original shape {sizes[:_MAX_ORIGINAL_DIMENSIONS]} is none of "
-            f"{math.prod(info.shape)} values",
+            f"its original shape{listed} is none of {math.prod(info.shape)} values",
             path,
             info.name,
             info.position,
@@ -312,11 +314,15 @@ def _problems(header: Header, tensors: Mapping[str, GgufTensor]) -> Iterator[str
         if reason:
             yield f"{tensor.name} cannot be read: {reason}"
     metadata = header.metadata
-    if not isinstance(metadata.get("general.architecture", ""), str):
+    architecture = metadata.at_hand("general.architecture")
+    if "general.architecture" in metadata and not isinstance(architecture, str):
         yield "general.architecture is not a string"
-    parts = metadata.get("split.count", 1)
-    if isinstance(parts, int) and parts > 1:
-        yield f"it is one of {parts} parts of a model; the others are not read"
+    parts = metadata.at_hand("split.count")
+    if isinstance(parts, int):
+        if parts > 1:
+            yield f"it is one of {parts} parts of a model; the others are not read"
+    elif "split.count" in metadata:
+        yield "split.count is not a number"
     for key in metadata:
         if key.startswith(_ORIGINAL_SHAPE) and key.removeprefix(_ORIGINAL_SHAPE) not in tensors:
             yield f"{key} is about no tensor"

@@ -6,7 +6,6 @@ it is compared with the bytes that are left; all arithmetic is on Python's integ
 
 from __future__ import annotations
 
-import stat
 import struct
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, final
@@ -22,6 +21,7 @@ from lowbits.files.gguf_values import (
     ValueType,
     decode,
 )
+from lowbits.files.weights import open_file, stamp_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -87,6 +87,7 @@ class Header:
         alignment: that data stand at.
         data_start: where they begin.
         size: bytes of the file.
+        stamp: of the file, as in `Extent`.
     """
 
     version: int
@@ -96,14 +97,16 @@ class Header:
     alignment: int
     data_start: int
     size: int
+    stamp: tuple[int, int, int]
 
 
 @final
 class _Cursor:
     """A place in a header; holds a piece of the file from about there on."""
 
-    def __init__(self, file: BinaryIO, path: Path, size: int) -> None:
-        self.path, self.size, self.order = path, size, "<"
+    def __init__(self, file: BinaryIO, path: Path, stamp: tuple[int, int, int]) -> None:
+        self.path, self.stamp, self.order = path, stamp, "<"
+        self.size = stamp[1]
         self.position = 0
         self._file, self._piece, self._start = file, b"", 0
         self._decoded_bytes, self._strings = 0, 0
@@ -199,15 +202,10 @@ def read_header(path: Path) -> Header:
 
     Raises:
         FormatError: no regular file, no GGUF file, or a header that does not fit into its file.
-        OSError: the file is not there, or may not be read.
+        OSError: the file is not there, a folder, or may not be read.
     """
-    status = path.stat()
-    # Before it is opened: a FIFO without a writer would not return.
-    if not stat.S_ISREG(status.st_mode):
-        kind = "a folder" if stat.S_ISDIR(status.st_mode) else "no regular file"
-        raise FormatError(f"it is {kind}", path)
-    with path.open("rb") as file:
-        return _header(_Cursor(file, path, status.st_size))
+    with open_file(path) as file:
+        return _header(_Cursor(file, path, stamp_of(file)))
 
 
 def _header(cursor: _Cursor) -> Header:
@@ -231,7 +229,8 @@ def _header(cursor: _Cursor) -> Header:
     infos = tuple(_info(cursor) for _ in range(tensors))
     start = -(-cursor.position // alignment) * alignment
     metadata = GgufMetadata(entries)
-    return Header(version, cursor.order, metadata, infos, alignment, start, cursor.size)
+    size, stamp = cursor.size, cursor.stamp
+    return Header(version, cursor.order, metadata, infos, alignment, start, size, stamp)
 
 
 def _version(cursor: _Cursor) -> int:
@@ -269,7 +268,7 @@ def _value(cursor: _Cursor, key: str) -> GgufValue | StoredArray:
         cursor.skip(nbytes, what)
     else:
         cursor.skip_strings(count, what)
-    extent = Extent(cursor.path, start, cursor.position - start)
+    extent = Extent(cursor.path, start, cursor.position - start, cursor.stamp)
     return StoredArray(key, element, count, cursor.order, extent)
 
 

@@ -196,6 +196,10 @@ class GgufMetadata(Mapping[str, Value]):
     def __getitem__(self, key: str) -> Value:
         return self.typed(key).value
 
+    def __contains__(self, key: object) -> bool:
+        # A Mapping's own would decode the value.
+        return key in self._entries
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)
 
@@ -204,6 +208,14 @@ class GgufMetadata(Mapping[str, Value]):
 
     def __repr__(self) -> str:
         return f"<{len(self)} metadata values: {', '.join(self)}>"
+
+    def at_hand(self, key: str) -> Value | None:
+        """Return a value that is decoded already; None: a longer array, or there is none.
+
+        What a file is opened by is looked at through this: nothing is read, however long it is.
+        """
+        entry = self._entries.get(key)
+        return entry.value if isinstance(entry, GgufValue) else None
 
     def typed(self, key: str) -> GgufValue:
         """Return a value with its type, to be written again as it is.
