@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lowbits.errors import FormatError
 from lowbits.files.weights import Weight, open_file
@@ -27,7 +27,8 @@ def open_pickle(path: str | Path) -> dict[str, Weight]:
         one gives the tensor in memory, not a copy.
 
     Raises:
-        FormatError: torch refuses it, or it is not a dict of tensors.
+        FormatError: torch refuses it, or it is not a dict of plain tensors: sparse, quantized and
+            expanded ones are refused, and those without data.
         OSError: it is missing, a folder, or may not be read.
     """
     path = Path(path)
@@ -68,6 +69,27 @@ def _state_dict(loaded: Any, path: Path) -> dict[str, Tensor]:
             raise FormatError(
                 f"expected names and tensors, got a {type(tensor).__name__}", path, str(name)
             )
-        if tensor.layout != torch.strided:
-            raise FormatError(f"it is stored as {tensor.layout}", path, name)
-    return {name: tensor.detach() for name, tensor in loaded.items()}
+        reason = _why_refused(tensor)
+        if reason:
+            raise FormatError(
+                f"expected a plain tensor with all of its values, {reason}", path, name
+            )
+    # What a view says of its values' signs is not in the bytes.
+    return {name: tensor.detach().resolve_conj().resolve_neg() for name, tensor in loaded.items()}
+
+
+def _why_refused(tensor: Tensor) -> str:
+    """Say why the bytes of a tensor are not its values; empty where they are."""
+    if type(tensor) not in (Tensor, nn.Parameter):
+        return f"got a {type(tensor).__name__}"
+    if tensor.layout != torch.strided:
+        return f"it is stored as {tensor.layout}"
+    if tensor.is_quantized or tensor.is_nested:
+        return f"it is {'quantized' if tensor.is_quantized else 'nested'}"
+    if tensor.is_meta:
+        return "it has no data (meta device)"
+    stored = tensor.untyped_storage().nbytes()
+    if stored < tensor.nbytes:
+        # A few bytes in a file may stand for terabytes.
+        return f"it has {stored} bytes for {tensor.nbytes}: save it with .contiguous()"
+    return ""
