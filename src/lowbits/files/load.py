@@ -120,8 +120,8 @@ def stage(
     """Read what a module will hold; nothing is changed.
 
     Packed weights stay as they are stored where the layer can hold them, and are decoded where it
-    cannot (a norm, a bias). What the module holds now is kept until `install`: a module on the meta
-    device costs nothing beside the file's bytes.
+    cannot (a norm, a bias); those that others hold are copied. What the module holds now is kept
+    until `install`: a module on the meta device costs nothing beside the file's bytes.
 
     Args:
         module: not packed.
@@ -244,8 +244,9 @@ class _Loader:
         dtype = self._dtype(target, weight)
         reason = self._why_not_packed(target, value) if isinstance(value, Packed) else ""
         if isinstance(value, Packed) and not reason:
-            return self._packed(target, value, dtype, weight.compute_dtype)
-        tensor = self._reader.decoded(value).reshape(target.tensor.shape).to(target.device, dtype)
+            return self._packed(target, value, dtype, weight)
+        tensor = self._reader.decoded(value).reshape(target.tensor.shape)
+        tensor = tensor.to(target.device, dtype, copy=weight.is_shared)
         if isinstance(target.tensor, nn.Parameter):
             self._require_finite(tensor, weight)
             tensor = nn.Parameter(tensor, requires_grad=target.tensor.requires_grad)
@@ -272,19 +273,17 @@ class _Loader:
         return self._options.dtype or stored or own
 
     def _packed(
-        self,
-        target: _Target,
-        packed: Packed,
-        dtype: torch.dtype,
-        compute_dtype: torch.dtype | None,
+        self, target: _Target, packed: Packed, dtype: torch.dtype, weight: Weight
     ) -> _Loaded:
         backend, _ = self._options.registry.find(packed.scheme)
         assert backend
         name = target.holders[0].name
         layout, tensors = storage_form(name, packed, backend, target.tensor.shape)
         kept = set(target.fqn.split(".")) & set(self._options.kept_in_fp32)
-        layout = replace(layout, compute_dtype=compute_dtype, keeps_fp32=bool(kept))
-        tensors = {key: tensor.to(target.device) for key, tensor in tensors.items()}
+        layout = replace(layout, compute_dtype=weight.compute_dtype, keeps_fp32=bool(kept))
+        tensors = {
+            key: tensor.to(target.device, copy=weight.is_shared) for key, tensor in tensors.items()
+        }
         value = packed_parameters(name, layout, tensors, dtype, NoSource())
         nbytes = sum(tensor.nbytes for tensor in tensors.values())
         return _Loaded(target, value, self._report(target, packed.scheme, nbytes, "none", ""))

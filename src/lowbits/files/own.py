@@ -113,6 +113,7 @@ class _Found:
             partial(_packed_on_host, layer, name),
             layout.scheme,
             layout.compute_dtype,
+            is_shared=True,
         )
 
     def _plain(self, full: str, tensor: Tensor) -> None:
@@ -124,10 +125,8 @@ class _Found:
                 f"cannot save {full}: it is another library's {kind.__name__}; "
                 "lowbits.adopt(target) turns those into packed weights, which can be saved"
             )
-        shape = tuple(tensor.shape)
-        self.weights[full] = Weight(
-            full, shape, tensor.dtype, tensor.nbytes, partial(_on_host, tensor)
-        )
+        shape, read = tuple(tensor.shape), partial(_on_host, tensor)
+        self.weights[full] = Weight(full, shape, tensor.dtype, tensor.nbytes, read, is_shared=True)
 
 
 def _packed_on_host(layer: PackedLayer, name: str) -> Packed:

@@ -37,12 +37,12 @@ def open_pickle(path: str | Path) -> dict[str, Weight]:
 
 def memory_weights(tensors: Mapping[str, Tensor]) -> dict[str, Weight]:
     """Return tensors that are in memory as weights; reading one gives the tensor, not a copy."""
-    return {
-        name: Weight(
-            name, tuple(tensor.shape), tensor.dtype, tensor.nbytes, partial(_identity, tensor)
-        )
-        for name, tensor in tensors.items()
-    }
+    return {name: _in_memory(name, tensor) for name, tensor in tensors.items()}
+
+
+def _in_memory(name: str, tensor: Tensor) -> Weight:
+    read = partial(_identity, tensor)
+    return Weight(name, tuple(tensor.shape), tensor.dtype, tensor.nbytes, read, is_shared=True)
 
 
 def _identity(tensor: Tensor) -> Tensor:

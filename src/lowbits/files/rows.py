@@ -69,7 +69,8 @@ class RowReader:
     def read(self, segments: Sequence[Segment]) -> Tensor | Packed:
         """Return the rows, as they are stored if all are stored alike, else decoded in float32.
 
-        Tensors are on the CPU. Those of one whole weight are not copied.
+        Tensors are on the CPU. Those of one whole weight are what it gives, shared where it says
+        so; all others are in memory of their own.
 
         Raises:
             FormatError: the bytes are not what they claim to be, or rows cannot be told apart.
@@ -87,7 +88,8 @@ class RowReader:
         whole = self._whole(weight)
         rows = weight.shape[0] if weight.shape else 1
         if (segment.start, segment.stop, segment.step) == (0, rows, 1):
-            return whole
+            # Handed over: who asks for it again must not get the same memory.
+            return self._kept.pop(weight.name)
         if not isinstance(whole, Packed):
             return segment.take(whole).clone()
         if not whole.row_sliceable:
@@ -154,5 +156,6 @@ def rearranged(
             share,
             partial(reader.read, tuple(segments)),
             schemes.pop() if len(schemes) == 1 else None,
+            is_shared=len(parts) == 1 and parts[0].is_shared,
         )
     return result

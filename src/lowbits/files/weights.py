@@ -61,9 +61,13 @@ class Weight:
         shape: as a module holds it.
         dtype: of its values; of what it was before it was packed, None where the file does not say.
         nbytes: in the file, scales included.
-        read: gives a tensor on the CPU; of a packed weight, its tensors.
+        read: gives a tensor on the CPU; of a packed weight, its tensors. Nobody writes to them; see
+            `is_shared` before keeping them.
         scheme: that it is stored in; None where it is an ordinary tensor.
         compute_dtype: that a packed layer multiplies in; None: what is fast on its device.
+        is_shared: whether others may hold what `read` gives: a module, a state dict, a pickle that
+            was loaded. Whoever keeps it copies it then; of a file, each `read` gives memory of its
+            own.
     """
 
     name: str
@@ -73,6 +77,7 @@ class Weight:
     read: Callable[[], Tensor | Packed]
     scheme: str | None = None
     compute_dtype: torch.dtype | None = None
+    is_shared: bool = False
 
 
 def plain_weights(tensors: Mapping[str, StoredTensor]) -> dict[str, Weight]:
