@@ -39,7 +39,9 @@ class _Commands(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except (LowbitsError, ModuleNotFoundError) as error:
+        except BrokenPipeError:  # a pager that was closed
+            raise
+        except (LowbitsError, ModuleNotFoundError, OSError) as error:
             message = _message(error)
             if ctx.params.get("debug") or message is None:
                 raise
@@ -48,9 +50,13 @@ class _Commands(TyperGroup):
             raise typer.Exit(1) from None
 
 
-def _message(error: LowbitsError | ModuleNotFoundError) -> str | None:
+def _message(error: LowbitsError | ModuleNotFoundError | OSError) -> str | None:
     if isinstance(error, LowbitsError):
         return str(error)
+    if isinstance(error, OSError):
+        is_about_file = error.filename is not None and error.strerror
+        said = f"{error.filename}: {error.strerror}" if is_about_file else str(error)
+        return " ".join(said.split())  # those of other libraries have several lines
     package = (error.name or "").partition(".")[0]
     extra = _EXTRAS.get(package)
     return f"this command needs {package}: pip install 'lowbits[{extra}]'" if extra else None
