@@ -19,9 +19,6 @@ if TYPE_CHECKING:
 
 RECIPE: Final = "compare.json"
 
-#: The first diffusers whose `from_pretrained` calls its ``torch_dtype`` ``dtype``.
-_DTYPE_RENAMED: Final = (0, 40)
-
 
 @contextmanager
 def quiet() -> Iterator[None]:
@@ -48,7 +45,7 @@ def pick_device(device: str | None) -> torch.device:
     """
     import torch
 
-    from lowbits._api import default_device
+    from lowbits._target import default_device
 
     if device is None:
         return default_device()
@@ -70,13 +67,9 @@ def load_pipeline(folder: Path, device: torch.device) -> Any:
         raise ConfigError(f"{folder} has no model_index.json: it is not a diffusers pipeline")
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     with quiet(), _no_loading_bars():
-        import diffusers
+        from lowbits.integrations.models import load_rest
 
-        version = tuple(map(int, diffusers.__version__.split(".")[:2]))
-        name = "dtype" if version >= _DTYPE_RENAMED else "torch_dtype"
-        pipe = diffusers.DiffusionPipeline.from_pretrained(
-            folder, local_files_only=True, **{name: dtype}
-        )
+        pipe = load_rest(folder, {}, dtype)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

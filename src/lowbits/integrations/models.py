@@ -23,14 +23,17 @@ CONFIG: Final = "config.json"
 _WEIGHTS: Final = ("diffusion_pytorch_model*", "model*.safetensors*", "pytorch_model*")
 #: Libraries whose classes can be made empty here.
 _LIBRARIES: Final = ("diffusers", "transformers")
+#: The first diffusers whose `from_pretrained` calls its ``torch_dtype`` ``dtype``.
+_DTYPE_RENAMED: Final = (0, 40)
 
 
 def save_config(module: nn.Module, folder: Path) -> None:
     """Write a model's ``config.json`` into a folder, where it has one: plain modules have none."""
-    if hasattr(module, "save_config"):  # diffusers'
-        module.save_config(folder)
-    elif hasattr(getattr(module, "config", None), "save_pretrained"):  # transformers'
-        module.config.save_pretrained(folder)
+    model: Any = module
+    if hasattr(model, "save_config"):  # diffusers'
+        model.save_config(folder)
+    elif hasattr(getattr(model, "config", None), "save_pretrained"):  # transformers'
+        model.config.save_pretrained(folder)
 
 
 def refuse_other_weights(folder: Path) -> None:
@@ -102,7 +105,7 @@ def load_rest(folder: Path, parts: dict[str, Any], dtype: torch.dtype, **options
     import diffusers
 
     version = tuple(map(int, diffusers.__version__.split(".")[:2]))
-    name = "dtype" if version >= (0, 40) else "torch_dtype"
+    name = "dtype" if version >= _DTYPE_RENAMED else "torch_dtype"
     options.setdefault("local_files_only", True)
     return diffusers.DiffusionPipeline.from_pretrained(folder, **{name: dtype}, **parts, **options)
 
