@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, final
 
 import torch
 
-from lowbits.backends.gguf.backend import GgufBackend, scheme_name
+from lowbits.backends.gguf.backend import SEARCHED, GgufBackend, scheme_name
 from lowbits.core.backend import Packed
 from lowbits.core.packing import pack_weight
 from lowbits.core.report import LayerReport, Report
@@ -51,6 +52,9 @@ class ExportOptions:
         linear: names of the weights of Linear layers; None: guessed by name and shape.
         registry: of the schemes that weights may be in.
         device: that quantizes.
+        is_best: whether to search longer for less error, where a type can be.
+        progress: called after each weight.
+        cancel: stops between two weights.
     """
 
     type_name: str
@@ -59,6 +63,7 @@ class ExportOptions:
     linear: Collection[str] | None
     registry: BackendRegistry
     device: torch.device
+    is_best: bool = False
     progress: ProgressCallback | None = None
     cancel: CancelToken | None = None
 
@@ -103,22 +108,52 @@ def export(path: Path, weights: Mapping[str, Weight], options: ExportOptions) ->
     return Report(tuple(map(partial(_report, weights), plans, tensors)))
 
 
-def planned(weights: Mapping[str, Weight], options: ExportOptions) -> dict[str, str | None]:
-    """Return the scheme that each weight will be in, as far as names and shapes tell."""
+def planned(weights: Mapping[str, Weight], options: ExportOptions) -> dict[str, str]:
+    """Return the scheme that each quantized weight will be in, as far as names and shapes tell."""
     shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
     plans = plan_types(
         shapes, options.type_name, options.arch, options.target, linear=options.linear
     )
-    return {plan.name: plan.type_name and scheme_name(plan.type_name) for plan in plans}
+    found = {}
+    for plan in plans:
+        if plan.type_name and _is_blocks(plan.type_name):
+            kept = weights[plan.name].scheme if _is_of(weights[plan.name], plan.type_name) else None
+            found[plan.name] = kept or scheme_name(plan.type_name)
+    return found
 
 
 def _settled(plan: TensorPlan, weight: Weight, options: ExportOptions) -> TensorPlan:
     """Return a plan whose type holds the values."""
-    if plan.type_name and weight.scheme == scheme_name(plan.type_name):
+    if options.cancel:
+        options.cancel.raise_if_cancelled("converting")
+    if plan.type_name and _is_of(weight, plan.type_name):
         return plan
-    values = decoded(weight, options.registry)
-    largest = float(values.abs().max()) if values.is_floating_point() and values.numel() else 0.0
-    return settled(plan, weight.dtype or values.dtype, largest, options.target)
+    largest = _largest(decoded(weight, options.registry))
+    if plan.type_name and _is_blocks(plan.type_name) and not math.isfinite(largest):
+        raise NonFiniteWeightError(
+            f"{plan.name} cannot be quantized to {plan.type_name}: some of its values are NaN or "
+            "infinite; repair the weight"
+        )
+    return settled(plan, weight.dtype or torch.float32, largest, options.target)
+
+
+def _largest(values: Tensor) -> float:
+    """Return the largest magnitude; NaN where one of the values is."""
+    if not values.is_floating_point() or not values.numel():
+        return 0.0
+    # A copy of its own only where torch does not compare: float8.
+    low, high = (values if values.dtype.itemsize > 1 else values.float()).aminmax()
+    return max(-float(low), float(high))
+
+
+def _is_of(weight: Weight, type_name: str) -> bool:
+    """Say whether a weight is stored as this type, however its codes were found."""
+    return (weight.scheme or "").removesuffix(SEARCHED) == scheme_name(type_name)
+
+
+def _is_blocks(type_name: str) -> bool:
+    """Say whether a type is quantized, not ordinary numbers."""
+    return STORED_TYPES[type_name].dtype is None
 
 
 def _data(tensor: TensorToWrite, weight: Weight, options: ExportOptions) -> Tensor:
@@ -126,7 +161,7 @@ def _data(tensor: TensorToWrite, weight: Weight, options: ExportOptions) -> Tens
     kind = STORED_TYPES[tensor.type_name]
     value = weight.read()
     if isinstance(value, Packed):
-        if value.scheme == scheme_name(tensor.type_name):
+        if value.scheme.removesuffix(SEARCHED) == scheme_name(tensor.type_name):
             return value["qdata"]
         backend, _ = options.registry.find(value.scheme)
         assert backend
@@ -134,7 +169,7 @@ def _data(tensor: TensorToWrite, weight: Weight, options: ExportOptions) -> Tens
     value = value.reshape(tensor.shape)
     if kind.dtype is not None:
         return value.to(kind.dtype)
-    backend, scheme = GgufBackend(), _scheme(tensor.type_name)
+    backend, scheme = GgufBackend(), _scheme(tensor.type_name, is_best=options.is_best)
     grid = value.reshape(-1, tensor.shape[-1])
     try:
         packed = pack_weight(grid, LINEAR, scheme, backend, options.device)
@@ -143,8 +178,11 @@ def _data(tensor: TensorToWrite, weight: Weight, options: ExportOptions) -> Tens
     return packed["qdata"].cpu()
 
 
-def _scheme(type_name: str) -> Scheme:
-    return next(s for s in GgufBackend().schemes() if s.name == scheme_name(type_name))
+def _scheme(type_name: str, *, is_best: bool) -> Scheme:
+    schemes = {scheme.name: scheme for scheme in GgufBackend().schemes()}
+    name = scheme_name(type_name)
+    best = schemes.get(name + SEARCHED)
+    return best if best and is_best else schemes[name]
 
 
 def _report(weights: Mapping[str, Weight], plan: TensorPlan, tensor: TensorToWrite) -> LayerReport:
@@ -159,6 +197,6 @@ def _report(weights: Mapping[str, Weight], plan: TensorPlan, tensor: TensorToWri
         bytes_before=weight.nbytes,
         bytes_after=tensor.nbytes,
         bits_per_weight=tensor.nbytes * 8 / numel if numel else 0.0,
-        source="-",
+        source="none" if _is_blocks(tensor.type_name) else "-",
         reason=plan.reason,
     )

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 _PREFIX: Final = "gguf-"
 #: Suffix of the schemes whose quantizer searches longer; the bytes are of the same type.
-_BEST: Final = "-best"
+SEARCHED: Final = "-best"
 
 
 def scheme_name(type_name: str) -> str:
@@ -39,7 +39,7 @@ def _schemes() -> Iterator[Scheme]:
         yield _scheme(kind, scheme_name(kind.name), f"GGUF {kind.name}{blocks}{fate}")
     for name in BEST:
         summary = f"GGUF {name}, searched longer for less error"
-        yield _scheme(TYPES[name], scheme_name(name) + _BEST, summary)
+        yield _scheme(TYPES[name], scheme_name(name) + SEARCHED, summary)
     for name, mix in MIXES.items():
         rules = (*mix.rules, MixRule("", mix.type_name))
         overrides = tuple(Override(r.pattern, scheme_name(r.type_name), r.first) for r in rules)
@@ -100,7 +100,7 @@ class GgufBackend(QuantBackend):
 
     def pack(self, weight: Tensor, scheme: Scheme) -> Packed:
         """Quantize rows of whole blocks."""
-        effort = "best" if scheme.name.endswith(_BEST) else "ref"
+        effort = "best" if scheme.name.endswith(SEARCHED) else "ref"
         qdata = _encode(weight, self._types[scheme.name], effort)
         return Packed(scheme.name, (weight.shape[0], weight.shape[1]), {"qdata": qdata})
 
@@ -239,4 +239,4 @@ def _known(type_name: str) -> GgufType:
 
 
 def _type_name(name: str) -> str:
-    return name.removeprefix(_PREFIX).removesuffix(_BEST).upper()
+    return name.removeprefix(_PREFIX).removesuffix(SEARCHED).upper()
