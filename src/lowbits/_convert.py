@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import logging
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, final
 
 from torch import nn
 
 from lowbits._target import default_device
+from lowbits.backends.gguf.backend import SEARCHED
+from lowbits.config import LowbitsConfig
 from lowbits.core.names import dotted
 from lowbits.core.registry import DEFAULT
 from lowbits.core.report import LayerReport, Report
@@ -19,7 +21,7 @@ from lowbits.core.scheme import NATIVE
 from lowbits.core.select import Component, Selection, select
 from lowbits.errors import ConfigError, SourceUnavailableError
 from lowbits.files.checkpoint import OpenOptions, open_checkpoint
-from lowbits.files.convert import converted, stored_name, twice_quantized
+from lowbits.files.convert import converted, stored_name, twice_quantized, untied
 from lowbits.files.gguf_export import ExportOptions, export, planned
 from lowbits.files.inspection import Inspection, inspected
 from lowbits.files.own import OWN_FILE, versions, weights_of
@@ -29,7 +31,7 @@ from lowbits.files.rows import rearranged
 from lowbits.files.sharded import SUFFIX
 from lowbits.files.skeleton import skeleton_of
 from lowbits.integrations.architectures import recognized
-from lowbits.integrations.configs import request_of
+from lowbits.integrations.configs import Request, request_of
 from lowbits.integrations.keymaps import classes_of, to_reference
 from lowbits.integrations.models import (
     CONFIG,
@@ -39,13 +41,13 @@ from lowbits.integrations.models import (
     packed_by_default,
     refuse_other_weights,
 )
+from lowbits.progress import CancelToken, ProgressCallback, ProgressEvent
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from lowbits.core.select import Decision
     from lowbits.files.weights import Weight
-    from lowbits.progress import CancelToken, ProgressCallback
 
 logger = logging.getLogger("lowbits.convert")
 
@@ -67,13 +69,21 @@ def inspect(path: str | Path, *, allow_pickle: bool = False) -> Inspection:
 
     Raises:
         FormatError: it is not what it claims to be.
-        ConfigError: it is a pickle.
+        ConfigError: it is a pickle, or the folder of a pipeline of several models.
         OSError: the system refuses to open it.
     """
+    if (Path(path) / INDEX).is_file():
+        models = ", ".join(sorted(_model_folders(Path(path))))
+        raise ConfigError(f"path: {path} is a pipeline of several models: name one of {models}")
     opened = open_checkpoint(path, OpenOptions(DEFAULT, allow_pickle=allow_pickle))
     found = recognized(_shapes(opened.weights), opened.architecture)
     classes = classes_of(found.name) if found else ()
     return inspected(opened, found and found.name, " or ".join(classes) or None)
+
+
+def _model_folders(pipeline: Path) -> list[str]:
+    listed = components_in(pipeline)
+    return [name for name in listed if any((pipeline / name).glob(f"*{SUFFIX}*"))]
 
 
 def convert(
@@ -113,13 +123,15 @@ def convert(
         NonFiniteWeightError: a weight holds NaN or infinity.
         OSError: the system refuses to write.
     """
-    src, dst, name = Path(src), Path(dst), request_of(scheme).scheme
-    how = _How(name, dict(rules or {}), tuple(skip), on_requantize, progress, cancel)
+    LowbitsConfig(skip=skip, on_requantize=on_requantize)  # says what these may not be
+    src, dst, request = Path(src), Path(dst), request_of(scheme)
+    chosen = {glob: request_of(value).scheme for glob, value in (rules or {}).items()}
+    how = _How(request, chosen, tuple(skip), on_requantize, progress, cancel)
     if (src / INDEX).is_file():
         return _convert_pipeline(src, dst, how)
     if dst.suffix == _GGUF:
         return _convert_to_gguf(src, dst, how)
-    return _convert_model(src, dst, how, "")
+    return _convert_models([_part(src, dst, how)], how)
 
 
 @final
@@ -127,70 +139,147 @@ def convert(
 class _How:
     """What `convert` was asked for."""
 
-    scheme: str
-    rules: Mapping[str, Any]
+    request: Request
+    rules: Mapping[str, str]
     skip: Sequence[str]
     on_requantize: str
     progress: ProgressCallback | None
     cancel: CancelToken | None
 
 
-def _convert_model(src: Path, dst: Path, how: _How, component: str) -> Report:
-    """Convert one model: a file, or its folder."""
-    opened = open_checkpoint(src, OpenOptions(DEFAULT))
-    file = dst
-    if dst.suffix != SUFFIX:
-        dst.mkdir(parents=True, exist_ok=True)
-        refuse_other_weights(dst)
-        file = dst / OWN_FILE
-    model = empty_model(src, _shapes(opened.weights)) or skeleton_of(opened.weights)
-    rules = {glob: request_of(value).scheme for glob, value in how.rules.items()}
-    selection = Selection(rules, how.skip, DEFAULT, sees_meta=True)
-    decisions = select([Component(component, model, how.scheme)], selection)
-    weights = converted(opened.weights, decisions, default_device(), DEFAULT)
-    schemes = {name: weight.scheme for name, weight in weights.items()}
-    notes = _requantized(opened.weights, schemes, how.on_requantize)
-    made_by = versions(weight.scheme for weight in weights.values() if weight.scheme)
-    options = WriteOptions(made_by, stage="convert", progress=how.progress, cancel=how.cancel)
-    write_own(file, weights, {}, options)
-    if file is not dst and (src / CONFIG).is_file():
-        shutil.copyfile(src / CONFIG, dst / CONFIG)
-    return _report(opened.weights, weights, decisions).noting(notes)
+@final
+@dataclass(frozen=True)
+class _Part:
+    """A model that is converted; its modules are empty.
+
+    Attributes:
+        component: what is asked for.
+        weights: tied ones by one of their names.
+        ties: the other names, and that one.
+        folder: that it comes from, or its file.
+        dst: file or folder that it goes to.
+    """
+
+    component: Component
+    weights: Mapping[str, Weight]
+    ties: Mapping[str, str]
+    folder: Path
+    dst: Path
+
+    @property
+    def file(self) -> Path:
+        return self.dst if self.dst.suffix == SUFFIX else self.dst / OWN_FILE
+
+    @property
+    def named(self) -> dict[str, Weight]:
+        """The weights by names with the component in front."""
+        return {dotted(self.component.name, name): w for name, w in self.weights.items()}
+
+
+def _part(src: Path, dst: Path, how: _How, name: str = "", *, is_asked: bool = True) -> _Part:
+    weights, ties = untied(open_checkpoint(src, OpenOptions(DEFAULT)).weights)
+    model = empty_model(src, _shapes(weights))
+    asked = how.request
+    component = Component(
+        name,
+        model or skeleton_of(weights),
+        asked.scheme if is_asked else None,
+        skip=asked.skip,
+        compute_dtype=asked.compute_dtype,
+    )
+    return _Part(component, weights, ties, src, dst)
+
+
+def _convert_models(parts: Sequence[_Part], how: _How) -> Report:
+    """Convert models: all that can be refused is, before the first is written."""
+    selection = Selection(how.rules, how.skip, DEFAULT, sees_meta=True)
+    decisions = select([part.component for part in parts], selection)
+    by_part = [[d for d in decisions if d.component == part.component.name] for part in parts]
+    results = [
+        replace(part, weights=converted(part.weights, chosen, default_device(), DEFAULT))
+        for part, chosen in zip(parts, by_part, strict=True)
+    ]
+    before = {name: weight for part in parts for name, weight in part.named.items()}
+    after = {name: weight for part in results for name, weight in part.named.items()}
+    schemes = {name: weight.scheme for name, weight in after.items()}
+    notes = _requantized(before, schemes, how.on_requantize)
+    for part in results:
+        if part.file != part.dst:
+            refuse_other_weights(part.dst)
+    done, total = 0, sum(weight.nbytes for weight in after.values())
+    for part in results:
+        _write(part, how, done, total)
+        done += sum(weight.nbytes for weight in part.weights.values())
+    return _report(before, after, decisions).noting(notes)
+
+
+def _write(part: _Part, how: _How, done_bytes: int, total_bytes: int) -> None:
+    """Write one model of several; tell of it as a part of all that is written."""
+
+    def progress(event: ProgressEvent) -> None:
+        assert how.progress
+        fqn = dotted(part.component.name, event.fqn)
+        how.progress(ProgressEvent(event.stage, fqn, done_bytes + event.done_bytes, total_bytes))
+
+    if part.file != part.dst:
+        part.dst.mkdir(parents=True, exist_ok=True)
+    made_by = versions(weight.scheme for weight in part.weights.values() if weight.scheme)
+    options = WriteOptions(
+        made_by, stage="convert", progress=progress if how.progress else None, cancel=how.cancel
+    )
+    write_own(part.file, part.weights, part.ties, options)
+    config = part.folder / CONFIG
+    if part.file != part.dst and config.is_file() and part.folder.resolve() != part.dst.resolve():
+        shutil.copyfile(config, part.dst / CONFIG)
 
 
 def _convert_pipeline(src: Path, dst: Path, how: _How) -> Report:
-    """Convert what is packed by default; the rest is copied, what makes it a pipeline last."""
+    """Convert what is packed by default, or named; the rest is copied, the index last."""
     if dst.suffix in (SUFFIX, _GGUF):
         raise ConfigError(f"dst: {src} is a pipeline of several models: name a folder, not {dst}")
-    dst.mkdir(parents=True, exist_ok=True)
-    reports = []
+    if dst.resolve().is_relative_to(src.resolve()):
+        raise ConfigError(f"dst: {dst} is the pipeline's own folder, or in it: name another one")
     listed = components_in(src)
-    for part in (path for path in sorted(src.iterdir()) if path.name != INDEX):
-        if packed_by_default(part.name, listed.get(part.name)):
-            reports.append(_convert_model(part, dst / part.name, how, part.name))
-        elif part.is_dir():
-            shutil.copytree(part, dst / part.name, dirs_exist_ok=True)
+    named = {glob.split(".")[0] for glob in how.rules}
+    parts, others = [], []
+    for path in (path for path in sorted(src.iterdir()) if path.name != INDEX):
+        is_asked = packed_by_default(path.name, listed.get(path.name))
+        if is_asked or (path.name in named and path.name in listed):
+            parts.append(_part(path, dst / path.name, how, path.name, is_asked=is_asked))
         else:
-            shutil.copyfile(part, dst / part.name)
+            others.append(path)
+    report = _convert_models(parts, how)
+    for path in others:
+        if path.is_dir():
+            shutil.copytree(path, dst / path.name, dirs_exist_ok=True)
+        else:
+            shutil.copyfile(path, dst / path.name)
     shutil.copyfile(src / INDEX, dst / INDEX)
-    layers = tuple(layer for report in reports for layer in report.layers)
-    return Report(layers, tuple(dict.fromkeys(w for report in reports for w in report.warnings)))
+    return report
 
 
 def _convert_to_gguf(src: Path, dst: Path, how: _How) -> Report:
     if how.rules or how.skip:
         raise ConfigError("rules, skip: the types of a GGUF file go by rules of its architecture")
-    if not how.scheme.startswith(_PREFIX):
-        raise ConfigError(f"scheme: a GGUF file holds schemes of GGUF, not {how.scheme!r}")
-    DEFAULT.require(how.scheme)
+    scheme = how.request.scheme
+    if not scheme.startswith(_PREFIX):
+        raise ConfigError(f"scheme: a GGUF file holds schemes of GGUF, not {scheme!r}")
+    DEFAULT.require(scheme)
     opened = open_checkpoint(src, OpenOptions(DEFAULT))
-    type_name = how.scheme.removeprefix(_PREFIX)
-    arch = opened.architecture or _architecture(opened.weights)
-    target = "comfy" if arch else "sdcpp"  # which tells by names, and asks for no architecture
+    weights, _ = untied(opened.weights)
+    arch = opened.architecture or _architecture(weights)
     options = ExportOptions(
-        type_name, arch, target, None, DEFAULT, default_device(), how.progress, how.cancel
+        scheme.removeprefix(_PREFIX).removesuffix(SEARCHED),
+        arch,
+        "comfy" if arch else "sdcpp",  # which tells by names, and asks for no architecture
+        None,
+        DEFAULT,
+        default_device(),
+        is_best=scheme.endswith(SEARCHED),
+        progress=how.progress,
+        cancel=how.cancel,
     )
-    report = _export(dst, opened.weights, options, how.on_requantize)
+    report = _export(dst, weights, options, how.on_requantize)
     return report if arch else report.noting((_UNKNOWN,))
 
 
@@ -247,7 +336,14 @@ def save_gguf(
     if arch == "auto":
         arch = _architecture(weights)
     options = ExportOptions(
-        type_or_mix, arch, target, linear, DEFAULT, default_device(), progress, cancel
+        type_or_mix,
+        arch,
+        target,
+        linear,
+        DEFAULT,
+        default_device(),
+        progress=progress,
+        cancel=cancel,
     )
     return _export(Path(path), weights, options, "warn")
 
@@ -294,7 +390,7 @@ def _report(
 ) -> Report:
     layers = []
     for decision in decisions:
-        name = stored_name(decision)
+        name = dotted(decision.component, stored_name(decision))
         if name not in after:
             continue
         weight, numel = after[name], decision.shape.numel()

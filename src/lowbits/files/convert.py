@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from functools import partial
 from typing import TYPE_CHECKING
@@ -53,8 +54,21 @@ def converted(
         make = partial(_pack, weight, decision.kind, scheme, decision.backend, device, registry)
         nbytes = decision.backend.packed_bytes(scheme, *rows)
         dtype = weight.dtype or torch.float32
-        result[name] = Weight(name, weight.shape, dtype, nbytes, make, scheme.name)
+        result[name] = Weight(
+            name, weight.shape, dtype, nbytes, make, scheme.name, decision.compute_dtype
+        )
     return result
+
+
+def untied(weights: Mapping[str, Weight]) -> tuple[dict[str, Weight], dict[str, str]]:
+    """Return weights by one name each, and the ties: that name by each other one."""
+    firsts: dict[int, str] = {}
+    ties = {}
+    for name, weight in weights.items():
+        first = firsts.setdefault(id(weight), name)
+        if first != name:
+            ties[name] = first
+    return {name: weights[name] for name in firsts.values()}, ties
 
 
 def stored_name(decision: Decision) -> str:
@@ -69,7 +83,8 @@ def twice_quantized(
     steps: dict[str, list[Weight]] = defaultdict(list)
     for name, weight in before.items():
         scheme = after.get(name)
-        if weight.scheme and scheme and scheme != weight.scheme:
+        is_low_bit = weight.scheme and 8 * weight.nbytes < 16 * math.prod(weight.shape)
+        if is_low_bit and scheme and scheme != weight.scheme:
             steps[f"{weight.scheme} to {scheme}"].append(weight)
     return steps
 

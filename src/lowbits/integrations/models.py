@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING, Any, Final
 
 from lowbits.errors import ConfigError, FormatError
 from lowbits.integrations.diffusers import default_reason
+from lowbits.integrations.module_tensors import tensors_of
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
     from pathlib import Path
 
     import torch
     from torch import nn
+
+    from lowbits.integrations.row_tracing import Shapes
 
 INDEX: Final = "model_index.json"
 CONFIG: Final = "config.json"
@@ -117,8 +119,13 @@ def packed_by_default(name: str, listed: tuple[str, str] | None) -> bool:
     return not default_reason(name, listed[1]) and name not in ("scheduler", "tokenizer")
 
 
-def empty_model(folder: Path, names: Collection[str]) -> nn.Module | None:
-    """Return a model of a folder's config on the meta device, if these are its tensors' names."""
+def empty_model(folder: Path, shapes: Shapes) -> nn.Module | None:
+    """Return a model of a folder's config on the meta device, if these are its tensors.
+
+    Args:
+        folder: of the model; one without a config, or a file, has no model.
+        shapes: of the tensors, by name; of tied ones a single name is enough.
+    """
     path = folder / CONFIG
     if not path.is_file():
         return None
@@ -129,4 +136,4 @@ def empty_model(folder: Path, names: Collection[str]) -> nn.Module | None:
     if importlib.util.find_spec(library) is None or not class_name:
         return None
     model = skeleton(folder, library, class_name)
-    return model if set(model.state_dict()) <= set(names) else None
+    return model if tensors_of(model).fit(shapes) else None
