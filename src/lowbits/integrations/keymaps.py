@@ -250,6 +250,10 @@ def _recognized(
     for prefix, which in known.items():
         if which.part == "text_encoder" and _is_of(module, "transformers"):
             return prefix, which
+    own = tensors_of(module)
+    nearest = max(parts.values(), key=lambda part: len(own.names_in(part)))
+    if 2 * len(own.names_in(nearest)) >= len(own.shapes):
+        _require_all(module, own, own.names_in(nearest))
     held = ", ".join(dict.fromkeys(which.name for which in known.values()))
     raise FormatError(
         f"holds {held or 'nothing that is recognized'}, no {type(module).__name__}; its names: "
