@@ -116,7 +116,8 @@ def load(
         path: a file, an index of shards, or a folder; for a pipeline, one file of any of its
             models, or of several.
         into: changed in place; may be on the meta device, and costs least there.
-        dtype: of floating weights; None: that of the module, on the meta device the file's.
+        dtype: of floating weights, but in float16 of those that the model keeps in float32; None:
+            that of the module, on the meta device the file's.
         verify: compare the checksum that lowbits' own files have before anything is changed.
         allow_pickle: let torch unpickle ``.pt``, ``.bin`` and the like, harmless types only.
         allow_nonfinite: take scales and weights that are NaN or infinite.
@@ -128,15 +129,16 @@ def load(
 
     Raises:
         FormatError: the file is not what it claims to be, or not of this model.
-        AlreadyPatchedError: the module is packed.
+        AlreadyPatchedError: the module is packed, has a handle, or is streamed.
         ConfigError: it is a pickle.
         OSError: the system refuses to open it.
     """
-    opened = open_checkpoint(path, OpenOptions(DEFAULT, verify, allow_pickle, allow_nonfinite))
     modules = modules_of(into)
+    opened = open_checkpoint(path, OpenOptions(DEFAULT, verify, allow_pickle, allow_nonfinite))
     staged = []
     for name, (weights, key_map) in _key_maps(modules, opened).items():
         module = modules[name]
+        _refuse_applied(name, module)
         kept = kept_in_fp32(module)
         options = LoadOptions(DEFAULT, name, kept, dtype, allow_nonfinite, progress, cancel)
         staged.append(stage(module, weights, key_map, options))
@@ -169,6 +171,16 @@ def _key_map(module: nn.Module, opened: Checkpoint) -> tuple[Mapping[str, Weight
     return weights, map_for(module, shapes, opened.architecture)
 
 
+def _refuse_applied(name: str, module: nn.Module) -> None:
+    """Raise where a handle, or a streamer, would not know what a model holds from now on."""
+    if find_handle(module) is not None:
+        raise AlreadyPatchedError(
+            f"{name or type(module).__name__} was applied: lowbits.restore(target), or "
+            "lowbits.dequantize(target), first"
+        )
+    refuse_streamed(module)
+
+
 def adopt(target: Any) -> Report:
     """Take over layers that bitsandbytes, torchao, quanto or diffusers' GGUF quantized, in place.
 
@@ -188,11 +200,7 @@ def adopt(target: Any) -> Report:
     """
     modules = modules_of(target)
     for name, module in modules.items():
-        if find_handle(module) is not None:
-            raise AlreadyPatchedError(
-                f"{name or type(target).__name__} was applied: lowbits.restore(target) first"
-            )
-        refuse_streamed(module)
+        _refuse_applied(name, module)
     adoption = adopt_layers(modules, DEFAULT)
     for name, is_complete in adoption.components.items():
         guard(modules[name], save_component)
