@@ -141,16 +141,18 @@ def stage(
     targets = _targets(module)
     sources = _sources(targets, key_map, weights)
     loader = _Loader(weights, options)
-    total = sum(weights[segments[0].source].nbytes for segments in sources)
+    total = sum(_nbytes(segments, weights) for segments in sources)
     loaded, done = [], 0
     for target, segments in zip(targets, sources, strict=True):
         if options.cancel:
             options.cancel.raise_if_cancelled("loading")
         loaded.append(loader.load(target, segments))
-        done += weights[segments[0].source].nbytes
+        done += _nbytes(segments, weights)
         if options.progress:
             options.progress(ProgressEvent("load", target.fqn, done, total))
-    unused = sorted(weights.keys() - {s.source for segments in sources for s in segments})
+    # By identity: a tied weight has several names.
+    used = {id(weights[s.source]) for segments in sources for s in segments}
+    unused = sorted(name for name, weight in weights.items() if id(weight) not in used)
     notes = (f"not used: {_some(unused)}",) if unused else ()
     return Staged(tuple(loaded), options.component, notes)
 
@@ -225,6 +227,14 @@ def _require_shape(
         )
 
 
+def _nbytes(segments: Sequence[Segment], weights: Mapping[str, Weight]) -> int:
+    """Return the bytes of rows in the file."""
+    return sum(
+        weights[s.source].nbytes * s.rows // max((1, *weights[s.source].shape[:1]))
+        for s in segments
+    )
+
+
 def _some(names: Sequence[str]) -> str:
     listed = ", ".join(names[:3])
     return listed if len(names) <= 3 else f"{listed} and {len(names) - 3} more"
@@ -242,7 +252,10 @@ class _Loader:
         """Read what a target will hold."""
         value, weight = self._reader.read(segments), self._weights[segments[0].source]
         dtype = self._dtype(target, weight)
-        reason = self._why_not_packed(target, value) if isinstance(value, Packed) else ""
+        if isinstance(value, Packed):
+            reason = self._why_not_packed(target, value)
+        else:
+            reason = _why_decoded([self._weights[segment.source] for segment in segments])
         if isinstance(value, Packed) and not reason:
             return self._packed(target, value, dtype, weight)
         tensor = self._reader.decoded(value).reshape(target.tensor.shape)
@@ -270,7 +283,14 @@ class _Loader:
             return own
         is_known = weight.dtype is not None and weight.dtype.itemsize > 1
         stored = weight.dtype if target.tensor.is_meta and is_known else None
-        return self._options.dtype or stored or own
+        dtype = self._options.dtype or stored or own
+        # Who asks for float16 does not ask for overflows: `from_pretrained` does it too.
+        is_too_narrow = self._options.dtype == torch.float16 and self._is_kept(target)
+        return torch.float32 if is_too_narrow else dtype
+
+    def _is_kept(self, target: _Target) -> bool:
+        """Say whether the model wants a target in float32 where others are in float16."""
+        return not set(self._options.kept_in_fp32).isdisjoint(target.fqn.split("."))
 
     def _packed(
         self, target: _Target, packed: Packed, dtype: torch.dtype, weight: Weight
@@ -279,8 +299,9 @@ class _Loader:
         assert backend
         name = target.holders[0].name
         layout, tensors = storage_form(name, packed, backend, target.tensor.shape)
-        kept = set(target.fqn.split(".")) & set(self._options.kept_in_fp32)
-        layout = replace(layout, compute_dtype=weight.compute_dtype, keeps_fp32=bool(kept))
+        layout = replace(
+            layout, compute_dtype=weight.compute_dtype, keeps_fp32=self._is_kept(target)
+        )
         tensors = {
             key: tensor.to(target.device, copy=weight.is_shared) for key, tensor in tensors.items()
         }
@@ -318,6 +339,12 @@ class _Loader:
             source=source,
             reason=reason,
         )
+
+
+def _why_decoded(parts: Sequence[Weight]) -> str:
+    """Say why parts that are stored in low bits make no packed weight; empty where none is."""
+    schemes = ", ".join(dict.fromkeys(part.scheme for part in parts if part.scheme))
+    return f"decoded from {schemes}: its parts are stored differently" if schemes else ""
 
 
 def _why_plain(kind: str, weight: Weight) -> str:
