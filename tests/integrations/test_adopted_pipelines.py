@@ -9,7 +9,6 @@ import torch
 from pipelines import PIPELINES, draw
 
 import lowbits
-from lowbits.errors import PatchError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -49,8 +48,10 @@ def test_a_pipeline_with_a_quantized_denoiser(
     assert not any(flag in transformer.__dict__ for flag in FLAGS)
     assert "quantization_config" not in transformer.config
     assert getattr(transformer.config, "quantization_config", None) is None
-    with pytest.raises(PatchError, match="save_pretrained would write"):
-        transformer.save_pretrained(tmp_path / "again")
+    transformer.save_pretrained(tmp_path / "packed")
+    loaded = type(transformer).from_config(transformer.config)
+    again = lowbits.load(tmp_path / "packed", into=loaded)
+    assert {(x.fqn, x.scheme) for x in again.packed} == {(x.fqn, x.scheme) for x in report.packed}
     assert transformer.state_dict()["proj_out.weight"].shape == transformer.proj_out.weight.shape
     transformer.to(torch.float64)
     transformer.to(torch.float32)
