@@ -3,7 +3,8 @@
     python benchmarks/conversion_memory.py                      # a table over schemes and sources
     python benchmarks/conversion_memory.py memory bnb-nf4 ...   # some of it, a line of JSON each
 
-The model is four Linear layers of 3072 x 3072 in float32. Peaks shorter than 2 ms may be missed.
+The model is four Linear layers of 3072 x 3072 in float32; originals are kept in memory, or found
+again in a file, from which a model may be "mapped": read as it is touched. Peaks shorter than 2 ms may be missed.
 The allocator is told to give freed blocks back at once: what is measured is what is held.
 """
 
@@ -63,7 +64,7 @@ class Peak(threading.Thread):
 def measure_here(scheme: str, mode: str, folder: Path) -> dict[str, int]:
     """Pack a model in this process; all values are bytes."""
     import torch
-    from safetensors.torch import save_file
+    from safetensors.torch import load_file, save_file
 
     import lowbits
 
@@ -75,14 +76,18 @@ def measure_here(scheme: str, mode: str, folder: Path) -> dict[str, int]:
     model = torch.nn.Sequential(*layers)
     layers.clear()
     path = folder / "model.safetensors"
-    if mode == "file":
+    source = None
+    if mode != "memory":
+        source = path
         save_file(model.state_dict(), path)
+    if mode == "mapped":
+        model.load_state_dict(load_file(path), assign=True)
     gc.collect()
     before = anonymous_bytes()
     peak = Peak()
     peak.start()
-    source = path if mode == "file" else None
-    handle = lowbits.quantize(model, scheme, keep_source=mode, source=source)
+    keep_source = "file" if source else mode
+    handle = lowbits.quantize(model, scheme, keep_source=keep_source, source=source)
     peak_bytes = peak.stop()
     gc.collect()
     report = handle.report()
@@ -119,7 +124,7 @@ def main() -> None:
     print("| scheme | originals | model, MiB | packed | peak above the model | left above it |")
     print("|---|---|---|---|---|---|")
     for scheme in SCHEMES:
-        for mode in ("memory", "file"):
+        for mode in ("memory", "file", "mapped"):
             (measured,) = measure(mode, scheme)
             m = {name: count / (1 << 20) for name, count in measured.items()}
             peak, left = m["peak"] - m["before"], m["after"] - m["before"]

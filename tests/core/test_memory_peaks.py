@@ -40,3 +40,9 @@ def test_file_lets_originals_go_as_layers_are_packed() -> None:
     for scheme, m in measure("file", "bnb-nf4", "quanto-int8"):
         assert m["peak"] - m["before"] <= m["layer"] + SLACK, scheme
         assert m["before"] - m["after"] >= m["model"] - m["packed"] - SLACK, scheme
+
+
+def test_a_model_that_is_mapped_from_its_file_is_never_in_memory() -> None:
+    for scheme, m in measure("mapped", "bnb-nf4", "gguf-q4_0"):
+        assert m["peak"] - m["before"] <= m["packed"] + m["layer"] + SLACK, scheme
+        assert m["after"] - m["before"] <= m["packed"] + SLACK, scheme
