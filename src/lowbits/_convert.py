@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, final
 
 from torch import nn
 
-from lowbits._target import default_device
+from lowbits._target import default_device, require_one
 from lowbits.backends.gguf.backend import SEARCHED
 from lowbits.config import LowbitsConfig
 from lowbits.core.names import dotted
@@ -119,6 +119,7 @@ def convert(
     Raises:
         FormatError: a file is not what it claims to be.
         ConfigError: a value, a pattern or a pair of paths that means nothing here.
+        NoCapableBackendError: no layer would be packed; why not.
         SourceUnavailableError: of ``on_requantize="error"``.
         NonFiniteWeightError: a weight holds NaN or infinity.
         OSError: the system refuses to write.
@@ -193,7 +194,9 @@ def _part(src: Path, dst: Path, how: _How, name: str = "", *, is_asked: bool = T
 def _convert_models(parts: Sequence[_Part], how: _How) -> Report:
     """Convert models: all that can be refused is, before the first is written."""
     selection = Selection(how.rules, how.skip, DEFAULT, sees_meta=True)
-    decisions = select([part.component for part in parts], selection)
+    components = [part.component for part in parts]
+    decisions = select(components, selection)
+    require_one(components, decisions)
     by_part = [[d for d in decisions if d.component == part.component.name] for part in parts]
     results = [
         replace(part, weights=converted(part.weights, chosen, default_device(), DEFAULT))
