@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, final
 
-from torch import nn
+from torch import Tensor, nn
 
 from lowbits._target import default_device, require_one
 from lowbits.backends.gguf.backend import SEARCHED
@@ -44,7 +45,7 @@ from lowbits.integrations.models import (
 from lowbits.progress import CancelToken, ProgressCallback, ProgressEvent
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from lowbits.core.select import Decision
     from lowbits.files.weights import Weight
@@ -104,8 +105,9 @@ def convert(
 
     Args:
         src: a safetensors or GGUF file, an index of shards, or the folder of a model or pipeline.
-        dst: a ``.safetensors`` file, which `load` reads; a ``.gguf`` file, for a scheme of GGUF; or
-            a folder, for a folder: `load_pipeline` reads a pipeline's.
+        dst: a ``.safetensors`` file, which `load` reads; a ``.gguf`` file, for a scheme of GGUF,
+            in which a model's folder goes by the reference's names; or a folder, for a folder:
+            `load_pipeline` reads a pipeline's.
         scheme: as for `apply`.
         rules: a scheme, or ``"native"``, for each glob over layer names; not for GGUF files.
         skip: globs of layers that are left alone; not for GGUF files.
@@ -270,12 +272,13 @@ def _convert_to_gguf(src: Path, dst: Path, how: _How) -> Report:
     DEFAULT.require(scheme)
     opened = open_checkpoint(src, OpenOptions(DEFAULT))
     weights, _ = untied(opened.weights)
+    weights, linear, notes = _reference_named(src, weights)
     arch = opened.architecture or _architecture(weights)
     options = ExportOptions(
         scheme.removeprefix(_PREFIX).removesuffix(SEARCHED),
         arch,
         "comfy" if arch else "sdcpp",  # which tells by names, and asks for no architecture
-        None,
+        linear,
         DEFAULT,
         default_device(),
         is_best=scheme.endswith(SEARCHED),
@@ -283,7 +286,38 @@ def _convert_to_gguf(src: Path, dst: Path, how: _How) -> Report:
         cancel=how.cancel,
     )
     report = _export(dst, weights, options, how.on_requantize)
-    return report if arch else report.noting((_UNKNOWN,))
+    return report.noting(notes if arch else (_UNKNOWN, *notes))
+
+
+def _reference_named(
+    src: Path, weights: Mapping[str, Weight]
+) -> tuple[Mapping[str, Weight], set[str] | None, tuple[str, ...]]:
+    """Return the weights of a folder by the names that GGUF readers know, where there are such.
+
+    Returns:
+        The weights; the names of those of Linear layers, None where that is not known; notes.
+    """
+    model = empty_model(src, _shapes(weights))
+    if model is None:
+        return weights, None, ()
+    linear = _linear_weights(model)
+    try:
+        return *_in_reference_names(model, weights, linear), ()
+    except ConfigError as error:
+        return weights, linear, (f"written with the model's own names: {error}",)
+
+
+def _in_reference_names(
+    model: nn.Module, weights: Mapping[str, Weight], linear: set[str]
+) -> tuple[dict[str, Weight], set[str]]:
+    key_map = to_reference(model)
+    named = {name for name, rows in key_map.items() if rows[0].source in linear}
+    return rearranged(weights, key_map, DEFAULT), named
+
+
+def _linear_weights(model: nn.Module) -> set[str]:
+    modules = model.named_modules()
+    return {dotted(fqn, "weight") for fqn, part in modules if isinstance(part, nn.Linear)}
 
 
 def save_gguf(
@@ -327,15 +361,13 @@ def save_gguf(
     linear = None
     if isinstance(model, nn.Module):
         weights, _ = weights_of(model)
-        linear = {
-            dotted(fqn, "weight") for fqn, m in model.named_modules() if isinstance(m, nn.Linear)
-        }
+        linear = _linear_weights(model)
         if names == "reference":
-            key_map = to_reference(model)
-            linear = {name for name, rows in key_map.items() if rows[0].source in linear}
-            weights = rearranged(weights, key_map, DEFAULT)
-    else:
+            weights, linear = _in_reference_names(model, weights, linear)
+    elif isinstance(model, Mapping) and all(isinstance(t, Tensor) for t in model.values()):
         weights = memory_weights(model)
+    else:
+        raise ConfigError(f"model: got {type(model).__name__}, expected a module or a state dict")
     if arch == "auto":
         arch = _architecture(weights)
     options = ExportOptions(

@@ -263,6 +263,27 @@ def test_to_gguf(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert contents(weights_of(got)[0])["head.weight"][0] == "gguf-q4_k"
 
 
+def test_folders_become_gguf_with_the_names_that_others_read(
+    tmp_path: Path, flux_folder: Path
+) -> None:
+    report = lowbits.convert(flux_folder / "transformer", tmp_path / "x.gguf", "gguf-q8_0")
+    opened = open_checkpoint(tmp_path / "x.gguf", OpenOptions(DEFAULT))
+    assert opened.architecture == "flux"
+    assert opened.weights["double_blocks.0.img_attn.qkv.weight"].scheme == "gguf-q8_0"
+    assert not report.warnings
+    assert len(report.table().splitlines()) < 40
+    model = diffusers.FluxTransformer2DModel.from_pretrained(flux_folder / "transformer")
+    wanted = tmp_path / "y.gguf"
+    lowbits.save_gguf(model.to(torch.bfloat16), wanted, "Q8_0")
+    assert wanted.read_bytes() == (tmp_path / "x.gguf").read_bytes()
+    report = lowbits.convert(flux_folder / "text_encoder_2", tmp_path / "t5.gguf", "gguf-q8_0")
+    assert any("the model's own names" in text for text in report.warnings)
+    encoder = T5EncoderModel.from_pretrained(flux_folder / "text_encoder_2")
+    assert any(
+        x.scheme == "gguf-q8_0" for x in lowbits.load(tmp_path / "t5.gguf", into=encoder).layers
+    )
+
+
 def test_the_longer_search_is_used(tmp_path: Path) -> None:
     src, name = net_file(tmp_path), "blocks.0.up.weight"
     values = load_file(src)[name].float()

@@ -191,7 +191,7 @@ def _report(weights: Mapping[str, Weight], plan: TensorPlan, tensor: TensorToWri
     return LayerReport(
         fqn=plan.name.removesuffix(".weight"),
         component="",
-        kind="tensor",
+        kind=plan.reason if plan.reason == "vector" else "tensor",
         shape=plan.shape,
         scheme=tensor.type_name,
         bytes_before=weight.nbytes,
