@@ -112,7 +112,7 @@ def convert(
         rules: a scheme, or ``"native"``, for each glob over layer names; not for GGUF files.
         skip: globs of layers that are left alone; not for GGUF files.
         on_requantize: ``"warn"``, ``"error"`` or ``"allow"`` where weights are in low bits already.
-        progress: called after each weight.
+        progress: called after each weight; of GGUF files also after each that is checked first.
         cancel: stops between two weights when set.
 
     Returns:
@@ -345,7 +345,7 @@ def save_gguf(
             ``"diffusers"``: the model's own.
         target: who reads it: ``"comfy"`` (ComfyUI-GGUF, Forge), ``"sdcpp"`` (stable-diffusion.cpp)
             or ``"diffusers"``.
-        progress: called after each weight.
+        progress: called after each weight, once it is checked and once it is written.
         cancel: stops between two weights when set.
 
     Returns:

@@ -593,8 +593,9 @@ def test_pipelines_are_not_written_into_themselves(tmp_path: Path, flux_folder: 
 def test_folders_that_are_missing_or_closed(tmp_path: Path) -> None:
     src = net_file(tmp_path)
     for name in ("x.safetensors", "x.gguf"):
-        with pytest.raises(FileNotFoundError):
+        with pytest.raises(FileNotFoundError) as caught:
             lowbits.convert(src, tmp_path / "no" / name, "gguf-q8_0")
+        assert caught.value.filename == str(tmp_path / "no" / name)
         with pytest.raises(FileNotFoundError):
             lowbits.convert(tmp_path / "no.safetensors", tmp_path / name, "gguf-q8_0")
     assert [path.name for path in tmp_path.iterdir()] == [src.name]
@@ -656,17 +657,28 @@ def test_progress_goes_up_to_its_total(tmp_path: Path, flux_folder: Path, name: 
     events: list[lowbits.ProgressEvent] = []
     src = net_file(tmp_path) if "." in name else flux_folder
     lowbits.convert(src, tmp_path / name, "gguf-q8_0", progress=events.append)
+    checks = [event for event in events if event.stage == "check"]
+    assert events[: len(checks)] == checks
+    assert bool(checks) == name.endswith("gguf")
+    for phase in (checks, events[len(checks) :]):
+        if phase:
+            _require_progress(phase)
+    events = events[len(checks) :]
+    names = {event.fqn for event in events}
+    assert {event.stage for event in events} == {"convert"}
+    if src == flux_folder:
+        assert {name.split(".")[0] for name in names} == {"transformer", "text_encoder_2"}
+    else:
+        assert names == set(net().state_dict())
+
+
+def _require_progress(events: list[lowbits.ProgressEvent]) -> None:
     done = [event.done_bytes for event in events]
     assert done == sorted(done)
     assert done[-1] == events[0].total_bytes > 0
     assert len({event.total_bytes for event in events}) == 1
-    assert {event.stage for event in events} == {"convert"}
     names = [event.fqn for event in events]
     assert len(names) == len(set(names))
-    if src == flux_folder:
-        assert {name.split(".")[0] for name in names} == {"transformer", "text_encoder_2"}
-    else:
-        assert set(names) == set(net().state_dict())
 
 
 def test_the_report_is_of_the_files(tmp_path: Path) -> None:

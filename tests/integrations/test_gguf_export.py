@@ -452,7 +452,8 @@ def test_progress_and_cancelling(tmp_path: Path) -> None:
     path = tmp_path / "x.gguf"
     lowbits.save_gguf(state(), path, "Q8_0", progress=events.append)
     assert events[-1].done_bytes == events[-1].total_bytes
-    assert [event.fqn for event in events] == list(state())
+    assert [event.fqn for event in events] == [*state(), *state()]
+    assert [event.stage for event in events] == [s for s in ("check", "convert") for _ in state()]
     before, token = path.read_bytes(), lowbits.CancelToken()
     token.cancel()
     with pytest.raises(lowbits.errors.CancelledError):

@@ -32,12 +32,12 @@ class Bars:
     """
 
     def __init__(self, console: Console, *, in_bytes: bool = False) -> None:
-        amounts = (DownloadColumn(), TimeRemainingColumn()) if in_bytes else (TaskProgressColumn(),)
+        amounts = (TaskProgressColumn(), TimeElapsedColumn())
+        bytes_left = (DownloadColumn(binary_units=True), TimeRemainingColumn(), TextColumn("left"))
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
-            *amounts,
-            TimeElapsedColumn(),
+            *(bytes_left if in_bytes else amounts),
             console=console,
             transient=True,
             disable=not console.is_terminal,
@@ -49,7 +49,7 @@ class Bars:
         if phase != self._phase:
             for task in self._progress.task_ids:
                 self._progress.remove_task(task)
-            self._progress.add_task(phase, total=None)
+            self._progress.add_task(phase, total=total)
             self._phase = phase
         self._progress.update(self._progress.task_ids[0], completed=done, total=total)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Final
 
 import typer
 
@@ -17,6 +17,8 @@ _Checkpoint = Annotated[
     Path,
     typer.Argument(exists=True, help="A safetensors or GGUF file, or the folder of a model."),
 ]
+
+_PHASES: Final = {"check": "checking values", "convert": "converting"}
 
 
 def inspect(path: _Checkpoint, as_json: options.Json = False) -> None:
@@ -47,7 +49,7 @@ def convert(
             skip=tuple(skip or ()),
             on_requantize=on_requantize,
             progress=lambda event: bars.track(
-                "converting", event.done_bytes, event.total_bytes or None
+                _PHASES[event.stage], event.done_bytes, event.total_bytes or None
             ),
         )
     typer.echo(report.table() if show_report else report.summary())

@@ -67,8 +67,10 @@ class AtomicFiles:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
-        except BaseException:
+        except BaseException as error:
             temporary.unlink(missing_ok=True)
+            if isinstance(error, OSError) and error.filename == str(temporary):
+                error.filename = str(target)  # the name that the caller knows
             raise
         self._waiting.append((temporary, target))
 

@@ -30,7 +30,7 @@ from lowbits.files.gguf_writer import TensorToWrite, write_gguf
 from lowbits.progress import CancelToken, ProgressCallback, ProgressEvent
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping
+    from collections.abc import Collection, Mapping, Sequence
     from pathlib import Path
 
     from torch import Tensor
@@ -71,7 +71,8 @@ class ExportOptions:
 def export(path: Path, weights: Mapping[str, Weight], options: ExportOptions) -> Report:
     """Write weights; those that are stored in the type that they are to have keep their bytes.
 
-    All are read twice: what does not fit into float16 is found before types are written down.
+    What may not fit into float16 is read twice: types stand in front of the first tensor. Progress
+    calls the first time ``"check"``.
 
     Returns:
         What each tensor is stored as, and why not as asked for.
@@ -85,7 +86,7 @@ def export(path: Path, weights: Mapping[str, Weight], options: ExportOptions) ->
     plans = plan_types(
         shapes, options.type_name, options.arch, options.target, linear=options.linear
     )
-    plans = [_settled(plan, weights[plan.name], options) for plan in plans]
+    plans = _checked(plans, weights, options)
     entries = [*metadata_for(options.arch, options.type_name), *shapes_metadata(plans)]
     check_metadata(entries, plans, options.target)
     metadata = {key: GgufValue(kind, value) for key, kind, value in entries}
@@ -122,12 +123,26 @@ def planned(weights: Mapping[str, Weight], options: ExportOptions) -> dict[str, 
     return found
 
 
+def _checked(
+    plans: Sequence[TensorPlan], weights: Mapping[str, Weight], options: ExportOptions
+) -> list[TensorPlan]:
+    """Return plans whose types hold the values."""
+    total, done, result = sum(weights[plan.name].nbytes for plan in plans), 0, []
+    for plan in plans:
+        if options.cancel:
+            options.cancel.raise_if_cancelled("converting")
+        result.append(_settled(plan, weights[plan.name], options))
+        done += weights[plan.name].nbytes
+        if options.progress:
+            options.progress(ProgressEvent("check", plan.name, done, total))
+    return result
+
+
 def _settled(plan: TensorPlan, weight: Weight, options: ExportOptions) -> TensorPlan:
-    """Return a plan whose type holds the values."""
-    if options.cancel:
-        options.cancel.raise_if_cancelled("converting")
-    if plan.type_name and _is_of(weight, plan.type_name):
+    if plan.type_name == "F32" or (plan.type_name and _is_of(weight, plan.type_name)):
         return plan
+    if weight.scheme is None and weight.dtype == torch.float16:
+        return settled(plan, weight.dtype, 0.0, options.target)
     largest = _largest(decoded(weight, options.registry))
     if plan.type_name and _is_blocks(plan.type_name) and not math.isfinite(largest):
         raise NonFiniteWeightError(
