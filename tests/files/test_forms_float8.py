@@ -107,6 +107,14 @@ def test_descriptions_in_the_metadata(tmp_path: Path, prefix: str) -> None:
     assert weights[f"{prefix}x.weight"].scheme == "float8-e4m3fn"
 
 
+def test_scales_in_float8_are_no_weights(tmp_path: Path) -> None:
+    tensors = layer("nvfp4", torch.zeros(16, 32, dtype=torch.uint8), torch.ones(()))
+    tensors["x.weight_scale"] = torch.ones(16, 4).to(torch.float8_e4m3fn)
+    tensors["x.weight_scale_2"] = torch.ones(())
+    found = written(tmp_path, tensors)
+    assert {name: weight.scheme for name, weight in found.items()} == {"x.weight": "comfy:nvfp4"}
+
+
 @pytest.mark.parametrize(
     ("kind", "more", "listed"),
     [

@@ -57,10 +57,20 @@ def find(checkpoint: Checkpoint) -> Iterator[Found]:
             yield Found(None, (name,))
         elif described is not None:
             yield _described(checkpoint, module, part, described)
-        elif part.dtype in _FLOAT8.values() and len(part.shape) > 1:
+        elif (
+            part.dtype in _FLOAT8.values()
+            and len(part.shape) > 1
+            and not _is_scale(checkpoint, name)
+        ):
             yield _weight(checkpoint, module, part, part.dtype)
         elif part.dtype == torch.int8 and _scale(checkpoint, module) and name != module:
             yield _weight(checkpoint, module, part, torch.int8)
+
+
+def _is_scale(checkpoint: Checkpoint, name: str) -> bool:
+    """Say whether a tensor belongs to a weight beside it: nvfp4 has scales in float8."""
+    module, _, last = name.rpartition(".")
+    return last in (*_SCALES, *_ALTERING, *_UNREAD) and f"{module}.weight" in checkpoint.tensors
 
 
 def unclaimed(checkpoint: Checkpoint) -> None:
