@@ -11,7 +11,7 @@ from lowbits.core.adopt import adopt_layers
 from lowbits.core.handle import find_handle, guard
 from lowbits.core.registry import DEFAULT
 from lowbits.errors import AlreadyPatchedError, ConfigError, FormatError
-from lowbits.files.checkpoint import OpenOptions, open_checkpoint
+from lowbits.files.checkpoint import GGUF, OpenOptions, open_checkpoint
 from lowbits.files.forms.quanto import fitted
 from lowbits.files.load import LoadOptions, install, stage
 from lowbits.files.own import OWN_FILE, versions, weights_of
@@ -117,7 +117,7 @@ def load(
             models, or of several.
         into: changed in place; may be on the meta device, and costs least there.
         dtype: of floating weights, but in float16 of those that the model keeps in float32; None:
-            that of the module, on the meta device the file's.
+            that of the module, on the meta device the file's, which GGUF files do not tell.
         verify: compare the checksum that lowbits' own files have before anything is changed.
         allow_pickle: let torch unpickle ``.pt``, ``.bin`` and the like, harmless types only.
         allow_nonfinite: take scales and weights that are NaN or infinite.
@@ -139,8 +139,10 @@ def load(
     for name, (weights, key_map) in _key_maps(modules, opened).items():
         module = modules[name]
         _refuse_applied(name, module)
-        kept = kept_in_fp32(module)
-        options = LoadOptions(DEFAULT, name, kept, dtype, allow_nonfinite, progress, cancel)
+        options = LoadOptions(
+            DEFAULT, name, kept_in_fp32(module), dtype, opened.format != GGUF, allow_nonfinite,
+            progress, cancel,
+        )  # fmt: skip
         staged.append(stage(module, weights, key_map, options))
     report = install(staged)
     for part in staged:

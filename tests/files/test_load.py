@@ -331,7 +331,7 @@ def test_rows_that_alternate() -> None:
     into: Any = nn.ModuleDict({"q": nn.Linear(WIDTH, 48, bias=False)})
     load_rows(into, {"qkv": whole}, {"q.weight": [Segment("qkv", 1, 96, 2)]})
     assert torch.equal(into["q"].weight, unpacked(whole)[1::2])
-    into = nn.ModuleDict({"q": nn.Linear(WIDTH, 96, bias=False)})
+    into["q"] = nn.Linear(WIDTH, 96, bias=False)
     halves = [Segment("qkv", 0, 96, 2), Segment("qkv", 1, 96, 2)]
     load_rows(into, {"qkv": whole}, {"q.weight": halves})
     assert isinstance(into["q"], PackedLayer)
@@ -427,6 +427,21 @@ def test_on_meta_the_files_dtype_counts(tmp_path: Path, scheme: str) -> None:
     lowbits.load(file, into=into)
     assert {p.dtype for p in into.parameters() if p.is_floating_point()} == {torch.float16}
     assert into.layers[0].weight.dtype == into.table.dtype == torch.float16
+
+
+def test_on_meta_what_says_no_dtype_is_as_the_rest(tmp_path: Path) -> None:
+    """Plain float8 beside biases in bfloat16, as it is common."""
+    source = model()
+    tensors = {n: t.bfloat16() for n, t in source.state_dict().items() if n != "head.weight"}
+    tensors |= {n: t.to(torch.float8_e4m3fn) for n, t in tensors.items() if n[:6] == "layers"}
+    file = tmp_path / "m.safetensors"
+    save_file(tensors, file)
+    into = on_meta()
+    lowbits.load(file, into=into)
+    assert {p.dtype for p in into.parameters() if p.is_floating_point()} == {torch.bfloat16}
+    assert isinstance(into.layers[0], PackedLayer)
+    assert into.layers[0].weight.dtype == torch.bfloat16
+    assert out(into).isfinite().all()
 
 
 @pytest.mark.parametrize("make", [lambda: model(1), on_meta], ids=["data", "meta"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, cast, final
 
@@ -21,7 +22,7 @@ from lowbits.files.rows import RowReader
 from lowbits.progress import CancelToken, ProgressCallback, ProgressEvent
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from lowbits.core.registry import BackendRegistry
     from lowbits.files.rows import KeyMap, Segment
@@ -38,6 +39,8 @@ class LoadOptions:
         component: name of the module in its pipeline, for the report.
         kept_in_fp32: names in the dotted names of layers that float16 is too narrow for.
         dtype: of floating weights; None: the module's, on the meta device the file's.
+        knows_dtypes: whether the file says which dtypes its model is in. GGUF does not: what is
+            there in float16 and float32 are types like others, chosen for each tensor.
         allow_nonfinite: whether Parameters may be NaN or infinite; buffers may, as masks are.
     """
 
@@ -45,6 +48,7 @@ class LoadOptions:
     component: str = ""
     kept_in_fp32: Sequence[str] = ()
     dtype: torch.dtype | None = None
+    knows_dtypes: bool = True
     allow_nonfinite: bool = False
     progress: ProgressCallback | None = None
     cancel: CancelToken | None = None
@@ -109,7 +113,7 @@ class Staged:
 
     loaded: tuple[_Loaded, ...]
     component: str
-    notes: tuple[str, ...]
+    unused: frozenset[str]
 
 
 @torch.no_grad()
@@ -152,9 +156,8 @@ def stage(
             options.progress(ProgressEvent("load", target.fqn, done, total))
     # By identity: a tied weight has several names.
     used = {id(weights[s.source]) for segments in sources for s in segments}
-    unused = sorted(name for name, weight in weights.items() if id(weight) not in used)
-    notes = (f"not used: {_some(unused)}",) if unused else ()
-    return Staged(tuple(loaded), options.component, notes)
+    unused = frozenset(name for name, weight in weights.items() if id(weight) not in used)
+    return Staged(tuple(loaded), options.component, unused)
 
 
 @torch.no_grad()
@@ -177,7 +180,8 @@ def install(staged: Sequence[Staged]) -> Report:
             holder.slots[holder.name] = tensor
         raise
     layers = tuple(item.report for part in staged for item in part.loaded)
-    return Report(layers, tuple(dict.fromkeys(note for part in staged for note in part.notes)))
+    unused = frozenset.intersection(*(part.unused for part in staged))
+    return Report(layers, (f"not used: {_some(sorted(unused))}",) if unused else ())
 
 
 def _targets(module: nn.Module) -> list[_Target]:
@@ -247,6 +251,7 @@ class _Loader:
     def __init__(self, weights: Mapping[str, Weight], options: LoadOptions) -> None:
         self._reader = RowReader(weights, options.registry)
         self._weights, self._options = weights, options
+        self._usual = _usual_dtype(weights.values()) if options.knows_dtypes else None
 
     def load(self, target: _Target, segments: Sequence[Segment]) -> _Loaded:
         """Read what a target will hold."""
@@ -281,8 +286,9 @@ class _Loader:
         own = target.tensor.dtype
         if not own.is_floating_point:
             return own
-        is_known = weight.dtype is not None and weight.dtype.itemsize > 1
-        stored = weight.dtype if target.tensor.is_meta and is_known else None
+        stored = None
+        if target.tensor.is_meta and self._options.knows_dtypes:
+            stored = weight.dtype if _is_precision(weight.dtype) else self._usual
         dtype = self._options.dtype or stored or own
         # Who asks for float16 does not ask for overflows: `from_pretrained` does it too.
         is_too_narrow = self._options.dtype == torch.float16 and self._is_kept(target)
@@ -339,6 +345,17 @@ class _Loader:
             source=source,
             reason=reason,
         )
+
+
+def _is_precision(dtype: torch.dtype | None) -> bool:
+    """Say whether models are in a dtype; codes and float8 are not what they compute in."""
+    return dtype is not None and dtype.is_floating_point and dtype.itemsize > 1
+
+
+def _usual_dtype(weights: Iterable[Weight]) -> torch.dtype | None:
+    """Return the dtype that most weights of a file are in, None where it has no such."""
+    found = Counter(weight.dtype for weight in weights if _is_precision(weight.dtype))
+    return max(found, key=lambda dtype: found[dtype], default=None)
 
 
 def _why_decoded(parts: Sequence[Weight]) -> str:
