@@ -1,0 +1,518 @@
+"""mini-FLUX through every kind of file: it draws the picture that it drew before."""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any
+
+import miniflux
+import pytest
+import torch
+from miniflux import MODEL, PACKED, blank, empty, exchanged, picture
+from safetensors.torch import save_file
+from schemes import every_scheme
+from torch import nn
+
+import lowbits
+from lowbits.core.packed import PackedLayer, stored_names
+from lowbits.integrations.keymaps import to_reference
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from torch import Tensor
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*:FutureWarning", "ignore:.*:DeprecationWarning")
+
+#: One scheme of each backend, the one with most to store; the others are slow.
+QUICK = ("bnb-nf4-dq", "torchao-int4", "quanto-int4", "float8-e4m3fn", "gguf-q8_0")
+SCHEMES = [
+    pytest.param(item.values[0], marks=() if item.values[0] in QUICK else pytest.mark.slow)
+    for item in every_scheme()
+]
+#: The same, with less that is quick: conversion has no part that knows one of them.
+CONVERTED = [
+    pytest.param(item.values[0], marks=() if item.values[0] == "bnb-nf4-dq" else pytest.mark.slow)
+    for item in every_scheme()
+]
+#: Types and mixes that can be written; those that are not here are slow.
+QUICK_TYPES = ("Q8_0", "Q4_K_M")
+TYPES = [
+    pytest.param(name, marks=() if name in QUICK_TYPES else pytest.mark.slow)
+    for scheme in lowbits.backend("gguf").schemes()
+    if scheme.can_quantize
+    for name in [scheme.name.removeprefix("gguf-").upper()]
+]
+
+
+@pytest.fixture(scope="module")
+def pipe() -> Any:
+    return miniflux.build()
+
+
+@pytest.fixture(scope="module")
+def plain(pipe: Any) -> Tensor:
+    """Return the picture in full precision."""
+    return picture(pipe)
+
+
+def packed_layers(module: nn.Module) -> dict[str, str]:
+    """Return the scheme of each packed weight."""
+    return {
+        f"{fqn}.{name}": layout.scheme
+        for fqn, part in module.named_modules()
+        if isinstance(part, PackedLayer)
+        for name, layout in part.lowbits_layouts.items()
+    }
+
+
+def values(module: nn.Module) -> dict[str, Tensor]:
+    """Return all weights, decoded, under the names that they have in full precision."""
+    found: dict[str, Tensor] = dict(module.named_parameters())
+    for fqn, part in module.named_modules():
+        for name in part.lowbits_layouts if isinstance(part, PackedLayer) else ():
+            found[f"{fqn}.{name}"] = getattr(part, name) + 0
+            for stored in stored_names(part, name):
+                del found[f"{fqn}.{stored}"]
+    return {name: tensor.detach() for name, tensor in found.items()}
+
+
+def assert_same_values(module: nn.Module, expected: Mapping[str, Tensor]) -> None:
+    found = values(module)
+    assert set(found) == set(expected)
+    wrong = [name for name in expected if not torch.equal(found[name], expected[name])]
+    assert not wrong
+
+
+def as_applied(pipe: Any, report: lowbits.Report) -> Tensor:
+    """Return the picture of the transformer quantized as a report says, layer by layer."""
+    rules = {layer.fqn: layer.scheme for layer in report.packed}
+    rules = {"*": "native", **rules}
+    with lowbits.quantize(pipe.transformer, report.packed[0].scheme, rules=rules):
+        assert packed_layers(pipe.transformer) == {
+            f"{layer.fqn}.weight": layer.scheme for layer in report.packed
+        }
+        return picture(pipe)
+
+
+def referenced(model: nn.Module) -> tuple[dict[str, Tensor], set[str]]:
+    """Return a model's tensors by the names of the reference; and which are Linear weights."""
+    tensors = dict(model.state_dict())
+    linear = {f"{n}.weight" for n, part in model.named_modules() if isinstance(part, nn.Linear)}
+    key_map = to_reference(model)
+    made = {
+        name: torch.cat([s.take(tensors[s.source]) for s in segments]).contiguous()
+        for name, segments in key_map.items()
+    }
+    return made, {name for name, segments in key_map.items() if segments[0].source in linear}
+
+
+# lowbits' own
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_saved_pipeline(pipe: Any, plain: Tensor, tmp_path: Path, scheme: str) -> None:
+    with lowbits.apply(pipe, scheme, device="cpu"):
+        expected = picture(pipe)
+        pipe.save_pretrained(tmp_path)
+    assert torch.equal(picture(pipe), plain)
+    assert not torch.equal(expected, plain)
+    loaded = lowbits.load_pipeline(tmp_path)
+    assert torch.equal(picture(loaded), expected)
+    for name in PACKED:
+        schemes = set(packed_layers(getattr(loaded, name)).values())
+        assert schemes == {scheme} or (scheme in schemes and scheme.startswith("gguf"))
+
+
+def test_a_saved_pipeline_whose_every_layer_is_packed(pipe: Any, tmp_path: Path) -> None:
+    """Convolutions of the VAE, embeddings, CLIP."""
+    names = [*PACKED, "text_encoder", "vae"]
+    with lowbits.apply(
+        pipe, "torchao-int8", components=names, rules={"*": "torchao-int8"}, device="cpu"
+    ):
+        expected = picture(pipe)
+        lowbits.save(pipe, tmp_path)
+    loaded = lowbits.load_pipeline(tmp_path)
+    assert torch.equal(picture(loaded), expected)
+    assert not list(tmp_path.rglob("diffusion_pytorch_model*"))
+    assert not list(tmp_path.rglob("model*.safetensors"))
+    # What was loaded can be saved, and loaded, once more.
+    loaded.save_pretrained(tmp_path / "again")
+    again = lowbits.load_pipeline(tmp_path / "again")
+    assert torch.equal(picture(again), expected)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_saved_model(pipe: Any, tmp_path: Path, scheme: str) -> None:
+    file = tmp_path / "t.safetensors"
+    with lowbits.apply(pipe, scheme, device="cpu", components=["transformer"]):
+        expected = picture(pipe)
+        lowbits.save(pipe.transformer, file)
+    for model in (blank(pipe.transformer), empty(pipe.transformer)):
+        lowbits.load(file, into=model)
+        with exchanged(pipe, transformer=model):
+            assert torch.equal(picture(pipe), expected)
+
+
+def test_a_model_in_full_precision(pipe: Any, plain: Tensor, tmp_path: Path) -> None:
+    for name in (*PACKED, "text_encoder", "vae"):
+        part = getattr(pipe, name)
+        lowbits.save(part, tmp_path / name)
+        model = empty(part) if name == "transformer" else blank(part)
+        lowbits.load(tmp_path / name, into=model)
+        with exchanged(pipe, **{name: model}):
+            assert torch.equal(picture(pipe), plain), name
+
+
+# GGUF
+
+
+@pytest.mark.parametrize("names", ["reference", "diffusers"])
+@pytest.mark.parametrize("type_name", TYPES)
+def test_gguf(pipe: Any, tmp_path: Path, type_name: str, names: str) -> None:
+    file = tmp_path / "t.gguf"
+    lowbits.save_gguf(pipe.transformer, file, type_name, names=names)
+    model = blank(pipe.transformer)
+    report = lowbits.load(file, into=model)
+    assert len(report.packed) > 10
+    with exchanged(pipe, transformer=model):
+        found = picture(pipe)
+    # Tensors that the file has in float16 and bfloat16 lost some bits there.
+    rest = {
+        name: tensor for name, tensor in values(model).items() if name not in packed_layers(model)
+    }
+    original = blank(pipe.transformer)
+    original.load_state_dict({**pipe.transformer.state_dict(), **rest})
+    with exchanged(pipe, transformer=original):
+        assert torch.equal(as_applied(pipe, report), found)
+
+
+@pytest.mark.parametrize("names", ["reference", "diffusers"])
+def test_gguf_into_a_model_without_weights(pipe: Any, tmp_path: Path, names: str) -> None:
+    file = tmp_path / "t.gguf"
+    lowbits.save_gguf(pipe.transformer, file, "Q8_0", names=names)
+    pictures = []
+    for model in (blank(pipe.transformer), empty(pipe.transformer)):
+        lowbits.load(file, into=model)
+        with exchanged(pipe, transformer=model):
+            pictures.append(picture(pipe))
+    assert torch.equal(*pictures)
+
+
+def test_gguf_of_a_packed_model_keeps_its_bytes(pipe: Any, tmp_path: Path) -> None:
+    file = tmp_path / "t.gguf"
+    scheme = "gguf-q8_0"
+    with lowbits.quantize(pipe.transformer, scheme):
+        expected = picture(pipe)
+        before, decoded = packed_layers(pipe.transformer), values(pipe.transformer)
+        lowbits.save_gguf(pipe.transformer, file, "Q8_0", target="sdcpp")
+    model = blank(pipe.transformer)
+    lowbits.load(file, into=model)
+    after = packed_layers(model)
+    both = [name for name in before if name in after]
+    assert len(both) > 10
+    found = values(model)
+    assert all(torch.equal(found[name], decoded[name]) for name in both)
+    with exchanged(pipe, transformer=model):
+        assert float((picture(pipe) - expected).abs().mean()) < 0.01
+
+
+@pytest.mark.parametrize("type_name", ["Q8_0", pytest.param("Q4_K", marks=pytest.mark.slow)])
+def test_gguf_of_diffusers_is_adopted(pipe: Any, tmp_path: Path, type_name: str) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    pytest.importorskip("gguf")
+    file = tmp_path / "t.gguf"
+    lowbits.save_gguf(
+        pipe.transformer, file, type_name, names="diffusers", target="diffusers", arch=None
+    )
+    config = diffusers.GGUFQuantizationConfig(compute_dtype=torch.float32)
+    theirs = diffusers.FluxTransformer2DModel.from_single_file(
+        file,
+        quantization_config=config,
+        config=str(MODEL),
+        subfolder="transformer",
+        dtype=torch.float32,
+        local_files_only=True,
+    )
+    with exchanged(pipe, transformer=theirs):
+        expected = picture(pipe)
+        report = lowbits.adopt(pipe)
+        assert {layer.scheme for layer in report.packed} == {f"gguf-{type_name.lower()}"}
+        adopted = picture(pipe)
+    # diffusers decodes in float16.
+    torch.testing.assert_close(adopted, expected, rtol=0, atol=2e-3)
+    model = blank(pipe.transformer)
+    lowbits.load(file, into=model)
+    with exchanged(pipe, transformer=model):
+        assert torch.equal(picture(pipe), adopted)
+
+
+# Files of others
+
+
+def test_reference_names_in_full_precision(pipe: Any, plain: Tensor, tmp_path: Path) -> None:
+    tensors, _ = referenced(pipe.transformer)
+    assert "double_blocks.0.img_attn.qkv.weight" in tensors
+    for prefix in ("", "model.diffusion_model."):
+        file = tmp_path / "t.safetensors"
+        save_file({prefix + name: tensor for name, tensor in tensors.items()}, file)
+        model = empty(pipe.transformer)
+        lowbits.load(file, into=model)
+        with exchanged(pipe, transformer=model):
+            assert torch.equal(picture(pipe), plain)
+
+
+@pytest.mark.parametrize("kind", ["nf4", pytest.param("fp4", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("nested", [False, True])
+def test_forge_4bit(pipe: Any, tmp_path: Path, kind: str, *, nested: bool) -> None:
+    bnb = pytest.importorskip("bitsandbytes.functional", reason="needs bitsandbytes")
+    tensors, linear = referenced(pipe.transformer)
+    stored: dict[str, Tensor] = {}
+    decoded = dict(tensors)
+    for name, tensor in tensors.items():
+        if name not in linear:
+            stored[f"model.diffusion_model.{name}"] = tensor
+            continue
+        codes, state = bnb.quantize_4bit(
+            tensor, quant_type=kind, blocksize=64, compress_statistics=nested
+        )
+        decoded[name] = bnb.dequantize_4bit(codes, state).float()
+        parts = {"": codes} | {f".{k}": v for k, v in state.as_dict(packed=True).items()}
+        stored |= {f"model.diffusion_model.{name}{part}": value for part, value in parts.items()}
+    assert_draws_as_decoded(pipe, tmp_path, stored, decoded, f"bnb-{kind}")
+
+
+def test_comfy_scaled_float8(pipe: Any, tmp_path: Path) -> None:
+    tensors, linear = referenced(pipe.transformer)
+    stored: dict[str, Tensor] = {"scaled_fp8": torch.zeros(2, dtype=torch.float8_e4m3fn)}
+    decoded = dict(tensors)
+    for name, tensor in tensors.items():
+        if name not in linear:
+            stored[name] = tensor
+            continue
+        scale = tensor.abs().max() / 448
+        codes = (tensor / scale).to(torch.float8_e4m3fn)
+        decoded[name] = codes.float() * scale
+        stored |= {name: codes, name.removesuffix("weight") + "scale_weight": scale}
+    assert_draws_as_decoded(pipe, tmp_path, stored, decoded, "float8-e4m3fn")
+
+
+def test_plain_float8(pipe: Any, tmp_path: Path) -> None:
+    tensors, linear = referenced(pipe.transformer)
+    stored = {n: t.to(torch.float8_e4m3fn) if n in linear else t for n, t in tensors.items()}
+    decoded = {n: t.float() for n, t in stored.items()}
+    assert_draws_as_decoded(pipe, tmp_path, stored, decoded, "float8-e4m3fn-raw")
+
+
+def assert_draws_as_decoded(
+    pipe: Any,
+    folder: Path,
+    stored: Mapping[str, Tensor],
+    decoded: Mapping[str, Tensor],
+    scheme: str,
+) -> None:
+    """See that a file makes packed layers of the values that its library decodes it to."""
+    save_file(dict(stored), folder / "stored.safetensors")
+    save_file(dict(decoded), folder / "decoded.safetensors")
+    ordinary = blank(pipe.transformer)
+    lowbits.load(folder / "decoded.safetensors", into=ordinary)
+    assert not packed_layers(ordinary)
+    for model in (blank(pipe.transformer), empty(pipe.transformer)):
+        lowbits.load(folder / "stored.safetensors", into=model)
+        schemes = packed_layers(model)
+        linear = {f"{n}.weight" for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+        assert set(schemes) == linear
+        assert {scheme} <= set(schemes.values()) <= {scheme, f"{scheme}-dq"}
+        assert_same_values(model, values(ordinary))
+        with exchanged(pipe, transformer=ordinary):
+            expected = picture(pipe)
+        with exchanged(pipe, transformer=model):
+            torch.testing.assert_close(picture(pipe), expected, rtol=0, atol=2e-5)
+
+
+def _quanto(weights: str) -> Any:
+    pytest.importorskip("optimum.quanto")
+    return pytest.importorskip("diffusers").QuantoConfig(weights_dtype=weights)
+
+
+def _torchao(name: str) -> Any:
+    quantization = pytest.importorskip("torchao.quantization")
+    return pytest.importorskip("diffusers").TorchAoConfig(getattr(quantization, name)())
+
+
+@pytest.mark.parametrize(
+    ("make", "scheme", "atol"),
+    [
+        (functools.partial(_quanto, "int8"), "quanto-int8", 2e-3),
+        (functools.partial(_torchao, "Int8WeightOnlyConfig"), "torchao-int8", 2e-5),
+        (functools.partial(_torchao, "Float8WeightOnlyConfig"), "torchao-float8", 2e-5),
+    ],
+    ids=["quanto-int8", "torchao-int8", "torchao-float8"],
+)
+def test_folders_of_diffusers(
+    pipe: Any, tmp_path: Path, make: Any, scheme: str, atol: float
+) -> None:
+    cls = type(pipe.transformer)
+    theirs = cls.from_pretrained(
+        MODEL / "transformer", quantization_config=make(), torch_dtype=torch.float32
+    )
+    theirs.save_pretrained(tmp_path, safe_serialization=True)
+    with exchanged(pipe, transformer=theirs):
+        expected = picture(pipe)
+        lowbits.adopt(pipe)
+        adopted, schemes = picture(pipe), packed_layers(theirs)
+    torch.testing.assert_close(adopted, expected, rtol=0, atol=atol)
+    assert set(schemes.values()) == {scheme}
+    for model in (blank(pipe.transformer), empty(pipe.transformer)):
+        lowbits.load(tmp_path, into=model, dtype=torch.float32)
+        assert packed_layers(model) == schemes
+        with exchanged(pipe, transformer=model):
+            assert torch.equal(picture(pipe), adopted)
+
+
+def test_a_folder_of_transformers_in_nf4(pipe: Any, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("bitsandbytes")
+    config = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    theirs = type(pipe.text_encoder_2).from_pretrained(
+        MODEL / "text_encoder_2", quantization_config=config, dtype=torch.float32
+    )
+    theirs.save_pretrained(tmp_path)
+    with exchanged(pipe, text_encoder_2=theirs):
+        lowbits.adopt(pipe)
+        expected, schemes = picture(pipe), packed_layers(theirs)
+    model = blank(pipe.text_encoder_2)
+    lowbits.load(tmp_path, into=model)
+    assert packed_layers(model) == schemes
+    with exchanged(pipe, text_encoder_2=model):
+        assert torch.equal(picture(pipe), expected)
+
+
+# Converted
+
+
+@pytest.mark.parametrize("scheme", CONVERTED)
+@pytest.mark.parametrize("into_folder", [False, True])
+def test_a_converted_model(pipe: Any, tmp_path: Path, scheme: str, *, into_folder: bool) -> None:
+    target = tmp_path / "out" if into_folder else tmp_path / "t.safetensors"
+    lowbits.convert(MODEL / "transformer", target, scheme)
+    model = empty(pipe.transformer)
+    lowbits.load(target, into=model, dtype=torch.float32)
+    with lowbits.apply(pipe, scheme, device="cpu", components=["transformer"]):
+        expected, schemes = picture(pipe), packed_layers(pipe.transformer)
+    assert packed_layers(model) == schemes
+    with exchanged(pipe, transformer=model):
+        assert torch.equal(picture(pipe), expected)
+
+
+@pytest.mark.parametrize("type_name", TYPES)
+def test_a_model_converted_to_gguf(pipe: Any, tmp_path: Path, type_name: str) -> None:
+    file, saved = tmp_path / "t.gguf", tmp_path / "saved.gguf"
+    lowbits.convert(MODEL / "transformer", file, f"gguf-{type_name.lower()}")
+    lowbits.save_gguf(pipe.transformer, saved, type_name, names="diffusers")
+    model, other = blank(pipe.transformer), blank(pipe.transformer)
+    report = lowbits.load(file, into=model)
+    assert {x.scheme for x in report.packed} == {
+        x.scheme for x in lowbits.load(saved, into=other).packed
+    }
+    same = packed_layers(model)
+    assert same == packed_layers(other)
+    one, two = values(model), values(other)
+    assert all(torch.equal(one[name], two[name]) for name in same)
+
+
+@pytest.mark.parametrize("scheme", CONVERTED)
+def test_a_converted_pipeline(pipe: Any, tmp_path: Path, scheme: str) -> None:
+    lowbits.convert(MODEL, tmp_path / "out", scheme)
+    loaded = lowbits.load_pipeline(tmp_path / "out", dtype=torch.float32)
+    with lowbits.apply(pipe, scheme, device="cpu"):
+        expected = picture(pipe)
+        schemes = {name: packed_layers(getattr(pipe, name)) for name in PACKED}
+    assert {name: packed_layers(getattr(loaded, name)) for name in PACKED} == schemes
+    assert torch.equal(picture(loaded), expected)
+
+
+def test_gguf_converted_to_a_file_of_lowbits(pipe: Any, tmp_path: Path) -> None:
+    """Rows of fused weights, in their names, to a file and from there into parts."""
+    file = tmp_path / "t.gguf"
+    lowbits.save_gguf(pipe.transformer, file, "Q8_0")
+    lowbits.convert(file, tmp_path / "t.safetensors", "gguf-q8_0", rules={"*": "native"})
+    pictures = []
+    for path in (file, tmp_path / "t.safetensors"):
+        model = blank(pipe.transformer)
+        lowbits.load(path, into=model)
+        with exchanged(pipe, transformer=model):
+            pictures.append(picture(pipe))
+    assert torch.equal(*pictures)
+
+
+# Into pipelines
+
+
+def test_one_model_of_a_pipeline(pipe: Any, tmp_path: Path) -> None:
+    file = tmp_path / "t.gguf"
+    lowbits.save_gguf(pipe.transformer, file, "Q8_0")
+    model = blank(pipe.transformer)
+    lowbits.load(file, into=model)
+    with exchanged(pipe, transformer=model):
+        expected = picture(pipe)
+    others = {name: part for name, part in pipe.components.items() if name != "transformer"}
+    with exchanged(pipe, transformer=blank(pipe.transformer)):
+        report = lowbits.load(file, into=pipe)
+        assert {layer.component for layer in report.layers} == {"transformer"}
+        assert report.warnings == ()
+        assert torch.equal(picture(pipe), expected)
+        assert all(pipe.components[name] is part for name, part in others.items())
+
+
+def all_in_one(pipe: Any) -> dict[str, Tensor]:
+    """Return all models in one state dict, as UIs have them."""
+    tensors, _ = referenced(pipe.transformer)
+    parts = {
+        "model.diffusion_model.": tensors,
+        "text_encoders.clip_l.transformer.": pipe.text_encoder.state_dict(),
+        "text_encoders.t5xxl.transformer.": pipe.text_encoder_2.state_dict(),
+        "vae.": pipe.vae.state_dict(),
+    }
+    return {
+        prefix + name: tensor.clone()
+        for prefix, part in parts.items()
+        for name, tensor in part.items()
+    }
+
+
+def test_all_models_of_a_pipeline_in_one_file(pipe: Any, plain: Tensor, tmp_path: Path) -> None:
+    file = tmp_path / "all.safetensors"
+    save_file(all_in_one(pipe), file)
+    names = (*PACKED, "text_encoder", "vae")
+    with exchanged(pipe, **{name: blank(getattr(pipe, name)) for name in names}):
+        assert not torch.equal(picture(pipe), plain)
+        report = lowbits.load(file, into=pipe)
+        assert {layer.component for layer in report.layers} == set(names)
+        assert torch.equal(picture(pipe), plain)
+        # T5's second name of its tied embedding is in the file as well.
+        extra = "text_encoders.t5xxl.transformer.encoder.embed_tokens.weight"
+        assert report.warnings in ((), (f"not used: {extra}",))
+
+
+def test_a_broken_model_of_several_changes_none(pipe: Any, tmp_path: Path) -> None:
+    file = tmp_path / "all.safetensors"
+    save_file(all_in_one(pipe), file)
+    file.write_bytes(file.read_bytes()[:-64])
+    names = (*PACKED, "text_encoder", "vae")
+    with exchanged(pipe, **{name: blank(getattr(pipe, name)) for name in names}):
+        before = {name: dict(getattr(pipe, name).state_dict()) for name in names}
+        with pytest.raises(lowbits.errors.FormatError):
+            lowbits.load(file, into=pipe)
+        for name in names:
+            after = getattr(pipe, name).state_dict()
+            assert all(after[key] is not None for key in before[name])
+            assert all(torch.equal(after[key], t) for key, t in before[name].items())
+
+
+def test_a_file_of_none_of_the_models(pipe: Any, tmp_path: Path) -> None:
+    file = tmp_path / "x.safetensors"
+    save_file({"x.weight": torch.zeros(2, 2)}, file)
+    with pytest.raises(lowbits.errors.FormatError, match="none of the pipeline's models is in it"):
+        lowbits.load(file, into=pipe)
