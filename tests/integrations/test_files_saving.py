@@ -1,0 +1,584 @@
+"""What saving mini-FLUX leaves behind: on disk, in the model, and for those who do not know it."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import pickle
+import subprocess
+import sys
+from typing import TYPE_CHECKING, Any
+
+import miniflux
+import pytest
+import torch
+from miniflux import MODEL, PACKED, blank, empty, exchanged, picture
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from streamed import smallest_budget
+from torch import nn
+
+import lowbits
+from lowbits.cli.loading import load_loras
+from lowbits.core.packed import PackedLayer
+from lowbits.errors import (
+    AlreadyPatchedError,
+    CancelledError,
+    ConfigError,
+    FormatError,
+    PatchError,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from torch import Tensor
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*:FutureWarning", "ignore:.*:DeprecationWarning")
+
+SCHEME = "bnb-nf4"
+
+
+@pytest.fixture(scope="module")
+def original() -> Any:
+    return miniflux.build()
+
+
+@pytest.fixture
+def pipe(original: Any) -> Any:
+    """Return a pipeline of its own for each test, as some do not restore it."""
+    parts = {
+        name: copy.deepcopy(part)
+        for name, part in original.components.items()
+        if isinstance(part, nn.Module)
+    }
+    return type(original)(**{**original.components, **parts})
+
+
+@pytest.fixture(scope="module")
+def saved(original: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Return the folder of a packed pipeline; with its picture beside it."""
+    folder = tmp_path_factory.mktemp("saved")
+    with lowbits.apply(original, SCHEME, device="cpu"):
+        torch.save(picture(original), folder / "picture.pt")
+        original.save_pretrained(folder)
+    yield folder
+
+
+def drawn(folder: Path) -> Tensor:
+    found: Tensor = torch.load(folder / "picture.pt")
+    return found
+
+
+def keys(file: Path) -> set[str]:
+    with safe_open(file, framework="pt") as opened:
+        return set(opened.keys())
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def assert_untouched(module: nn.Module, before: dict[str, Tensor]) -> None:
+    now = module.state_dict()
+    assert list(now) == list(before)
+    assert all(torch.equal(now[name], tensor) for name, tensor in before.items())
+    assert not any(isinstance(part, PackedLayer) for part in module.modules())
+    assert lowbits.handle(module) is None
+
+
+# Others that come upon it
+
+
+def test_loaders_of_others_fail_loudly(original: Any, saved: Path) -> None:
+    with pytest.raises(OSError, match="diffusion_pytorch_model"):
+        type(original.transformer).from_pretrained(saved / "transformer")
+    with pytest.raises(OSError, match="model.safetensors"):
+        type(original.text_encoder_2).from_pretrained(saved / "text_encoder_2")
+    with pytest.raises(OSError, match="no file named"):
+        type(original).from_pretrained(saved, local_files_only=True)
+    assert {path.name for path in (saved / "transformer").iterdir()} == {
+        "config.json", "lowbits.safetensors",
+    }  # fmt: skip
+    # What is not packed is as ever.
+    assert (saved / "vae" / "diffusion_pytorch_model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "diffusion_pytorch_model.safetensors",
+        "diffusion_pytorch_model.fp16.safetensors",
+        "diffusion_pytorch_model-00001-of-00002.safetensors",
+        "diffusion_pytorch_model.safetensors.index.json",
+        "diffusion_pytorch_model.bin",
+        "model.safetensors",
+        "model-00001-of-00002.safetensors",
+        "pytorch_model.bin",
+        "pytorch_model-00001-of-00002.bin",
+    ],
+)
+def test_weights_that_would_be_read_in_their_place(pipe: Any, tmp_path: Path, name: str) -> None:
+    lowbits.quantize(pipe.transformer, SCHEME)
+    (tmp_path / name).write_bytes(b"old")
+    with pytest.raises(ConfigError, match=name):
+        pipe.transformer.save_pretrained(tmp_path)
+    assert files(tmp_path) == {name: b"old"}
+
+
+def test_a_pipeline_over_an_ordinary_one(pipe: Any, tmp_path: Path) -> None:
+    pipe.save_pretrained(tmp_path)
+    lowbits.apply(pipe, SCHEME, device="cpu")
+    with pytest.raises(ConfigError, match="save into another folder"):
+        pipe.save_pretrained(tmp_path)
+    assert not list(tmp_path.rglob("lowbits*"))
+    assert (tmp_path / "transformer" / "diffusion_pytorch_model.safetensors").exists()
+
+
+def test_an_ordinary_pipeline_over_a_packed_one(pipe: Any, tmp_path: Path) -> None:
+    """Neither may be read silently in place of the other."""
+    with lowbits.apply(pipe, SCHEME, device="cpu"):
+        pipe.save_pretrained(tmp_path)
+    pipe.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="diffusion_pytorch_model"):
+        lowbits.load_pipeline(tmp_path)
+
+
+def test_in_parts_over_one_file_and_back(pipe: Any, tmp_path: Path) -> None:
+    """Whichever was written last is what is read, and nothing else stays."""
+    module = pipe.transformer
+    for scheme, size in ((SCHEME, "5GB"), ("torchao-int8", "1MB"), ("gguf-q8_0", "5GB")):
+        with lowbits.quantize(module, scheme):
+            lowbits.save(module, tmp_path, max_shard_size=size)
+        report = lowbits.load(tmp_path, into=empty(module))
+        assert {layer.scheme for layer in report.packed} == {scheme}
+    assert set(files(tmp_path)) == {"config.json", "lowbits.safetensors"}
+
+
+# The models
+
+
+def test_restored_models_save_as_they_did(pipe: Any, tmp_path: Path) -> None:
+    plain = picture(pipe)
+    handle = lowbits.apply(pipe, SCHEME, device="cpu")
+    assert all("save_pretrained" in vars(getattr(pipe, name)) for name in PACKED)
+    assert "save_pretrained" not in vars(pipe.vae)
+    handle.restore()
+    for part in pipe.components.values():
+        assert not isinstance(part, nn.Module) or "save_pretrained" not in vars(part)
+    pipe.save_pretrained(tmp_path)
+    again = type(pipe).from_pretrained(tmp_path, local_files_only=True)
+    assert torch.equal(picture(again), plain)
+
+
+def test_dequantized_models_save_as_they_did(original: Any, saved: Path, tmp_path: Path) -> None:
+    loaded = lowbits.load_pipeline(saved)
+    lowbits.dequantize(loaded)
+    loaded.save_pretrained(tmp_path)
+    again = type(original).from_pretrained(tmp_path, local_files_only=True)
+    torch.testing.assert_close(picture(again), drawn(saved), rtol=0, atol=2e-5)
+
+
+def test_a_switched_model_saves_what_it_is_now(pipe: Any, tmp_path: Path) -> None:
+    handle = lowbits.apply(pipe, SCHEME, device="cpu")
+    handle.switch("torchao-int8")
+    expected = picture(pipe)
+    pipe.save_pretrained(tmp_path)
+    assert torch.equal(picture(lowbits.load_pipeline(tmp_path)), expected)
+
+
+def test_saving_changes_nothing(pipe: Any, tmp_path: Path) -> None:
+    handle = lowbits.apply(pipe, SCHEME, device="cpu")
+    expected = picture(pipe)
+    state = {n: t.clone() for n, t in pipe.transformer.state_dict().items()}
+    lowbits.save(pipe, tmp_path)
+    assert all(torch.equal(t, state[n]) for n, t in pipe.transformer.state_dict().items())
+    assert lowbits.handle(pipe) is handle
+    assert torch.equal(picture(pipe), expected)
+
+
+def _pickled(module: Any) -> Any:
+    buffer = io.BytesIO()
+    pickle.dump(module, buffer)
+    return pickle.loads(buffer.getvalue())
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, _pickled])
+@pytest.mark.parametrize("part", PACKED)
+def test_copies_save_by_lowbits_alone(
+    pipe: Any, saved: Path, tmp_path: Path, part: str, how: Callable[[Any], Any]
+) -> None:
+    handle = lowbits.apply(pipe, SCHEME, device="cpu")
+    made = how(getattr(pipe, part))
+    handle.restore()
+    with pytest.raises(PatchError, match=r"lowbits.save\(model, folder\)"):
+        made.save_pretrained(tmp_path / "refused")
+    assert not (tmp_path / "refused").exists()
+    lowbits.save(made, tmp_path / "made")
+    assert files(tmp_path / "made") == files(saved / part)
+    lowbits.dequantize(made)
+    made.save_pretrained(tmp_path / "plain")
+    assert type(made).from_pretrained(tmp_path / "plain") is not None
+
+
+def test_pipelines_of_copies(pipe: Any, saved: Path, tmp_path: Path) -> None:
+    handle = lowbits.apply(pipe, SCHEME, device="cpu")
+    copies = {name: copy.deepcopy(getattr(pipe, name)) for name in PACKED}
+    handle.restore()
+    with exchanged(pipe, **copies):
+        with pytest.raises(PatchError, match="lowbits.save"):
+            pipe.save_pretrained(tmp_path / "refused")
+        lowbits.save(pipe, tmp_path / "made")
+    loaded = lowbits.load_pipeline(tmp_path / "made")
+    assert torch.equal(picture(loaded), drawn(saved))
+
+
+# Streamed
+
+
+@pytest.mark.parametrize("location", ["cpu", "disk"])
+@pytest.mark.parametrize("scheme", [SCHEME, "native"])
+def test_streamed_models_save_what_resident_ones_do(
+    pipe: Any, tmp_path: Path, scheme: str, location: str
+) -> None:
+    with lowbits.apply(pipe, scheme, device="cpu"):
+        for name in PACKED:
+            lowbits.save(getattr(pipe, name), tmp_path / "resident" / name)
+    budget = smallest_budget(pipe, scheme, location=location)
+    handle = lowbits.apply(pipe, scheme, device="cpu", gpu_weights=budget, location=location)
+    expected = picture(pipe)
+    for name in PACKED:
+        lowbits.save(getattr(pipe, name), tmp_path / "streamed" / name)
+    assert torch.equal(picture(pipe), expected)
+    handle.restore()
+    assert files(tmp_path / "streamed") == files(tmp_path / "resident")
+
+
+def test_a_streamed_pipeline(pipe: Any, saved: Path, tmp_path: Path) -> None:
+    budget = smallest_budget(pipe, SCHEME)
+    lowbits.apply(pipe, SCHEME, device="cpu", gpu_weights=budget, location="disk")
+    pipe.save_pretrained(tmp_path)
+    assert torch.equal(picture(lowbits.load_pipeline(tmp_path)), drawn(saved))
+
+
+# With a LoRA
+
+
+@pytest.mark.parametrize("scheme", [SCHEME, "native"])
+def test_adapters_are_left_out(pipe: Any, tmp_path: Path, scheme: str) -> None:
+    with lowbits.apply(pipe, scheme, device="cpu", components=["transformer"]):
+        without = picture(pipe)
+        lowbits.save(pipe.transformer, tmp_path / "before.safetensors")
+    load_loras(pipe, {MODEL / "lora" / "stripes.safetensors": 1.0})
+    with lowbits.apply(pipe, scheme, device="cpu", components=["transformer"], lora="fp16"):
+        assert not torch.equal(picture(pipe), without)
+        lowbits.save(pipe.transformer, tmp_path / "t.safetensors")
+    found = keys(tmp_path / "t.safetensors")
+    assert not any("lora" in name or "base_layer" in name for name in found)
+    assert found == keys(tmp_path / "before.safetensors")
+    pipe.unload_lora_weights()
+    model = empty(pipe.transformer)
+    lowbits.load(tmp_path / "t.safetensors", into=model)
+    with exchanged(pipe, transformer=model):
+        assert torch.equal(picture(pipe), without)
+
+
+def test_a_lora_on_what_was_loaded(saved: Path) -> None:
+    loaded = lowbits.load_pipeline(saved)
+    load_loras(loaded, {MODEL / "lora" / "stripes.safetensors": 1.0})
+    assert not torch.equal(picture(loaded), drawn(saved))
+    loaded.unload_lora_weights()
+    assert torch.equal(picture(loaded), drawn(saved))
+
+
+# Ties, shards, checksums
+
+
+def test_ties_of_t5_are_stored_once(pipe: Any, tmp_path: Path) -> None:
+    encoder = pipe.text_encoder_2
+    for rules in ({}, {"*": "torchao-int8"}):
+        with lowbits.quantize(encoder, "torchao-int8", rules=rules):
+            lowbits.save(encoder, tmp_path / "t5.safetensors")
+            held = sum({id(t): t.nbytes for t in encoder.parameters()}.values())
+        file = tmp_path / "t5.safetensors"
+        stored = sum(tensor.nbytes for tensor in load_file(file).values())
+        assert stored == held
+        assert not any(name.startswith("encoder.embed_tokens") for name in keys(file))
+        model = empty(encoder)
+        lowbits.load(file, into=model)
+        shared, tokens = model.shared, model.encoder.embed_tokens
+        assert [*shared._parameters] == [*tokens._parameters]
+        assert all(tokens._parameters[n] is p for n, p in shared._parameters.items())
+        assert isinstance(shared, PackedLayer) == bool(rules)
+
+
+def test_shards(original: Any, tmp_path: Path) -> None:
+    with lowbits.apply(original, SCHEME, device="cpu"):
+        expected = picture(original)
+        lowbits.save(original, tmp_path, max_shard_size="500KB")
+    folder = tmp_path / "transformer"
+    shards = sorted(folder.glob("lowbits-*.safetensors"))
+    assert len(shards) > 3
+    assert all(shard.stat().st_size <= 500_000 for shard in shards)
+    index = json.loads((folder / "lowbits.safetensors.index.json").read_text())
+    named = {name: folder / file for name, file in index["weight_map"].items()}
+    assert set(named.values()) == set(shards)
+    assert set(named) == set().union(*map(keys, shards))
+    assert index["metadata"]["total_size"] == sum(
+        tensor.nbytes for shard in shards for tensor in load_file(shard).values()
+    )
+    assert torch.equal(picture(lowbits.load_pipeline(tmp_path)), expected)
+    for path in (folder, folder / "lowbits.safetensors.index.json"):
+        model = blank(original.transformer)
+        lowbits.load(path, into=model, verify=True)
+        with exchanged(original, transformer=model):
+            picture(original)
+    shards[1].unlink()
+    model = blank(original.transformer)
+    before = dict(model.state_dict())
+    with pytest.raises((FormatError, OSError), match=shards[1].name):
+        lowbits.load(folder, into=model)
+    assert_untouched(model, before)
+
+
+@pytest.mark.parametrize("size", ["5GB", "500KB"])
+def test_a_flipped_byte(original: Any, tmp_path: Path, size: str) -> None:
+    with lowbits.quantize(original.transformer, SCHEME):
+        lowbits.save(original.transformer, tmp_path, max_shard_size=size)
+    file = sorted(tmp_path.glob("*.safetensors"))[-1]
+    data = bytearray(file.read_bytes())
+    data[-100] ^= 1
+    file.write_bytes(data)
+    lowbits.load(tmp_path, into=blank(original.transformer))
+    model = blank(original.transformer)
+    before = dict(model.state_dict())
+    with pytest.raises(FormatError, match="checksum differs") as caught:
+        lowbits.load(tmp_path, into=model, verify=True)
+    assert caught.value.path.endswith(file.name)
+    assert_untouched(model, before)
+
+
+def test_verify_of_files_of_others_says_so(original: Any, tmp_path: Path) -> None:
+    """A check that cannot be made must not seem to have passed."""
+    file = tmp_path / "t.safetensors"
+    save_file(original.transformer.state_dict(), file)
+    with pytest.raises(ConfigError, match="verify"):
+        lowbits.load(file, into=blank(original.transformer), verify=True)
+
+
+# Progress
+
+
+def test_progress_and_cancelling_of_a_module(pipe: Any, tmp_path: Path) -> None:
+    lowbits.quantize(pipe.transformer, SCHEME)
+    events: list[Any] = []
+    lowbits.save(pipe.transformer, tmp_path, progress=events.append)
+    assert len(events) > 50
+    assert {event.stage for event in events} == {"save"}
+    assert events[-1].done_bytes == events[-1].total_bytes
+    before, token = files(tmp_path), lowbits.CancelToken()
+
+    def stop(event: Any) -> None:
+        token.cancel()
+
+    with pytest.raises(CancelledError):
+        lowbits.save(pipe.transformer, tmp_path, progress=stop, cancel=token)
+    assert files(tmp_path) == before
+
+
+def test_progress_and_cancelling_of_a_pipeline(pipe: Any, tmp_path: Path) -> None:
+    lowbits.apply(pipe, SCHEME, device="cpu")
+    events: list[Any] = []
+    lowbits.save(pipe, tmp_path / "a", progress=events.append)
+    assert len(events) > 50
+    token = lowbits.CancelToken()
+    token.cancel()
+    with pytest.raises(CancelledError):
+        lowbits.save(pipe, tmp_path / "b", cancel=token)
+
+
+# Elsewhere, later
+
+
+_FRESH = """
+import sys
+for name in ("bitsandbytes", "torchao", "optimum", "gguf", "diffusers", "transformers", "numpy"):
+    sys.modules[name] = None
+import torch, lowbits
+torch.set_num_threads(1)
+folder = sys.argv[1]
+x = torch.load(f"{folder}/x.pt")
+for scheme in sys.argv[2:]:
+    with torch.device("meta"):
+        model = torch.nn.Sequential(torch.nn.Linear(64, 256), torch.nn.Linear(256, 64))
+    lowbits.load(f"{folder}/{scheme}.safetensors", into=model, verify=True)
+    with torch.no_grad():
+        torch.save(model(x), f"{folder}/{scheme}.out")
+"""
+FRESH = (SCHEME, "bnb-nf4-dq", "bnb-int8", "torchao-int8", "torchao-int4", "quanto-int4",
+         "quanto-float8", "float8-e4m3fn", "gguf-q8_0", "gguf-q5_1")  # fmt: skip
+
+
+def test_a_fresh_process_without_the_libraries(tmp_path: Path) -> None:
+    x, expected = torch.randn(3, 64), {}
+    torch.save(x, tmp_path / "x.pt")
+    for scheme in FRESH:
+        model = nn.Sequential(nn.Linear(64, 256), nn.Linear(256, 64))
+        lowbits.quantize(model, scheme, rules={"*": scheme})
+        lowbits.save(model, tmp_path / f"{scheme}.safetensors")
+        with torch.no_grad():
+            expected[scheme] = model(x)
+    subprocess.run([sys.executable, "-c", _FRESH, str(tmp_path), *FRESH], check=True)
+    for scheme, y in expected.items():
+        assert torch.equal(torch.load(tmp_path / f"{scheme}.out"), y), scheme
+
+
+_PICTURE = """
+import sys
+sys.modules["bitsandbytes"] = None
+sys.path.insert(0, sys.argv[3])
+import torch, lowbits
+from miniflux import picture
+torch.set_num_threads(1)
+torch.save(picture(lowbits.load_pipeline(sys.argv[1])), sys.argv[2])
+"""
+
+
+@pytest.mark.slow
+def test_a_picture_in_a_fresh_process_without_bitsandbytes(saved: Path, tmp_path: Path) -> None:
+    tests = str(MODEL.parents[1] / "tests")
+    command = [sys.executable, "-c", _PICTURE, str(saved), str(tmp_path / "p.pt"), tests]
+    subprocess.run(command, check=True)
+    assert torch.equal(torch.load(tmp_path / "p.pt"), drawn(saved))
+
+
+@pytest.mark.parametrize("what", ["version", "layout"])
+def test_a_newer_manifest_is_refused(original: Any, saved: Path, tmp_path: Path, what: str) -> None:
+    data = (saved / "transformer" / "lowbits.safetensors").read_bytes()
+    old, new = (rf"\"{what}\":{number}".encode() for number in (1, 2))
+    assert data.count(old) == 1
+    file = tmp_path / "t.safetensors"
+    file.write_bytes(data.replace(old, new))
+    model = blank(original.transformer)
+    before = dict(model.state_dict())
+    with pytest.raises(FormatError, match=f"{what} 2.*pip install -U lowbits"):
+        lowbits.load(file, into=model)
+    assert_untouched(model, before)
+
+
+# All or nothing
+
+
+def _missing(file: Path) -> None:
+    tensors = load_file(file)
+    del tensors["double_blocks.0.img_attn.qkv.bias"]
+    save_file(tensors, file)
+
+
+def _other_shape(file: Path) -> None:
+    tensors = load_file(file)
+    tensors["final_layer.linear.weight"] = tensors["final_layer.linear.weight"][:-1].contiguous()
+    save_file(tensors, file)
+
+
+def _another_width(file: Path) -> None:
+    tensors = load_file(file)
+    tensors["txt_in.weight"] = tensors["txt_in.weight"][:, :-1].contiguous()
+    save_file(tensors, file)
+
+
+def _cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+@pytest.mark.parametrize("break_it", [_missing, _other_shape, _another_width, _cut])
+def test_a_broken_file_of_the_reference(
+    original: Any, tmp_path: Path, break_it: Callable[[Path], None]
+) -> None:
+    file, tensors = tmp_path / "t.safetensors", tmp_path / "t.gguf"
+    lowbits.save_gguf(original.transformer, tensors, "F32")
+    from lowbits.files.gguf import read_gguf
+
+    save_file({n: w.read() for n, w in read_gguf(tensors).weights().items()}, file)  # type: ignore[misc]
+    model = blank(original.transformer)
+    lowbits.load(file, into=model)
+    before = dict(model.state_dict())
+    break_it(file)
+    with pytest.raises(FormatError):
+        lowbits.load(file, into=model)
+    assert_untouched(model, before)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, CancelledError, MemoryError])
+def test_a_pipeline_that_was_interrupted(
+    original: Any, pipe: Any, saved: Path, error: type[BaseException]
+) -> None:
+    seen = 0
+
+    def progress(_: Any) -> None:
+        nonlocal seen
+        seen += 1
+        if seen == 40:
+            raise error
+
+    before = dict(pipe.transformer.state_dict())
+    with pytest.raises(error):
+        lowbits.load(saved / "transformer", into=pipe, progress=progress)
+    assert_untouched(pipe.transformer, before)
+    with pytest.raises(error):
+        seen = 0
+        lowbits.load_pipeline(saved, progress=progress)
+
+
+def test_an_applied_pipeline_is_refused(pipe: Any, saved: Path) -> None:
+    handle = lowbits.apply(pipe, SCHEME, device="cpu", components=["transformer"])
+    expected = picture(pipe)
+    with pytest.raises(AlreadyPatchedError, match="transformer"):
+        lowbits.load(saved / "transformer", into=pipe)
+    assert torch.equal(picture(pipe), expected)
+    # Another of its models may be loaded.
+    lowbits.load(saved / "text_encoder_2", into=pipe.text_encoder_2)
+    assert torch.equal(picture(pipe), drawn(saved))
+    handle.restore()
+
+
+# load_pipeline
+
+
+def test_components_by_their_names_are_taken_as_they_are(original: Any, saved: Path) -> None:
+    loaded = lowbits.load_pipeline(saved, transformer=original.transformer, vae=original.vae)
+    assert loaded.transformer is original.transformer
+    assert loaded.vae is original.vae
+    assert lowbits.handle(loaded) is None
+
+
+def test_a_dtype_for_all_of_it(saved: Path) -> None:
+    loaded = lowbits.load_pipeline(saved, dtype=torch.float16)
+    wo = loaded.text_encoder_2.encoder.block[0].layer[-1].DenseReluDense.wo
+    assert isinstance(wo, PackedLayer)
+    assert wo.weight.dtype == torch.float32, "transformers keeps wo in float32 at float16"
+    for name in ("transformer", "text_encoder", "text_encoder_2", "vae"):
+        assert getattr(loaded, name).dtype == torch.float16
+    assert picture(loaded).isfinite().all()
+
+
+def test_folders_that_are_none(tmp_path: Path, original: Any) -> None:
+    with pytest.raises(ConfigError, match="it is not a diffusers pipeline"):
+        lowbits.load_pipeline(tmp_path)
+    original.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="has no component that lowbits wrote"):
+        lowbits.load_pipeline(tmp_path)
+
+
+def test_loaded_and_streamed(saved: Path) -> None:
+    loaded = lowbits.load_pipeline(saved)
+    budget = smallest_budget(loaded)
+    handle = lowbits.apply(loaded, "native", device="cpu", gpu_weights=budget)
+    assert torch.equal(picture(loaded), drawn(saved))
+    assert handle.stats().copied_bytes > 0
