@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lowbits._target import modules_of
 from lowbits.config import parse_size
 from lowbits.core.adopt import adopt_layers
+from lowbits.core.guards import saved_by
 from lowbits.core.handle import find_handle, guard
 from lowbits.core.registry import DEFAULT
 from lowbits.errors import AlreadyPatchedError, ConfigError, FormatError
@@ -24,6 +26,7 @@ from lowbits.integrations.models import (
     components_in,
     load_rest,
     refuse_other_weights,
+    refuse_two_kinds,
     save_config,
     skeleton,
 )
@@ -61,8 +64,8 @@ def save(
             ``save_pretrained`` does the same.
         path: a ``.safetensors`` file, or a folder: ``lowbits.safetensors`` and ``config.json`` of a
             module, a pipeline's own layout.
-        max_shard_size: bytes of a file; what is larger is split, with an index beside it.
-        progress: called after each weight.
+        max_shard_size: bytes of a file's tensors; what is larger is split, with an index beside it.
+        progress: called after each weight; of a pipeline, of its packed models.
         cancel: stops between two weights when set.
 
     Raises:
@@ -72,7 +75,7 @@ def save(
     """
     path = Path(path)
     if is_pipeline(target):
-        target.save_pretrained(path, max_shard_size=max_shard_size)
+        _save_pipeline(target, path, max_shard_size, progress, cancel)
         return
     modules_of(target)  # says what it is not
     shard_bytes = parse_size(max_shard_size, "max_shard_size")
@@ -87,6 +90,24 @@ def save(
     write_own(file, weights, ties, options)
     if file is not path:
         save_config(target, path)
+
+
+def _save_pipeline(
+    pipe: Any,
+    folder: Path,
+    max_shard_size: int | str,
+    progress: ProgressCallback | None,
+    cancel: CancelToken | None,
+) -> None:
+    """Let a pipeline save itself, its packed models as they are stored, copies too."""
+
+    def save_part(module: nn.Module, part: Path, size: int | str | None) -> None:
+        save(module, part, max_shard_size=size or SHARD_BYTES, progress=progress, cancel=cancel)
+
+    with ExitStack() as stack:
+        for module in modules_of(pipe).values():
+            stack.enter_context(saved_by(module, save_part))
+        pipe.save_pretrained(folder, max_shard_size=max_shard_size)
 
 
 def save_component(module: nn.Module, folder: Path, max_shard_size: int | str | None) -> None:
@@ -130,7 +151,7 @@ def load(
     Raises:
         FormatError: the file is not what it claims to be, or not of this model.
         AlreadyPatchedError: the module is packed, has a handle, or is streamed.
-        ConfigError: it is a pickle.
+        ConfigError: it is a pickle, or there is no checksum to verify.
         OSError: the system refuses to open it.
     """
     modules = modules_of(into)
@@ -232,7 +253,7 @@ def load_pipeline(
         options: of ``DiffusionPipeline.from_pretrained``; a component by its name is taken as is.
 
     Raises:
-        ConfigError: the folder is no pipeline's.
+        ConfigError: the folder is no pipeline's, or a model's weights are there twice.
         FormatError: a file is not what it claims to be.
     """
     folder = Path(path)
@@ -241,6 +262,7 @@ def load_pipeline(
         own = folder / name / OWN_FILE
         is_own = own.exists() or own.with_name(own.stem + INDEX_SUFFIX).exists()
         if is_own and name not in options:
+            refuse_two_kinds(folder / name)
             parts[name] = skeleton(folder / name, library, class_name)
             load(own, into=parts[name], dtype=dtype, progress=progress, cancel=cancel)
     if not parts:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, final
@@ -11,7 +12,7 @@ from lowbits.core.packed import PackedLayer
 from lowbits.errors import PatchError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     from torch import nn
 
@@ -70,7 +71,7 @@ class _Saver:
 
         Args:
             save_directory: a folder, made if it is not there.
-            max_shard_size: bytes of a file, or a size as ``"5GB"``.
+            max_shard_size: bytes of a file's tensors, or a size as ``"5GB"``.
         """
         module = self._module()
         assert module is not None
@@ -99,6 +100,28 @@ def guard_methods(module: nn.Module, save: Save) -> None:
         part.__dict__.update((name, _REFUSALS[name]) for name in found)
         if getattr(part, _SAVE, None) is not None:
             part.__dict__[_SAVE] = _Saver(part, save)
+
+
+@contextmanager
+def saved_by(module: nn.Module, save: Save) -> Iterator[None]:
+    """Let a model's ``save_pretrained`` do something else for a while, if it is packed.
+
+    Args:
+        module: changed in place, and changed back; a copy of a packed one too.
+        save: what it does.
+    """
+    own = module.__dict__
+    before = own.get(_SAVE)
+    if getattr(module, _SAVE, None) is None or not _holds_packed(module):
+        yield
+        return
+    own[_SAVE] = _Saver(module, save)
+    try:
+        yield
+    finally:
+        own.pop(_SAVE)
+        if before is not None:
+            own[_SAVE] = before
 
 
 def _holds_packed(module: nn.Module) -> bool:

@@ -79,10 +79,18 @@ def open_checkpoint(path: str | Path, options: OpenOptions) -> Checkpoint:
 
     Raises:
         FormatError: it is none of those, or not what it claims to be.
-        ConfigError: it is a pickle, and those are not allowed.
+        ConfigError: it is a pickle, and those are not allowed; or there is nothing to verify.
         OSError: the system refuses to open it.
     """
-    path = Path(path)
+    opened = _opened(Path(path), options)
+    if options.verify and opened.format != OWN:
+        raise ConfigError(
+            f"verify: {path} has no checksum to compare with; files that lowbits wrote have one"
+        )
+    return opened
+
+
+def _opened(path: Path, options: OpenOptions) -> Checkpoint:
     if path.is_dir():
         own = path / OWN_FILE
         is_own = own.exists() or own.with_name(own.stem + INDEX_SUFFIX).exists()

@@ -46,7 +46,7 @@ class WriteOptions:
 
     Attributes:
         versions: of the packages that made the weights, by their names.
-        max_shard_bytes: of a file, unless it is one larger weight.
+        max_shard_bytes: of a file's tensors, unless it is one larger weight.
         stage: as progress calls it.
         progress: called after each weight.
         cancel: stops between two weights.

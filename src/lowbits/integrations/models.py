@@ -44,12 +44,30 @@ def refuse_other_weights(folder: Path) -> None:
     Raises:
         ConfigError: naming one of them.
     """
-    found = sorted(path.name for pattern in _WEIGHTS for path in folder.glob(pattern))
+    found = _other_weights(folder)
     if found:
         raise ConfigError(
             f"{folder} holds {found[0]}, which from_pretrained would go on reading in place of "
             "the packed weights: save into another folder, or remove it first"
         )
+
+
+def refuse_two_kinds(folder: Path) -> None:
+    """Raise where a folder with packed weights holds others: which are newer, nothing tells.
+
+    Raises:
+        ConfigError: naming one of them.
+    """
+    found = _other_weights(folder)
+    if found:
+        raise ConfigError(
+            f"{folder} holds {found[0]} beside packed weights, and was saved into twice: remove "
+            "what is not to be loaded"
+        )
+
+
+def _other_weights(folder: Path) -> list[str]:
+    return sorted(path.name for pattern in _WEIGHTS for path in folder.glob(pattern))
 
 
 def components_in(folder: Path) -> dict[str, tuple[str, str]]:
