@@ -7,17 +7,42 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pytest
 import torch
+from schemes import every_scheme
+from torch import nn
 
+import lowbits
 from lowbits.cli.drawing import draw
 from lowbits.cli.loading import load_pipeline, quiet, read_recipe
+from lowbits.core.packed import PackedLayer, stored_names
+from lowbits.integrations.keymaps import to_reference
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from _pytest.mark import ParameterSet
+    from torch import Tensor
+
 MODEL = Path(__file__).parents[1] / "benchmarks" / "miniflux"
 #: What is packed by default.
 PACKED = ("transformer", "text_encoder_2")
+
+
+#: Types and mixes that can be written; those that are not here are slow.
+QUICK_TYPES = ("Q8_0", "Q5_1")
+TYPES = [
+    pytest.param(name, marks=() if name in QUICK_TYPES else pytest.mark.slow)
+    for scheme in lowbits.backend("gguf").schemes()
+    if scheme.can_quantize
+    for name in [scheme.name.removeprefix("gguf-").upper()]
+]
+
+
+def schemes(*quick: str) -> list[ParameterSet]:
+    """Return every scheme; those that are not named are slow."""
+    names = [item.values[0] for item in every_scheme()]
+    return [pytest.param(name, marks=() if name in quick else pytest.mark.slow) for name in names]
 
 
 def build() -> Any:
@@ -66,3 +91,58 @@ def exchanged(pipe: Any, **parts: Any) -> Iterator[Any]:
         yield pipe
     finally:
         pipe.register_modules(**before)
+
+
+def packed_layers(module: nn.Module) -> dict[str, str]:
+    """Return the scheme of each packed weight."""
+    return {
+        f"{fqn}.{name}": layout.scheme
+        for fqn, part in module.named_modules()
+        if isinstance(part, PackedLayer)
+        for name, layout in part.lowbits_layouts.items()
+    }
+
+
+def values(module: nn.Module) -> dict[str, Tensor]:
+    """Return all weights, decoded, under the names that they have in full precision."""
+    found: dict[str, Tensor] = dict(module.named_parameters())
+    for fqn, part in module.named_modules():
+        for name in part.lowbits_layouts if isinstance(part, PackedLayer) else ():
+            found[f"{fqn}.{name}"] = getattr(part, name) + 0
+            for stored in stored_names(part, name):
+                del found[f"{fqn}.{stored}"]
+    return {name: tensor.detach() for name, tensor in found.items()}
+
+
+def referenced(model: nn.Module) -> tuple[dict[str, Tensor], set[str]]:
+    """Return a model's tensors by the names of the reference; and which are Linear weights."""
+    tensors = dict(model.state_dict())
+    linear = {f"{n}.weight" for n, part in model.named_modules() if isinstance(part, nn.Linear)}
+    key_map = to_reference(model)
+    made = {
+        name: torch.cat([s.take(tensors[s.source]) for s in segments]).contiguous()
+        for name, segments in key_map.items()
+    }
+    return made, {name for name, segments in key_map.items() if segments[0].source in linear}
+
+
+def assert_untouched(module: nn.Module, before: dict[str, Tensor]) -> None:
+    """See that a module is what it was before something that failed."""
+    now = module.state_dict()
+    assert list(now) == list(before)
+    assert all(torch.equal(now[name], tensor) for name, tensor in before.items())
+    assert not packed_layers(module)
+    assert lowbits.handle(module) is None
+
+
+def save_drawn(pipe: Any, folder: Path, scheme: str) -> None:
+    """Write a pipeline as packed in a scheme, and its picture beside it; it stays as it was."""
+    with lowbits.apply(pipe, scheme, device="cpu"):
+        torch.save(picture(pipe), folder / "picture.pt")
+        pipe.save_pretrained(folder)
+
+
+def drawn(folder: Path) -> Tensor:
+    """Return the picture that a folder's pipeline drew before it was saved."""
+    found: Tensor = torch.load(folder / "picture.pt")
+    return found

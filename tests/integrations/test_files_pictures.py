@@ -8,14 +8,23 @@ from typing import TYPE_CHECKING, Any
 import miniflux
 import pytest
 import torch
-from miniflux import MODEL, PACKED, blank, empty, exchanged, picture
+from miniflux import (
+    MODEL,
+    PACKED,
+    TYPES,
+    blank,
+    empty,
+    exchanged,
+    packed_layers,
+    picture,
+    referenced,
+    schemes,
+    values,
+)
 from safetensors.torch import save_file
-from schemes import every_scheme
 from torch import nn
 
 import lowbits
-from lowbits.core.packed import PackedLayer, stored_names
-from lowbits.integrations.keymaps import to_reference
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -26,24 +35,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.filterwarnings("ignore:.*:FutureWarning", "ignore:.*:DeprecationWarning")
 
 #: One scheme of each backend, the one with most to store; the others are slow.
-QUICK = ("bnb-nf4-dq", "torchao-int4", "quanto-int4", "float8-e4m3fn", "gguf-q8_0")
-SCHEMES = [
-    pytest.param(item.values[0], marks=() if item.values[0] in QUICK else pytest.mark.slow)
-    for item in every_scheme()
-]
-#: The same, with less that is quick: conversion has no part that knows one of them.
-CONVERTED = [
-    pytest.param(item.values[0], marks=() if item.values[0] == "bnb-nf4-dq" else pytest.mark.slow)
-    for item in every_scheme()
-]
-#: Types and mixes that can be written; those that are not here are slow.
-QUICK_TYPES = ("Q8_0", "Q4_K_M")
-TYPES = [
-    pytest.param(name, marks=() if name in QUICK_TYPES else pytest.mark.slow)
-    for scheme in lowbits.backend("gguf").schemes()
-    if scheme.can_quantize
-    for name in [scheme.name.removeprefix("gguf-").upper()]
-]
+SCHEMES = schemes("bnb-nf4-dq", "torchao-int4", "quanto-int4", "float8-e4m3fn", "gguf-q8_0")
 
 
 @pytest.fixture(scope="module")
@@ -55,27 +47,6 @@ def pipe() -> Any:
 def plain(pipe: Any) -> Tensor:
     """Return the picture in full precision."""
     return picture(pipe)
-
-
-def packed_layers(module: nn.Module) -> dict[str, str]:
-    """Return the scheme of each packed weight."""
-    return {
-        f"{fqn}.{name}": layout.scheme
-        for fqn, part in module.named_modules()
-        if isinstance(part, PackedLayer)
-        for name, layout in part.lowbits_layouts.items()
-    }
-
-
-def values(module: nn.Module) -> dict[str, Tensor]:
-    """Return all weights, decoded, under the names that they have in full precision."""
-    found: dict[str, Tensor] = dict(module.named_parameters())
-    for fqn, part in module.named_modules():
-        for name in part.lowbits_layouts if isinstance(part, PackedLayer) else ():
-            found[f"{fqn}.{name}"] = getattr(part, name) + 0
-            for stored in stored_names(part, name):
-                del found[f"{fqn}.{stored}"]
-    return {name: tensor.detach() for name, tensor in found.items()}
 
 
 def assert_same_values(module: nn.Module, expected: Mapping[str, Tensor]) -> None:
@@ -94,18 +65,6 @@ def as_applied(pipe: Any, report: lowbits.Report) -> Tensor:
             f"{layer.fqn}.weight": layer.scheme for layer in report.packed
         }
         return picture(pipe)
-
-
-def referenced(model: nn.Module) -> tuple[dict[str, Tensor], set[str]]:
-    """Return a model's tensors by the names of the reference; and which are Linear weights."""
-    tensors = dict(model.state_dict())
-    linear = {f"{n}.weight" for n, part in model.named_modules() if isinstance(part, nn.Linear)}
-    key_map = to_reference(model)
-    made = {
-        name: torch.cat([s.take(tensors[s.source]) for s in segments]).contiguous()
-        for name, segments in key_map.items()
-    }
-    return made, {name for name, segments in key_map.items() if segments[0].source in linear}
 
 
 # lowbits' own
@@ -186,6 +145,11 @@ def test_gguf(pipe: Any, tmp_path: Path, type_name: str, names: str) -> None:
     original.load_state_dict({**pipe.transformer.state_dict(), **rest})
     with exchanged(pipe, transformer=original):
         assert torch.equal(as_applied(pipe, report), found)
+
+
+def test_gguf_of_a_mix(pipe: Any, tmp_path: Path) -> None:
+    """Types that differ between layers, some of them of fused ones."""
+    test_gguf(pipe, tmp_path, "Q4_K_M", "reference")
 
 
 @pytest.mark.parametrize("names", ["reference", "diffusers"])
@@ -387,132 +351,3 @@ def test_a_folder_of_transformers_in_nf4(pipe: Any, tmp_path: Path) -> None:
     assert packed_layers(model) == schemes
     with exchanged(pipe, text_encoder_2=model):
         assert torch.equal(picture(pipe), expected)
-
-
-# Converted
-
-
-@pytest.mark.parametrize("scheme", CONVERTED)
-@pytest.mark.parametrize("into_folder", [False, True])
-def test_a_converted_model(pipe: Any, tmp_path: Path, scheme: str, *, into_folder: bool) -> None:
-    target = tmp_path / "out" if into_folder else tmp_path / "t.safetensors"
-    lowbits.convert(MODEL / "transformer", target, scheme)
-    model = empty(pipe.transformer)
-    lowbits.load(target, into=model, dtype=torch.float32)
-    with lowbits.apply(pipe, scheme, device="cpu", components=["transformer"]):
-        expected, schemes = picture(pipe), packed_layers(pipe.transformer)
-    assert packed_layers(model) == schemes
-    with exchanged(pipe, transformer=model):
-        assert torch.equal(picture(pipe), expected)
-
-
-@pytest.mark.parametrize("type_name", TYPES)
-def test_a_model_converted_to_gguf(pipe: Any, tmp_path: Path, type_name: str) -> None:
-    file, saved = tmp_path / "t.gguf", tmp_path / "saved.gguf"
-    lowbits.convert(MODEL / "transformer", file, f"gguf-{type_name.lower()}")
-    lowbits.save_gguf(pipe.transformer, saved, type_name, names="diffusers")
-    model, other = blank(pipe.transformer), blank(pipe.transformer)
-    report = lowbits.load(file, into=model)
-    assert {x.scheme for x in report.packed} == {
-        x.scheme for x in lowbits.load(saved, into=other).packed
-    }
-    same = packed_layers(model)
-    assert same == packed_layers(other)
-    one, two = values(model), values(other)
-    assert all(torch.equal(one[name], two[name]) for name in same)
-
-
-@pytest.mark.parametrize("scheme", CONVERTED)
-def test_a_converted_pipeline(pipe: Any, tmp_path: Path, scheme: str) -> None:
-    lowbits.convert(MODEL, tmp_path / "out", scheme)
-    loaded = lowbits.load_pipeline(tmp_path / "out", dtype=torch.float32)
-    with lowbits.apply(pipe, scheme, device="cpu"):
-        expected = picture(pipe)
-        schemes = {name: packed_layers(getattr(pipe, name)) for name in PACKED}
-    assert {name: packed_layers(getattr(loaded, name)) for name in PACKED} == schemes
-    assert torch.equal(picture(loaded), expected)
-
-
-def test_gguf_converted_to_a_file_of_lowbits(pipe: Any, tmp_path: Path) -> None:
-    """Rows of fused weights, in their names, to a file and from there into parts."""
-    file = tmp_path / "t.gguf"
-    lowbits.save_gguf(pipe.transformer, file, "Q8_0")
-    lowbits.convert(file, tmp_path / "t.safetensors", "gguf-q8_0", rules={"*": "native"})
-    pictures = []
-    for path in (file, tmp_path / "t.safetensors"):
-        model = blank(pipe.transformer)
-        lowbits.load(path, into=model)
-        with exchanged(pipe, transformer=model):
-            pictures.append(picture(pipe))
-    assert torch.equal(*pictures)
-
-
-# Into pipelines
-
-
-def test_one_model_of_a_pipeline(pipe: Any, tmp_path: Path) -> None:
-    file = tmp_path / "t.gguf"
-    lowbits.save_gguf(pipe.transformer, file, "Q8_0")
-    model = blank(pipe.transformer)
-    lowbits.load(file, into=model)
-    with exchanged(pipe, transformer=model):
-        expected = picture(pipe)
-    others = {name: part for name, part in pipe.components.items() if name != "transformer"}
-    with exchanged(pipe, transformer=blank(pipe.transformer)):
-        report = lowbits.load(file, into=pipe)
-        assert {layer.component for layer in report.layers} == {"transformer"}
-        assert report.warnings == ()
-        assert torch.equal(picture(pipe), expected)
-        assert all(pipe.components[name] is part for name, part in others.items())
-
-
-def all_in_one(pipe: Any) -> dict[str, Tensor]:
-    """Return all models in one state dict, as UIs have them."""
-    tensors, _ = referenced(pipe.transformer)
-    parts = {
-        "model.diffusion_model.": tensors,
-        "text_encoders.clip_l.transformer.": pipe.text_encoder.state_dict(),
-        "text_encoders.t5xxl.transformer.": pipe.text_encoder_2.state_dict(),
-        "vae.": pipe.vae.state_dict(),
-    }
-    return {
-        prefix + name: tensor.clone()
-        for prefix, part in parts.items()
-        for name, tensor in part.items()
-    }
-
-
-def test_all_models_of_a_pipeline_in_one_file(pipe: Any, plain: Tensor, tmp_path: Path) -> None:
-    file = tmp_path / "all.safetensors"
-    save_file(all_in_one(pipe), file)
-    names = (*PACKED, "text_encoder", "vae")
-    with exchanged(pipe, **{name: blank(getattr(pipe, name)) for name in names}):
-        assert not torch.equal(picture(pipe), plain)
-        report = lowbits.load(file, into=pipe)
-        assert {layer.component for layer in report.layers} == set(names)
-        assert torch.equal(picture(pipe), plain)
-        # T5's second name of its tied embedding is in the file as well.
-        extra = "text_encoders.t5xxl.transformer.encoder.embed_tokens.weight"
-        assert report.warnings in ((), (f"not used: {extra}",))
-
-
-def test_a_broken_model_of_several_changes_none(pipe: Any, tmp_path: Path) -> None:
-    file = tmp_path / "all.safetensors"
-    save_file(all_in_one(pipe), file)
-    file.write_bytes(file.read_bytes()[:-64])
-    names = (*PACKED, "text_encoder", "vae")
-    with exchanged(pipe, **{name: blank(getattr(pipe, name)) for name in names}):
-        before = {name: dict(getattr(pipe, name).state_dict()) for name in names}
-        with pytest.raises(lowbits.errors.FormatError):
-            lowbits.load(file, into=pipe)
-        for name in names:
-            after = getattr(pipe, name).state_dict()
-            assert all(after[key] is not None for key in before[name])
-            assert all(torch.equal(after[key], t) for key, t in before[name].items())
-
-
-def test_a_file_of_none_of_the_models(pipe: Any, tmp_path: Path) -> None:
-    file = tmp_path / "x.safetensors"
-    save_file({"x.weight": torch.zeros(2, 2)}, file)
-    with pytest.raises(lowbits.errors.FormatError, match="none of the pipeline's models is in it"):
-        lowbits.load(file, into=pipe)

@@ -1,0 +1,235 @@
+"""What cannot be loaded leaves no trace in a module."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from files.plain import (
+    WIDTH,
+    assert_untouched,
+    file_of,
+    model,
+    out,
+    pack,
+    saved,
+    state,
+)
+from safetensors.torch import save_file
+from torch import nn
+
+import lowbits
+from lowbits.errors import (
+    AlreadyPatchedError,
+    CancelledError,
+    ConfigError,
+    FormatError,
+)
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import Tensor
+
+
+# What is refused, and leaves no trace
+
+
+def test_a_packed_module_is_refused(tmp_path: Path) -> None:
+    file = saved(tmp_path, model())
+    into = model(1)
+    handle = lowbits.quantize(into, "bnb-nf4", rules={"*": "bnb-nf4"})
+    before = out(into)
+    with pytest.raises(AlreadyPatchedError, match="lowbits.restore.*or lowbits.dequantize"):
+        lowbits.load(file, into=into)
+    assert torch.equal(out(into), before)
+    handle.restore()
+    lowbits.load(file, into=into)
+    loaded = model(1)
+    lowbits.load(saved(tmp_path, model(), "bnb-nf4"), into=loaded)
+    with pytest.raises(AlreadyPatchedError, match="Model holds packed layers"):
+        lowbits.load(file, into=loaded)
+
+
+@pytest.mark.parametrize("scheme", ["", "bnb-nf4"])
+@pytest.mark.parametrize("budget", [None, 60_000])
+def test_a_module_with_a_handle_is_refused(tmp_path: Path, scheme: str, budget: int | None) -> None:
+    """Placed or streamed in its own precision: its handle would know nothing of what is new."""
+    file = saved(tmp_path, model(), scheme)
+    into = model(1)
+    expected = out(into)
+    options: dict[str, Any] = {} if budget is None else {"gpu_weights": budget}
+    handle = lowbits.apply(into, "native", device="cpu", **options)
+    with pytest.raises(AlreadyPatchedError, match="Model"):
+        lowbits.load(file, into=into)
+    assert torch.equal(out(into), expected)
+    handle.restore()
+    assert torch.equal(out(into), expected)
+    lowbits.load(file, into=into)
+
+
+def test_a_streamed_module_is_refused(tmp_path: Path) -> None:
+    file = saved(tmp_path, model())
+    into = model(1)
+    expected = out(into)
+    with lowbits.LayerStreamer(into, device="cpu", budget=60_000):
+        with pytest.raises(AlreadyPatchedError, match="is streamed already"):
+            lowbits.load(file, into=into)
+        assert torch.equal(out(into), expected)
+
+
+def without(name: str) -> dict[str, Tensor]:
+    return {n: t for n, t in model().state_dict().items() if n not in (name, "head.weight")}
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        (without("layers.2.weight"), "lacks 1 of the .* layers.2.weight"),
+        (without("count"), "lacks 1 of the .* count"),
+        (without("gain") | {"gain": torch.zeros(2)}, r"gain.*\[2\].*\[\]"),
+        (
+            without("layers.0.weight") | {"layers.0.weight": torch.zeros(WIDTH, 32)},
+            r"layers.0.weight.*\[64, 32\].*\[64, 64\]",
+        ),
+        (without("") | {"layers.3.weight": torch.zeros(2, 2)}, "holds 1 .* layers.3.weight"),
+    ],
+    ids=["missing", "missing-buffer", "shape", "wide", "more"],
+)
+def test_a_file_of_another_model(tmp_path: Path, tensors: Any, message: str) -> None:
+    file = tmp_path / "m.safetensors"
+    save_file(tensors, file)
+    into = model(1)
+    before = state(into)
+    with pytest.raises(FormatError, match=message):
+        lowbits.load(file, into=into)
+    assert_untouched(into, before)
+
+
+class StopError(Exception):
+    """What a callback raises."""
+
+
+@pytest.mark.parametrize("error", [StopError, KeyboardInterrupt])
+@pytest.mark.parametrize("at", [1, 5, 12])
+@pytest.mark.parametrize("scheme", ["", "bnb-nf4"])
+def test_a_callback_that_raises(
+    tmp_path: Path, scheme: str, at: int, error: type[BaseException]
+) -> None:
+    file = saved(tmp_path, model(), scheme)
+    into = model(1)
+    seen: list[Any] = []
+    before = state(into)
+
+    def progress(event: Any) -> None:
+        seen.append(event)
+        if len(seen) == at:
+            raise error
+
+    with pytest.raises(error):
+        lowbits.load(file, into=into, progress=progress)
+    assert_untouched(into, before)
+    assert into.head.weight is into.embed.weight
+
+
+def test_cancelled_midway(tmp_path: Path) -> None:
+    file = saved(tmp_path, model(), "bnb-nf4")
+    into, token = model(1), lowbits.CancelToken()
+    seen: list[Any] = []
+    before = state(into)
+
+    def progress(event: Any) -> None:
+        seen.append(event)
+        if len(seen) == 3:
+            token.cancel()
+
+    with pytest.raises(CancelledError):
+        lowbits.load(file, into=into, progress=progress, cancel=token)
+    assert len(seen) == 3
+    assert_untouched(into, before)
+
+
+def test_the_last_tensor_is_broken(tmp_path: Path) -> None:
+    file = saved(tmp_path, model(), "bnb-nf4")
+    into = model(1)
+    before = state(into)
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(FormatError, match="m.safetensors"):
+        lowbits.load(file, into=into)
+    assert_untouched(into, before)
+
+
+def test_the_file_is_cut_while_it_is_read(tmp_path: Path) -> None:
+    file = saved(tmp_path, model(), "bnb-nf4")
+    into = model(1)
+    seen: list[Any] = []
+    before = state(into)
+
+    def progress(event: Any) -> None:
+        if not seen:
+            file.write_bytes(file.read_bytes()[:-1])
+        seen.append(event)
+
+    with pytest.raises(FormatError, match="changed or replaced"):
+        lowbits.load(file, into=into, progress=progress)
+    assert seen
+    assert_untouched(into, before)
+
+
+@pytest.mark.parametrize(("scheme", "field"), [("bnb-nf4", "scale"), ("gguf-q8_0", "qdata")])
+def test_scales_that_are_not_finite(tmp_path: Path, scheme: str, field: str) -> None:
+    weight = pack(torch.randn(8, WIDTH), scheme)
+    weight[field].view(torch.float16 if field == "qdata" else weight[field].dtype).view(-1)[0] = (
+        torch.nan
+    )
+    file = file_of(tmp_path, {"q.weight": weight})
+    into: Any = nn.ModuleDict({"q": nn.Linear(WIDTH, 8, bias=False)})
+    before = state(into)
+    with pytest.raises(FormatError, match="q.weight.*NaN"):
+        lowbits.load(file, into=into)
+    assert_untouched(into, before)
+    lowbits.load(file, into=into, allow_nonfinite=True)
+    assert into["q"].weight.isnan().any()
+
+
+# Pickles
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".bin", ".safetensors"])
+@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize("old", [False, True])
+def test_pickles_only_on_demand(tmp_path: Path, suffix: str, *, wrapped: bool, old: bool) -> None:
+    source, into = model(), model(1)
+    tensors = {n: t for n, t in source.state_dict().items() if n != "head.weight"}
+    file = tmp_path / f"m{suffix}"
+    torch.save(
+        {"state_dict": tensors} if wrapped else tensors,
+        file,
+        _use_new_zipfile_serialization=not old,
+    )
+    before = state(into)
+    with pytest.raises(ConfigError, match="allow_pickle=True"):
+        lowbits.load(file, into=into)
+    assert_untouched(into, before)
+    lowbits.load(file, into=into, allow_pickle=True)
+    assert torch.equal(out(into), out(source))
+
+
+class Evil:
+    """Runs code where it is unpickled."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return print, ("unpickled",)
+
+
+def test_pickles_that_run_code_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, into = tmp_path / "m.pt", model(1)
+    torch.save({"a": Evil()}, file)
+    before = state(into)
+    with pytest.raises(FormatError, match="m.pt"):
+        lowbits.load(file, into=into, allow_pickle=True)
+    assert "unpickled" not in capsys.readouterr().out
+    assert_untouched(into, before)

@@ -1,0 +1,175 @@
+"""mini-FLUX converted from file to file, and loaded into pipelines: the picture stays."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import miniflux
+import pytest
+import torch
+from miniflux import (
+    MODEL,
+    PACKED,
+    TYPES,
+    blank,
+    empty,
+    exchanged,
+    packed_layers,
+    picture,
+    referenced,
+    schemes,
+    values,
+)
+from safetensors.torch import save_file
+
+import lowbits
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import Tensor
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*:FutureWarning", "ignore:.*:DeprecationWarning")
+
+#: Conversion has no part that knows a scheme.
+SCHEMES = schemes("bnb-nf4-dq")
+
+
+@pytest.fixture(scope="module")
+def pipe() -> Any:
+    return miniflux.build()
+
+
+@pytest.fixture(scope="module")
+def plain(pipe: Any) -> Tensor:
+    """Return the picture in full precision."""
+    return picture(pipe)
+
+
+# Converted
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("into_folder", [False, True])
+def test_a_converted_model(pipe: Any, tmp_path: Path, scheme: str, *, into_folder: bool) -> None:
+    target = tmp_path / "out" if into_folder else tmp_path / "t.safetensors"
+    lowbits.convert(MODEL / "transformer", target, scheme)
+    model = empty(pipe.transformer)
+    lowbits.load(target, into=model, dtype=torch.float32)
+    with lowbits.apply(pipe, scheme, device="cpu", components=["transformer"]):
+        expected, schemes = picture(pipe), packed_layers(pipe.transformer)
+    assert packed_layers(model) == schemes
+    with exchanged(pipe, transformer=model):
+        assert torch.equal(picture(pipe), expected)
+
+
+@pytest.mark.parametrize("type_name", TYPES)
+def test_a_model_converted_to_gguf(pipe: Any, tmp_path: Path, type_name: str) -> None:
+    file, saved = tmp_path / "t.gguf", tmp_path / "saved.gguf"
+    lowbits.convert(MODEL / "transformer", file, f"gguf-{type_name.lower()}")
+    lowbits.save_gguf(pipe.transformer, saved, type_name, names="diffusers")
+    model, other = blank(pipe.transformer), blank(pipe.transformer)
+    report = lowbits.load(file, into=model)
+    assert {x.scheme for x in report.packed} == {
+        x.scheme for x in lowbits.load(saved, into=other).packed
+    }
+    same = packed_layers(model)
+    assert same == packed_layers(other)
+    one, two = values(model), values(other)
+    assert all(torch.equal(one[name], two[name]) for name in same)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_converted_pipeline(pipe: Any, tmp_path: Path, scheme: str) -> None:
+    lowbits.convert(MODEL, tmp_path / "out", scheme)
+    loaded = lowbits.load_pipeline(tmp_path / "out", dtype=torch.float32)
+    with lowbits.apply(pipe, scheme, device="cpu"):
+        expected = picture(pipe)
+        schemes = {name: packed_layers(getattr(pipe, name)) for name in PACKED}
+    assert {name: packed_layers(getattr(loaded, name)) for name in PACKED} == schemes
+    assert torch.equal(picture(loaded), expected)
+
+
+def test_gguf_converted_to_a_file_of_lowbits(pipe: Any, tmp_path: Path) -> None:
+    """Rows of fused weights, in their names, to a file and from there into parts."""
+    file = tmp_path / "t.gguf"
+    lowbits.save_gguf(pipe.transformer, file, "Q8_0")
+    lowbits.convert(file, tmp_path / "t.safetensors", "gguf-q8_0", rules={"*": "native"})
+    pictures = []
+    for path in (file, tmp_path / "t.safetensors"):
+        model = blank(pipe.transformer)
+        lowbits.load(path, into=model)
+        with exchanged(pipe, transformer=model):
+            pictures.append(picture(pipe))
+    assert torch.equal(*pictures)
+
+
+# Into pipelines
+
+
+def test_one_model_of_a_pipeline(pipe: Any, tmp_path: Path) -> None:
+    file = tmp_path / "t.gguf"
+    lowbits.save_gguf(pipe.transformer, file, "Q8_0")
+    model = blank(pipe.transformer)
+    lowbits.load(file, into=model)
+    with exchanged(pipe, transformer=model):
+        expected = picture(pipe)
+    others = {name: part for name, part in pipe.components.items() if name != "transformer"}
+    with exchanged(pipe, transformer=blank(pipe.transformer)):
+        report = lowbits.load(file, into=pipe)
+        assert {layer.component for layer in report.layers} == {"transformer"}
+        assert report.warnings == ()
+        assert torch.equal(picture(pipe), expected)
+        assert all(pipe.components[name] is part for name, part in others.items())
+
+
+def all_in_one(pipe: Any) -> dict[str, Tensor]:
+    """Return all models in one state dict, as UIs have them."""
+    tensors, _ = referenced(pipe.transformer)
+    parts = {
+        "model.diffusion_model.": tensors,
+        "text_encoders.clip_l.transformer.": pipe.text_encoder.state_dict(),
+        "text_encoders.t5xxl.transformer.": pipe.text_encoder_2.state_dict(),
+        "vae.": pipe.vae.state_dict(),
+    }
+    return {
+        prefix + name: tensor.clone()
+        for prefix, part in parts.items()
+        for name, tensor in part.items()
+    }
+
+
+def test_all_models_of_a_pipeline_in_one_file(pipe: Any, plain: Tensor, tmp_path: Path) -> None:
+    file = tmp_path / "all.safetensors"
+    save_file(all_in_one(pipe), file)
+    names = (*PACKED, "text_encoder", "vae")
+    with exchanged(pipe, **{name: blank(getattr(pipe, name)) for name in names}):
+        assert not torch.equal(picture(pipe), plain)
+        report = lowbits.load(file, into=pipe)
+        assert {layer.component for layer in report.layers} == set(names)
+        assert torch.equal(picture(pipe), plain)
+        # T5's second name of its tied embedding is in the file as well.
+        extra = "text_encoders.t5xxl.transformer.encoder.embed_tokens.weight"
+        assert report.warnings in ((), (f"not used: {extra}",))
+
+
+def test_a_broken_model_of_several_changes_none(pipe: Any, tmp_path: Path) -> None:
+    file = tmp_path / "all.safetensors"
+    save_file(all_in_one(pipe), file)
+    file.write_bytes(file.read_bytes()[:-64])
+    names = (*PACKED, "text_encoder", "vae")
+    with exchanged(pipe, **{name: blank(getattr(pipe, name)) for name in names}):
+        before = {name: dict(getattr(pipe, name).state_dict()) for name in names}
+        with pytest.raises(lowbits.errors.FormatError):
+            lowbits.load(file, into=pipe)
+        for name in names:
+            after = getattr(pipe, name).state_dict()
+            assert all(after[key] is not None for key in before[name])
+            assert all(torch.equal(after[key], t) for key, t in before[name].items())
+
+
+def test_a_file_of_none_of_the_models(pipe: Any, tmp_path: Path) -> None:
+    file = tmp_path / "x.safetensors"
+    save_file({"x.weight": torch.zeros(2, 2)}, file)
+    with pytest.raises(lowbits.errors.FormatError, match="none of the pipeline's models is in it"):
+        lowbits.load(file, into=pipe)
