@@ -271,8 +271,8 @@ def _convert_to_gguf(src: Path, dst: Path, how: _How) -> Report:
         raise ConfigError(f"scheme: a GGUF file holds schemes of GGUF, not {scheme!r}")
     DEFAULT.require(scheme)
     opened = open_checkpoint(src, OpenOptions(DEFAULT))
-    weights, _ = untied(opened.weights)
-    weights, linear, notes = _reference_named(src, weights)
+    stored, _ = untied(opened.weights)
+    weights, linear, notes = _reference_named(src, stored)
     arch = opened.architecture or _architecture(weights)
     options = ExportOptions(
         scheme.removeprefix(_PREFIX).removesuffix(SEARCHED),
@@ -370,15 +370,9 @@ def save_gguf(
         raise ConfigError(f"model: got {type(model).__name__}, expected a module or a state dict")
     if arch == "auto":
         arch = _architecture(weights)
+    device = default_device()
     options = ExportOptions(
-        type_or_mix,
-        arch,
-        target,
-        linear,
-        DEFAULT,
-        default_device(),
-        progress=progress,
-        cancel=cancel,
+        type_or_mix, arch, target, linear, DEFAULT, device, progress=progress, cancel=cancel
     )
     return _export(Path(path), weights, options, "warn")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,10 +48,9 @@ def packed(module: nn.Module, scheme: str) -> dict[str, str]:
 
 
 def stand_in(module: nn.Module) -> nn.Module:
-    tensors = module.state_dict()
-    return skeleton_of(
-        {n: Weight(n, tuple(t.shape), t.dtype, 0, lambda t=t: t) for n, t in tensors.items()}
-    )
+    shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    dtypes = {name: tensor.dtype for name, tensor in module.state_dict().items()}
+    return skeleton_of({n: replace(w, dtype=dtypes[n]) for n, w in weights(shapes, None).items()})
 
 
 @pytest.mark.parametrize(
