@@ -34,8 +34,9 @@ QUICK_TYPES = ("Q8_0", "Q5_1")
 TYPES = [
     pytest.param(name, marks=() if name in QUICK_TYPES else pytest.mark.slow)
     for scheme in lowbits.backend("gguf").schemes()
-    if scheme.can_quantize
+    if scheme.can_quantize and not scheme.name.endswith("-best")
     for name in [scheme.name.removeprefix("gguf-").upper()]
+    if name not in ("Q1_0", "Q2_0")  # no program of the targets reads them
 ]
 
 

@@ -21,8 +21,8 @@ from lowbits.core.requantize import twice_text
 from lowbits.core.scheme import NATIVE
 from lowbits.core.select import Component, Selection, select
 from lowbits.errors import ConfigError, SourceUnavailableError
-from lowbits.files.checkpoint import OpenOptions, open_checkpoint
-from lowbits.files.convert import converted, stored_name, twice_quantized, untied
+from lowbits.files.checkpoint import GGUF, OpenOptions, open_checkpoint
+from lowbits.files.convert import converted, stored_name, twice_quantized, untied, widened
 from lowbits.files.gguf_export import ExportOptions, export, planned
 from lowbits.files.inspection import Inspection, inspected
 from lowbits.files.own import OWN_FILE, versions, weights_of
@@ -180,7 +180,8 @@ class _Part:
 
 
 def _part(src: Path, dst: Path, how: _How, name: str = "", *, is_asked: bool = True) -> _Part:
-    weights, ties = untied(open_checkpoint(src, OpenOptions(DEFAULT)).weights)
+    opened = open_checkpoint(src, OpenOptions(DEFAULT))
+    weights, ties = untied(widened(opened.weights) if opened.format == GGUF else opened.weights)
     model = empty_model(src, _shapes(weights))
     asked = how.request
     component = Component(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import miniflux
@@ -73,8 +74,11 @@ def test_a_model_converted_to_gguf(pipe: Any, tmp_path: Path, type_name: str) ->
     assert {x.scheme for x in report.packed} == {
         x.scheme for x in lowbits.load(saved, into=other).packed
     }
-    same = packed_layers(model)
-    assert same == packed_layers(other)
+    first, second = packed_layers(model), packed_layers(other)
+    assert Counter(first.values()) == Counter(second.values())
+    # Mixes give more bits to those that come first, in the order of the file, or of the model.
+    same = [name for name in first if first[name] == second[name]]
+    assert len(same) == len(first) or type_name.endswith(("_M", "_L"))
     one, two = values(model), values(other)
     assert all(torch.equal(one[name], two[name]) for name in same)
 
@@ -94,14 +98,14 @@ def test_gguf_converted_to_a_file_of_lowbits(pipe: Any, tmp_path: Path) -> None:
     """Rows of fused weights, in their names, to a file and from there into parts."""
     file = tmp_path / "t.gguf"
     lowbits.save_gguf(pipe.transformer, file, "Q8_0")
-    lowbits.convert(file, tmp_path / "t.safetensors", "gguf-q8_0", rules={"*": "native"})
+    lowbits.convert(file, tmp_path / "t.safetensors", "native")
     pictures = []
     for path in (file, tmp_path / "t.safetensors"):
-        model = blank(pipe.transformer)
-        lowbits.load(path, into=model)
-        with exchanged(pipe, transformer=model):
-            pictures.append(picture(pipe))
-    assert torch.equal(*pictures)
+        for model in (blank(pipe.transformer), empty(pipe.transformer)):
+            lowbits.load(path, into=model)
+            with exchanged(pipe, transformer=model):
+                pictures.append(picture(pipe))
+    assert all(torch.equal(pictures[0], other) for other in pictures[1:])
 
 
 # Into pipelines

@@ -58,6 +58,8 @@ def assert_same_values(module: nn.Module, expected: Mapping[str, Tensor]) -> Non
 
 def as_applied(pipe: Any, report: lowbits.Report) -> Tensor:
     """Return the picture of the transformer quantized as a report says, layer by layer."""
+    if not report.packed:
+        return picture(pipe)
     rules = {layer.fqn: layer.scheme for layer in report.packed}
     rules = {"*": "native", **rules}
     with lowbits.quantize(pipe.transformer, report.packed[0].scheme, rules=rules):
@@ -74,14 +76,13 @@ def as_applied(pipe: Any, report: lowbits.Report) -> Tensor:
 def test_a_saved_pipeline(pipe: Any, plain: Tensor, tmp_path: Path, scheme: str) -> None:
     with lowbits.apply(pipe, scheme, device="cpu"):
         expected = picture(pipe)
+        schemes = {name: packed_layers(getattr(pipe, name)) for name in PACKED}
         pipe.save_pretrained(tmp_path)
     assert torch.equal(picture(pipe), plain)
-    assert not torch.equal(expected, plain)
+    assert scheme == "gguf-bf16" or not torch.equal(expected, plain)
     loaded = lowbits.load_pipeline(tmp_path)
     assert torch.equal(picture(loaded), expected)
-    for name in PACKED:
-        schemes = set(packed_layers(getattr(loaded, name)).values())
-        assert schemes == {scheme} or (scheme in schemes and scheme.startswith("gguf"))
+    assert {name: packed_layers(getattr(loaded, name)) for name in PACKED} == schemes
 
 
 def test_a_saved_pipeline_whose_every_layer_is_packed(pipe: Any, tmp_path: Path) -> None:
@@ -134,7 +135,7 @@ def test_gguf(pipe: Any, tmp_path: Path, type_name: str, names: str) -> None:
     lowbits.save_gguf(pipe.transformer, file, type_name, names=names)
     model = blank(pipe.transformer)
     report = lowbits.load(file, into=model)
-    assert len(report.packed) > 10
+    assert len(report.packed) > 10 or type_name in ("F16", "BF16")
     with exchanged(pipe, transformer=model):
         found = picture(pipe)
     # Tensors that the file has in float16 and bfloat16 lost some bits there.

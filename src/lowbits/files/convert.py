@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import torch
 
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from lowbits.core.registry import BackendRegistry
     from lowbits.core.scheme import Scheme
     from lowbits.core.select import Decision
+
+_NARROW: Final = (torch.float16, torch.bfloat16)
 
 
 def converted(
@@ -69,6 +72,31 @@ def untied(weights: Mapping[str, Weight]) -> tuple[dict[str, Weight], dict[str, 
         if first != name:
             ties[name] = first
     return {name: weights[name] for name in firsts.values()}, ties
+
+
+def widened(weights: Mapping[str, Weight]) -> dict[str, Weight]:
+    """Return weights of a GGUF file with those that are not packed in float32.
+
+    There, float16 and bfloat16 are types like others, chosen for each tensor by its place; in other
+    files they are what the model computes in, which would be several dtypes at once.
+    """
+    return {
+        name: replace(
+            weight,
+            dtype=torch.float32,
+            nbytes=math.prod(weight.shape) * 4,
+            read=partial(_float32, weight),
+        )
+        if weight.dtype in _NARROW
+        else weight
+        for name, weight in weights.items()
+    }
+
+
+def _float32(weight: Weight) -> Tensor:
+    value = weight.read()
+    assert not isinstance(value, Packed)
+    return value.float()
 
 
 def stored_name(decision: Decision) -> str:
