@@ -4,8 +4,9 @@
     python benchmarks/conversion_memory.py memory bnb-nf4 ...   # some of it, a line of JSON each
 
 The model is four Linear layers of 3072 x 3072 in float32; originals are kept in memory, or found
-again in a file, from which a model may be "mapped": read as it is touched. Peaks shorter than 2 ms may be missed.
-The allocator is told to give freed blocks back at once: what is measured is what is held.
+again in a file, from which a model may be "mapped": read as it is touched. Peaks shorter than 2 ms
+may be missed. The allocator is told to give freed blocks back at once: what is measured is what is
+held.
 """
 
 from __future__ import annotations
