@@ -105,6 +105,21 @@ def marker_name(name: str) -> str:
     return f"{name}_like"
 
 
+@final
+class Layouts(dict[str, Layout]):
+    """The layouts of a layer's packed weights by name, and the proxies that were read of them.
+
+    Copies and pickles have proxies of their own.
+    """
+
+    def __init__(self, layouts: Mapping[str, Layout]) -> None:
+        super().__init__(layouts)
+        self.proxies: dict[str, tuple[object, object, object, WeightProxy]] = {}
+
+    def __reduce__(self) -> tuple[type[Layouts], tuple[dict[str, Layout]]]:
+        return Layouts, (dict(self),)
+
+
 class PackedLayer(nn.Module):
     """What packed layers of all kinds share; a mix-in in front of the layer's own class.
 
@@ -113,7 +128,7 @@ class PackedLayer(nn.Module):
 
     lowbits_base: type[nn.Module]
     lowbits_names: tuple[str, ...]
-    lowbits_layouts: dict[str, Layout]
+    lowbits_layouts: Layouts
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         """Make an ordinary layer: adapter libraries call ``type(layer)(in_features, ...)``."""
@@ -167,7 +182,7 @@ class PackedLayer(nn.Module):
                     state_dict[key] = state_dict[key].view(field.storage_dtype)
         if not _holds_these_bytes(self, state_dict, prefix):
             # Another object says that the journal's originals are no longer this layer's.
-            self.__dict__["lowbits_layouts"] = dict(self.lowbits_layouts)
+            self.__dict__["lowbits_layouts"] = Layouts(self.lowbits_layouts)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
@@ -227,23 +242,25 @@ def read_weight(layer: PackedLayer, name: str = "weight") -> Tensor:
     if torch.compiler.is_compiling():
         # A compiler cannot look into the proxy; it drops what is not used.
         return dequantized(layer, name)
-    layout = layer.lowbits_layouts[name]
     # The dictionary, not what is in it now: a streamed weight is elsewhere by the time it is used.
     # A layer that is restored gets another one.
     parameters: dict[str, Any] = layer._parameters
+    marker, layouts = parameters[marker_name(name)], layer.lowbits_layouts
+    known = layouts.proxies.get(name)
+    if known and known[0] is parameters and known[1:3] == (marker.dtype, marker.device):
+        return known[3]  # adapter libraries read it dozens of times per layer
+    layout = layouts[name]
 
     def read() -> Packed:
         return _packed_in(parameters, layout)
 
-    # Not called: adapter libraries read it dozens of times per layer, and a metaclass takes time.
-    return WeightProxy.__new__(
-        WeightProxy,
-        read,
-        layout.scheme,
-        layout.backend,
-        layout.shape,
-        parameters[marker_name(name)],
+    # Not called: a metaclass takes time.
+    proxy = WeightProxy.__new__(
+        WeightProxy, read, layout.scheme, layout.backend, layout.shape, marker
     )
+    if not torch.is_inference_mode_enabled():  # what is made there is of no use elsewhere
+        layouts.proxies[name] = (parameters, marker.dtype, marker.device, proxy)
+    return proxy
 
 
 def stored_names(layer: PackedLayer, name: str = "weight") -> tuple[str, ...]:

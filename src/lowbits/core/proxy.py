@@ -39,7 +39,7 @@ STORAGE: Final = frozenset(("data_ptr", "untyped_storage", "storage", "_typed_st
 
 @final
 class WeightProxy(torch.Tensor):
-    """A packed weight as a tensor that is read only; made anew at each read, a few microseconds."""
+    """A packed weight as a tensor that is read only; it holds no values, and costs no memory."""
 
     _is_param = True  # isinstance(proxy, nn.Parameter), as the weight it stands for
 
@@ -99,6 +99,9 @@ class WeightProxy(torch.Tensor):
     ) -> Any:
         """Answer metadata, refuse writes, dequantize for the rest."""
         name, is_write = describe_call(func)
+        if name in _METADATA and not is_write and not kwargs and len(args) == 1:
+            with torch._C.DisableTorchFunctionSubclass():  # most calls, of adapter libraries
+                return func(args[0])
         kwargs = dict(kwargs or {})
         written = written_argument(args, kwargs) if is_write else kwargs.get("out")
         proxy = None if written is None else _find(written)

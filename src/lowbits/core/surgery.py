@@ -12,6 +12,7 @@ from torch import nn
 from lowbits.core.foreign import drop_hooks
 from lowbits.core.packed import (
     Layout,
+    Layouts,
     PackedLayer,
     dequantized,
     marker_name,
@@ -95,7 +96,7 @@ class _Change:
     base: type[nn.Module]
     order: tuple[str, ...]
     packed: dict[str, PackedParameters]
-    layouts: dict[str, Layout]
+    layouts: Layouts
     before: dict[str, Any]
     markers: dict[str, tuple[torch.dtype, torch.device]]
     is_begun: bool = False
@@ -122,8 +123,10 @@ class Journal:
         parameters = _new_parameters(module, packed, fqn)
         before: dict[str, Any] = {}
         before |= {key: module.__dict__[key] for key in (LAYOUTS, _OWNER) if key in module.__dict__}
-        layouts: dict[str, Layout] = dict(before.get(LAYOUTS, {}))
-        layouts |= {name: weight.layout for name, weight in packed.items()}
+        layouts = Layouts(before.get(LAYOUTS, {}))
+        if LAYOUTS in before:
+            before[LAYOUTS].proxies.clear()  # they keep what the layer held
+        layouts.update((name, weight.layout) for name, weight in packed.items())
         order = tuple(module._parameters)
         markers = {name: weight.parameters[marker_name(name)] for name, weight in packed.items()}
         places = {name: (marker.dtype, marker.device) for name, marker in markers.items()}
