@@ -78,8 +78,11 @@ def inspect(path: str | Path, *, allow_pickle: bool = False) -> Inspection:
         raise ConfigError(f"path: {path} is a pipeline of several models: name one of {models}")
     opened = open_checkpoint(path, OpenOptions(DEFAULT, allow_pickle=allow_pickle))
     found = recognized(_shapes(opened.weights), opened.architecture)
-    classes = classes_of(found.name) if found else ()
-    return inspected(opened, found and found.name, " or ".join(classes) or None)
+    if found is None:
+        return inspected(opened, None, None)
+    classes = classes_of(found.name)
+    kind = f"a {found.part.replace('_', ' ')} of transformers"
+    return inspected(opened, found.name, " or ".join(classes) or kind)
 
 
 def _model_folders(pipeline: Path) -> list[str]:
@@ -130,6 +133,8 @@ def convert(
     src, dst, request = Path(src), Path(dst), request_of(scheme)
     chosen = {glob: request_of(value).scheme for glob, value in (rules or {}).items()}
     how = _How(request, chosen, tuple(skip), on_requantize, progress, cancel)
+    if src.is_file() and dst.suffix not in ("", SUFFIX, _GGUF):
+        raise ConfigError(f"dst: {dst.name} ends with neither {SUFFIX} nor {_GGUF}")
     if (src / INDEX).is_file():
         return _convert_pipeline(src, dst, how)
     if dst.suffix == _GGUF:

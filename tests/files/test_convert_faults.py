@@ -61,6 +61,12 @@ def test_unknown_schemes_are_refused_before_anything_is_written(
     assert not list(out.iterdir())
 
 
+def test_a_file_goes_to_a_file_that_says_what_it_is(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"x\.sft ends with neither \.safetensors nor \.gguf"):
+        lowbits.convert(net_file(tmp_path), tmp_path / "x.sft", "bnb-nf4")
+    assert not (tmp_path / "x.sft").exists()
+
+
 def test_gguf_takes_no_patterns_no_other_schemes_and_one_model(
     tmp_path: Path, flux_folder: Path
 ) -> None:
