@@ -104,8 +104,8 @@ def _opened(path: Path, options: OpenOptions) -> Checkpoint:
         return _safetensors(path, options)
     if not options.allow_pickle:
         raise ConfigError(
-            f"{path} is a pickle, which may run code of whoever made it: save it as safetensors. If "
-            "you trust them, lowbits.load and inspect take allow_pickle=True (torch then loads "
+            f"{path} is a pickle, which may run code of whoever made it: save it as safetensors. "
+            "If you trust them, lowbits.load and inspect take allow_pickle=True (torch then loads "
             "harmless types only)"
         )
     return Checkpoint(path, PICKLE, open_pickle(path))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Final
 import torch
 
 from lowbits.core.backend import Packed
+from lowbits.core.memory import return_freed_memory
 from lowbits.core.names import dotted
 from lowbits.core.packing import pack_weight
 from lowbits.core.scheme import rows_of
@@ -139,6 +140,7 @@ def _pack(
 
 def decoded(weight: Weight, registry: BackendRegistry) -> Tensor:
     """Return a weight's values in its shape; of a packed one in float32."""
+    return_freed_memory()  # of the weight before
     value = weight.read()
     if not isinstance(value, Packed):
         return value
