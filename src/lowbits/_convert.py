@@ -439,8 +439,13 @@ def _report(
                 bytes_before=before[name].nbytes,
                 bytes_after=weight.nbytes,
                 bits_per_weight=weight.nbytes * 8 / numel if numel else 0.0,
-                source="none" if weight.scheme else "-",
+                source=_source_of(before[name]) if weight.scheme else "-",
                 reason=decision.reason,
             )
         )
     return Report(tuple(layers))
+
+
+def _source_of(before: Weight) -> str:
+    """Say where a weight is in full precision: in the file that was converted, if anywhere."""
+    return "none" if before.scheme else "file"
