@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from files.bounded import bounded, needs_fork
+from files.forked import DiedError, in_child, needs_fork
 from files.gguf_bytes import (
     F32,
     Q8_0,
@@ -235,7 +235,7 @@ def test_refused(name: str, tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     path.write_bytes(data)
     with pytest.raises(FormatError, match=message) as caught:
-        bounded(outcome(path))
+        in_child(outcome(path))
     assert caught.value.path == str(path)
     assert caught.value.offset is not None
 
@@ -245,7 +245,7 @@ def test_loaded(name: str, tmp_path: Path) -> None:
     data, expected = LOADED[name]
     path = tmp_path / "model.gguf"
     path.write_bytes(data)
-    values = bounded(outcome(path))
+    values = in_child(outcome(path))
     assert {name: values[name] for name in expected} == expected
 
 
@@ -268,7 +268,7 @@ def test_sparse_file_of_8_gb(tmp_path: Path, kind: str, count: int) -> None:
     os.truncate(path, 8 << 30)
     message = "is truncated: |at most 65536 are|more than 2097152 strings|at most 16777216 are"
     with pytest.raises(FormatError, match=message):
-        bounded(outcome(path))
+        in_child(outcome(path))
 
 
 #: Values that a file is opened by, and what is said where they are long arrays.
@@ -299,7 +299,7 @@ def test_long_arrays_are_not_decoded_to_open_a_file(tmp_path: Path, name: str, k
         except FormatError as error:
             return str(error)
 
-    assert LONG_ARRAYS[name] in bounded(said)
+    assert LONG_ARRAYS[name] in in_child(said)
 
 
 def test_sparse_tensor_of_8_gb_is_opened(tmp_path: Path) -> None:
@@ -310,7 +310,7 @@ def test_sparse_tensor_of_8_gb_is_opened(tmp_path: Path) -> None:
     def shape() -> tuple[int, ...]:
         return read_gguf(path).tensors["w"].shape
 
-    assert bounded(shape) == (1 << 31,)
+    assert in_child(shape) == (1 << 31,)
 
 
 def fifo(path: Path) -> None:
@@ -336,7 +336,7 @@ def test_what_is_no_file(
     path = tmp_path / "model.gguf"
     make(path)
     with pytest.raises(error, match="not a regular file|Is a directory"):
-        bounded(outcome(path))
+        in_child(outcome(path))
 
 
 def test_what_may_not_be_read(tmp_path: Path) -> None:
@@ -382,8 +382,8 @@ def test_the_harness_notices(tmp_path: Path) -> None:
         while True:
             pass
 
-    with pytest.raises(AssertionError, match="ended by SIGPROF"):
-        bounded(hang)
+    with pytest.raises(DiedError, match="ended by SIGPROF"):
+        in_child(hang)
     with pytest.raises((MemoryError, RuntimeError)):
-        bounded(lambda: torch.ones(1 << 28).sum().item())
-    assert bounded(lambda: 5) == 5
+        in_child(lambda: torch.ones(1 << 28).sum().item())
+    assert in_child(lambda: 5) == 5

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from files import hostile
+from files.forked import in_child, needs_fork
 from files.raw import entry, file_of, good
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -179,28 +179,27 @@ def read_all(path: Path) -> list[str]:
     return [name for name, stored in tensors.items() if stored.read().nbytes >= 0]
 
 
-@pytest.mark.skipif(not hostile.SUPPORTED, reason=hostile.REASON)
+@needs_fork
 @pytest.mark.parametrize("case", REFUSED)
 def test_refused(case: str, tmp_path: Path) -> None:
     make, message = REFUSED[case]
     path = tmp_path / "bad.safetensors"
     path.write_bytes(make())
-    outcome = hostile.in_child(partial(read_all, path))
-    assert outcome.kind == "raised", outcome
-    assert type(outcome.value) is FormatError, outcome
-    assert message in str(outcome.value)
-    assert str(outcome.value).startswith(str(path))
-    assert len(str(outcome.value)) < 1000
+    with pytest.raises(FormatError) as caught:
+        in_child(partial(read_all, path))
+    assert caught.type is FormatError
+    assert message in str(caught.value)
+    assert str(caught.value).startswith(str(path))
+    assert len(str(caught.value)) < 1000
 
 
-@pytest.mark.skipif(not hostile.SUPPORTED, reason=hostile.REASON)
+@needs_fork
 @pytest.mark.parametrize("case", LOADED)
 def test_loaded(case: str, tmp_path: Path) -> None:
     make, names = LOADED[case]
     path = tmp_path / "odd.safetensors"
     path.write_bytes(make())
-    outcome = hostile.in_child(partial(read_all, path))
-    assert outcome == hostile.Outcome("returned", names)
+    assert in_child(partial(read_all, path)) == names
 
 
 def test_every_truncation_is_refused(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from files import hostile
+from files.forked import become_nobody, in_child, needs_fork
 from files.raw import assert_same_bits, entry, file_of, random_bytes
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -139,18 +139,17 @@ def test_what_is_no_file(tmp_path: Path) -> None:
 
 
 def read_as_nobody(path: Path) -> None:
-    if os.geteuid() == 0:
-        os.setuid(65534)
+    become_nobody()
     read_safetensors(path)
 
 
-@pytest.mark.skipif(not hostile.SUPPORTED, reason=hostile.REASON)
+@needs_fork
 def test_a_file_that_may_not_be_read(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     save(path, a=1)
     path.chmod(0)
-    outcome = hostile.in_child(lambda: read_as_nobody(path))
-    assert isinstance(outcome.value, PermissionError)
+    with pytest.raises(PermissionError):
+        in_child(lambda: read_as_nobody(path))
 
 
 def test_a_folder_of_one_file(tmp_path: Path) -> None:
@@ -251,14 +250,13 @@ def read_with_few_files(folder: Path) -> tuple[int, int]:
     return len(opened.files), sum(int(stored.read()[0]) for stored in opened.tensors.values())
 
 
-@pytest.mark.skipif(not hostile.SUPPORTED, reason=hostile.REASON)
+@needs_fork
 def test_a_hundred_shards_and_32_open_files(tmp_path: Path) -> None:
     names = [f"m-{number:05}-of-00100.safetensors" for number in range(1, 101)]
     for number, name in enumerate(names):
         save_file({f"t{number}": torch.ones(1)}, tmp_path / name)
     index(tmp_path / "m.safetensors.index.json", **{f"t{n}": name for n, name in enumerate(names)})
-    outcome = hostile.in_child(lambda: read_with_few_files(tmp_path))
-    assert outcome == hostile.Outcome("returned", (100, 100))
+    assert in_child(lambda: read_with_few_files(tmp_path)) == (100, 100)
 
 
 def test_pickles(tmp_path: Path) -> None:

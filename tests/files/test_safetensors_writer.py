@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from files import hostile
+from files.forked import DiedError, in_child, limit_files, needs_fork
 from files.raw import assert_same_bits, random_bytes
 from hypothesis import given
 from hypothesis import strategies as st
@@ -35,7 +35,7 @@ from lowbits.files.sharded import open_tensors
 from lowbits.progress import CancelToken, ProgressEvent
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from torch import Tensor
 
@@ -392,23 +392,20 @@ def test_a_link_is_written_through(tmp_path: Path) -> None:
 
 
 def write_too_much(path: Path, limit: int) -> None:
-    import resource
-
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
+    limit_files(1 << 20)
     tensors = {"a": torch.ones(1 << 16).byte(), "b": torch.ones(1 << 21).byte()}
     write_safetensors(path, groups(tensors), max_shard_bytes=limit)
 
 
-@pytest.mark.skipif(not hostile.SUPPORTED, reason=hostile.REASON)
+@needs_fork
 @pytest.mark.parametrize("limit", [1, 10**9])
 def test_a_full_disk(limit: int, tmp_path: Path) -> None:
     path = tmp_path / "m.safetensors"
     tensors = {"a": torch.ones(3), "b": torch.ones(3)}
     before = write_safetensors(path, groups(tensors), max_shard_bytes=limit)
-    outcome = hostile.in_child(partial(write_too_much, path, limit))
-    assert isinstance(outcome.value, OSError)
-    assert outcome.value.errno == errno.EFBIG
+    with pytest.raises(OSError, match=os.strerror(errno.EFBIG)) as caught:
+        in_child(partial(write_too_much, path, limit))
+    assert caught.value.errno == errno.EFBIG
     assert_same_bits(read(path), tensors)
     assert names(tmp_path) == sorted(file.name for file in before)
 
@@ -428,6 +425,14 @@ def write_and_die(path: Path, limit: int, renames: int) -> None:
     write_safetensors(path, groups(tensors), max_shard_bytes=limit)
 
 
+def end_of(function: Callable[[], None]) -> str:
+    try:
+        in_child(function)
+    except DiedError as error:
+        return error.signal.name
+    return "returned"
+
+
 def state_of(folder: Path) -> str:
     try:
         found = {float(tensor.sum()) for tensor in read(folder).values()}
@@ -436,7 +441,7 @@ def state_of(folder: Path) -> str:
     return "mixed" if len(found) > 1 else "old" if found == {4.0} else "new"
 
 
-@pytest.mark.skipif(not hostile.SUPPORTED, reason=hostile.REASON)
+@needs_fork
 @pytest.mark.parametrize("limit", [16, 10**9])
 def test_a_process_that_is_killed_leaves_old_or_new_or_what_is_refused(
     limit: int, tmp_path: Path
@@ -448,11 +453,10 @@ def test_a_process_that_is_killed_leaves_old_or_new_or_what_is_refused(
         path.parent.mkdir()
         tensors = {name: torch.ones(4) for name in "abc"}
         write_safetensors(path, groups(tensors), max_shard_bytes=limit)
-        outcome = hostile.in_child(partial(write_and_die, path, limit, renames))
-        states.append((outcome.kind, state_of(path.parent)))
+        states.append((end_of(partial(write_and_die, path, limit, renames)), state_of(path.parent)))
     refused = "the index of m-00001-of-00003.safetensors and other shards is missing"
-    shards = [("died", "old"), *[("died", refused)] * 4, ("returned", "new")]
-    assert states == (shards if limit == 16 else [("died", "old"), *[("returned", "new")] * 5])
+    shards = [("SIGKILL", "old"), *[("SIGKILL", refused)] * 4, ("returned", "new")]
+    assert states == (shards if limit == 16 else [("SIGKILL", "old"), *[("returned", "new")] * 5])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
