@@ -5,36 +5,24 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 
 from lowbits.core.registry import DEFAULT
-from lowbits.core.source import extent_of, read_tensor
 from lowbits.files.forms.recognise import recognise
-from lowbits.files.weights import StoredTensor, Weight
+from lowbits.files.safetensors import read_safetensors
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
     from lowbits.core.backend import Packed
-
-
-def stored(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
-    """Return a file's tensors, and its metadata."""
-    with safe_open(path, framework="pt") as file:
-        names, metadata = list(file.keys()), file.metadata() or {}
-    tensors = {name: read_tensor(path, name) for name in names}
-    extents = {name: extent_of(path, name) for name in names}
-    return {
-        name: StoredTensor(name, tensor.dtype, tuple(tensor.shape), extents[name])
-        for name, tensor in tensors.items()
-    }, metadata
+    from lowbits.files.weights import Weight
 
 
 def recognised(path: Path, config: Mapping[str, Any] | None = None, **kwargs: Any) -> Any:
     """Return the weights that a file holds."""
-    return recognise(*stored(path), config, **kwargs)
+    file = read_safetensors(path)
+    return recognise(file.tensors, file.metadata, config, **kwargs)
 
 
 def written(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -10,6 +11,8 @@ import torch
 from stored import packed_of, values_of, written
 
 from lowbits.errors import FormatError
+from lowbits.files.forms.recognise import recognise
+from lowbits.files.safetensors import read_safetensors
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -210,8 +213,16 @@ def test_a_scale_that_is_not_finite(tmp_path: Path) -> None:
 
 
 def test_files_that_end_early(tmp_path: Path) -> None:
-    found = written(tmp_path, {"x.weight": codes()})["x.weight"]
+    written(tmp_path, {"x.weight": codes()})
     file = tmp_path / "x.safetensors"
+    opened = read_safetensors(file)
+    stored = opened.tensors["x.weight"]
+    unstamped = replace(stored, extent=replace(stored.extent, stamp=None))
     file.write_bytes(file.read_bytes()[:-5])
-    with pytest.raises(FormatError, match="x.weight: the file ends after 507 of 512 bytes"):
-        found.read()
+    for tensor, message in (
+        (stored, "x.weight: the file was changed or replaced since it was opened"),
+        (unstamped, "x.weight: the file ends after 507 of 512 bytes"),
+    ):
+        found = recognise({"x.weight": tensor}, opened.metadata, None)["x.weight"]
+        with pytest.raises(FormatError, match=message):
+            found.read()
