@@ -35,6 +35,7 @@ from lowbits.integrations.architectures import recognized
 from lowbits.integrations.configs import Request, request_of
 from lowbits.integrations.keymaps import classes_of, to_reference
 from lowbits.integrations.models import (
+    BESIDE_SAVED,
     CONFIG,
     INDEX,
     components_in,
@@ -216,7 +217,7 @@ def _convert_models(parts: Sequence[_Part], how: _How) -> Report:
     notes = _requantized(before, schemes, how.on_requantize)
     for part in results:
         if part.file != part.dst:
-            refuse_other_weights(part.dst)
+            refuse_other_weights(part.dst, BESIDE_SAVED)
     done, total = 0, sum(weight.nbytes for weight in after.values())
     for part in results:
         _write(part, how, done, total)

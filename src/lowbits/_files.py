@@ -23,10 +23,11 @@ from lowbits.files.sharded import INDEX_SUFFIX, SUFFIX
 from lowbits.integrations.diffusers import forget_quantizer, is_pipeline, kept_in_fp32
 from lowbits.integrations.keymaps import map_for
 from lowbits.integrations.models import (
+    BESIDE_LOADED,
+    BESIDE_SAVED,
     components_in,
     load_rest,
     refuse_other_weights,
-    refuse_two_kinds,
     save_config,
     skeleton,
 )
@@ -82,7 +83,7 @@ def save(
     file = path
     if path.suffix != SUFFIX:
         path.mkdir(parents=True, exist_ok=True)
-        refuse_other_weights(path)
+        refuse_other_weights(path, BESIDE_SAVED)
         file = path / OWN_FILE
     weights, ties = weights_of(target)
     made_by = versions(weight.scheme for weight in weights.values() if weight.scheme)
@@ -262,7 +263,7 @@ def load_pipeline(
         own = folder / name / OWN_FILE
         is_own = own.exists() or own.with_name(own.stem + INDEX_SUFFIX).exists()
         if is_own and name not in options:
-            refuse_two_kinds(folder / name)
+            refuse_other_weights(folder / name, BESIDE_LOADED)
             parts[name] = skeleton(folder / name, library, class_name)
             load(own, into=parts[name], dtype=dtype, progress=progress, cancel=cancel)
     if not parts:
