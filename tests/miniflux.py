@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from keymaps import joined
 from schemes import every_scheme
 from torch import nn
 
@@ -27,7 +28,8 @@ if TYPE_CHECKING:
 MODEL = Path(__file__).parents[1] / "benchmarks" / "miniflux"
 #: What is packed by default.
 PACKED = ("transformer", "text_encoder_2")
-
+#: That the fixture `saved` is in.
+SCHEME = "bnb-nf4"
 
 #: Types and mixes that can be written; those that are not here are slow.
 QUICK_TYPES = ("Q8_0", "Q5_1")
@@ -120,10 +122,7 @@ def referenced(model: nn.Module) -> tuple[dict[str, Tensor], set[str]]:
     tensors = dict(model.state_dict())
     linear = {f"{n}.weight" for n, part in model.named_modules() if isinstance(part, nn.Linear)}
     key_map = to_reference(model)
-    made = {
-        name: torch.cat([s.take(tensors[s.source]) for s in segments]).contiguous()
-        for name, segments in key_map.items()
-    }
+    made = {name: tensor.contiguous() for name, tensor in joined(key_map, tensors).items()}
     return made, {name for name, segments in key_map.items() if segments[0].source in linear}
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import gguf
 import pytest
 import torch
+from keymaps import joined, shapes_of
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -26,7 +27,7 @@ from transformers import (
 )
 
 from lowbits.errors import FormatError
-from lowbits.files.rows import KeyMap, Segment
+from lowbits.files.rows import Segment
 from lowbits.integrations.keymaps import map_for
 from lowbits.integrations.module_tensors import tensors_of
 
@@ -53,17 +54,6 @@ CLIP = {
     "num_attention_heads": 2,
     "projection_dim": 12,
 }
-
-
-def joined(keymap: KeyMap, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {
-        name: torch.cat([segment.take(tensors[segment.source]) for segment in segments])
-        for name, segments in keymap.items()
-    }
-
-
-def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
 def assert_read(model: Any, file: Mapping[str, Tensor], arch: str | None = None) -> None:

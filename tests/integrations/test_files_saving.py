@@ -8,19 +8,18 @@ import json
 import pickle
 from typing import TYPE_CHECKING, Any
 
-import miniflux
 import pytest
 import torch
 from miniflux import (
     MODEL,
     PACKED,
+    SCHEME,
     assert_untouched,
     blank,
     drawn,
     empty,
     exchanged,
     picture,
-    save_drawn,
 )
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -42,32 +41,6 @@ if TYPE_CHECKING:
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*:FutureWarning", "ignore:.*:DeprecationWarning")
-
-SCHEME = "bnb-nf4"
-
-
-@pytest.fixture(scope="module")
-def original() -> Any:
-    return miniflux.build()
-
-
-@pytest.fixture
-def pipe(original: Any) -> Any:
-    """Return a pipeline of its own for each test, as some do not restore it."""
-    parts = {
-        name: copy.deepcopy(part)
-        for name, part in original.components.items()
-        if isinstance(part, nn.Module)
-    }
-    return type(original)(**{**original.components, **parts})
-
-
-@pytest.fixture(scope="module")
-def saved(original: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the folder of a packed pipeline; with its picture beside it."""
-    folder = tmp_path_factory.mktemp("saved")
-    save_drawn(original, folder, SCHEME)
-    return folder
 
 
 def keys(file: Path) -> set[str]:

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 import diffusers
 import pytest
 import torch
+from keymaps import joined, shapes_of
 from tiny_models import CONFIGS, tiny
 from torch import nn
 
 import lowbits
 from lowbits.errors import ConfigError, FormatError
-from lowbits.files.rows import KeyMap, Segment
+from lowbits.files.rows import Segment
 from lowbits.integrations.keymaps import (
     _converter_of,
     map_for,
@@ -89,17 +90,6 @@ NAMES = {
         middle_block.1.transformer_blocks.0.ff.net.0.proj middle_block.0.in_layers.0
         middle_block.2.out_layers.3""",
 }
-
-
-def joined(keymap: KeyMap, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {
-        name: torch.cat([segment.take(tensors[segment.source]) for segment in segments])
-        for name, segments in keymap.items()
-    }
-
-
-def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
 def assert_same(tensors: Mapping[str, Tensor], model: nn.Module) -> None:

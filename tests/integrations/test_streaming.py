@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from miniflux import MODEL
 from schemes import every_scheme
 from streamed import MODES, Anatomy, mode_name, smallest_budget
 
 import lowbits
 from lowbits import errors
 from lowbits.cli.drawing import draw
-from lowbits.cli.loading import load_pipeline, read_recipe
+from lowbits.cli.loading import read_recipe
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-MODEL = Path(__file__).parents[2] / "benchmarks" / "miniflux"
 CROSSED = [{"swap": "async", "location": "cpu"}, {"swap": "queue", "location": "disk"}]
 
 
@@ -29,9 +28,9 @@ def picture(pipe: Any, **call: Any) -> torch.Tensor:
 
 
 @pytest.fixture(scope="module")
-def pipe() -> Any:
-    torch.set_num_threads(1)
-    return load_pipeline(MODEL, torch.device("cpu"))
+def pipe(original: Any) -> Any:
+    """Return one pipeline for all tests: each leaves it as it was."""
+    return original
 
 
 class Packed:
