@@ -14,7 +14,7 @@ BACKENDS = ("bnb", "torchao", "quanto", "gguf", "float8")
 #: From seconds to 20 minutes each; every one prints what it did not run.
 CPU_BENCHMARKS = (
     *("bench_import", "conversion_memory", "bench_gguf", "bench_layers", "bench_model"),
-    *("bench_streaming", "bench_lora"),
+    *("bench_streaming", "bench_lora", "convert_files"),
 )
 #: With their arguments; the report on the GPU does not overwrite the one on the CPU.
 GPU_BENCHMARKS = (
