@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -62,19 +61,17 @@ def test_a_converted_model(pipe: Any, tmp_path: Path, scheme: str, *, into_folde
 def test_a_model_converted_to_gguf(pipe: Any, tmp_path: Path, type_name: str) -> None:
     file, saved = tmp_path / "t.gguf", tmp_path / "saved.gguf"
     lowbits.convert(MODEL / "transformer", file, f"gguf-{type_name.lower()}")
-    lowbits.save_gguf(pipe.transformer, saved, type_name, names="diffusers")
+    lowbits.save_gguf(pipe.transformer, saved, type_name)
     model, other = blank(pipe.transformer), blank(pipe.transformer)
-    report = lowbits.load(file, into=model)
-    assert {x.scheme for x in report.packed} == {
-        x.scheme for x in lowbits.load(saved, into=other).packed
-    }
-    first, second = packed_layers(model), packed_layers(other)
-    assert Counter(first.values()) == Counter(second.values())
-    # Mixes give more bits to those that come first, in the order of the file, or of the model.
-    same = [name for name in first if first[name] == second[name]]
-    assert len(same) == len(first) or type_name.endswith(("_M", "_L"))
+    lowbits.load(file, into=model)
+    lowbits.load(saved, into=other)
+    # Also where a mix gives more bits to those that come first: both files are in one order.
+    packed = packed_layers(model)
+    assert packed_layers(other) == packed
+    # What is not quantized is bfloat16 in the folder, and float32 in the pipeline.
     one, two = values(model), values(other)
-    assert all(torch.equal(one[name], two[name]) for name in same)
+    assert all(torch.equal(one[name], two[name]) for name in packed)
+    assert packed or type_name in ("F16", "BF16")
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
