@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, final
 from torch import Tensor, nn
 
 from lowbits._target import default_device, require_one
-from lowbits.backends.gguf.backend import SEARCHED
+from lowbits.backends.gguf.backend import PREFIX, SEARCHED, type_name
 from lowbits.config import LowbitsConfig
 from lowbits.core.names import dotted
 from lowbits.core.registry import DEFAULT
@@ -21,7 +21,7 @@ from lowbits.core.requantize import twice_text
 from lowbits.core.scheme import NATIVE
 from lowbits.core.select import Component, Selection, select
 from lowbits.errors import ConfigError, SourceUnavailableError
-from lowbits.files.checkpoint import GGUF, OpenOptions, open_checkpoint
+from lowbits.files.checkpoint import CONFIG, GGUF, OpenOptions, open_checkpoint
 from lowbits.files.convert import converted, stored_name, twice_quantized, untied, widened
 from lowbits.files.gguf_export import ExportOptions, export, planned
 from lowbits.files.inspection import Inspection, inspected
@@ -36,7 +36,6 @@ from lowbits.integrations.configs import Request, request_of
 from lowbits.integrations.keymaps import classes_of, to_reference
 from lowbits.integrations.models import (
     BESIDE_SAVED,
-    CONFIG,
     INDEX,
     components_in,
     empty_model,
@@ -54,7 +53,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger("lowbits.convert")
 
 _GGUF: Final = ".gguf"
-_PREFIX: Final = "gguf-"
 _UNKNOWN: Final = (
     "the architecture is not known by its names: no layer is kept in high precision for its place, "
     "and ComfyUI-GGUF does not load the file"
@@ -235,9 +233,11 @@ def _write(part: _Part, how: _How, done_bytes: int, total_bytes: int) -> None:
 
     if part.file != part.dst:
         part.dst.mkdir(parents=True, exist_ok=True)
-    made_by = versions(weight.scheme for weight in part.weights.values() if weight.scheme)
     options = WriteOptions(
-        made_by, stage="convert", progress=progress if how.progress else None, cancel=how.cancel
+        versions(part.weights.values()),
+        stage="convert",
+        progress=progress if how.progress else None,
+        cancel=how.cancel,
     )
     write_own(part.file, part.weights, part.ties, options)
     config = part.folder / CONFIG
@@ -274,7 +274,7 @@ def _convert_to_gguf(src: Path, dst: Path, how: _How) -> Report:
     if how.rules or how.skip:
         raise ConfigError("rules, skip: the types of a GGUF file go by rules of its architecture")
     scheme = how.request.scheme
-    if not scheme.startswith(_PREFIX):
+    if not scheme.startswith(PREFIX):
         raise ConfigError(f"scheme: a GGUF file holds schemes of GGUF, not {scheme!r}")
     DEFAULT.require(scheme)
     opened = open_checkpoint(src, OpenOptions(DEFAULT))
@@ -282,7 +282,7 @@ def _convert_to_gguf(src: Path, dst: Path, how: _How) -> Report:
     weights, linear, notes = _reference_named(src, stored)
     arch = opened.architecture or _architecture(weights)
     options = ExportOptions(
-        scheme.removeprefix(_PREFIX).removesuffix(SEARCHED),
+        type_name(scheme),
         arch,
         "comfy" if arch else "sdcpp",  # which tells by names, and asks for no architecture
         linear,

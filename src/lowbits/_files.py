@@ -16,10 +16,10 @@ from lowbits.errors import AlreadyPatchedError, ConfigError, FormatError
 from lowbits.files.checkpoint import GGUF, OpenOptions, open_checkpoint
 from lowbits.files.forms.quanto import fitted
 from lowbits.files.load import LoadOptions, install, stage
-from lowbits.files.own import OWN_FILE, versions, weights_of
+from lowbits.files.own import OWN_FILE, own_file_in, versions, weights_of
 from lowbits.files.own_writer import WriteOptions, write_own
 from lowbits.files.safetensors_writer import SHARD_BYTES
-from lowbits.files.sharded import INDEX_SUFFIX, SUFFIX
+from lowbits.files.sharded import SUFFIX
 from lowbits.integrations.diffusers import forget_quantizer, is_pipeline, kept_in_fp32
 from lowbits.integrations.keymaps import map_for
 from lowbits.integrations.models import (
@@ -86,8 +86,7 @@ def save(
         refuse_other_weights(path, BESIDE_SAVED)
         file = path / OWN_FILE
     weights, ties = weights_of(target)
-    made_by = versions(weight.scheme for weight in weights.values() if weight.scheme)
-    options = WriteOptions(made_by, shard_bytes, "save", progress, cancel)
+    options = WriteOptions(versions(weights.values()), shard_bytes, "save", progress, cancel)
     write_own(file, weights, ties, options)
     if file is not path:
         save_config(target, path)
@@ -260,9 +259,8 @@ def load_pipeline(
     folder = Path(path)
     parts = {}
     for name, (library, class_name) in components_in(folder).items():
-        own = folder / name / OWN_FILE
-        is_own = own.exists() or own.with_name(own.stem + INDEX_SUFFIX).exists()
-        if is_own and name not in options:
+        own = own_file_in(folder / name)
+        if own and name not in options:
             refuse_other_weights(folder / name, BESIDE_LOADED)
             parts[name] = skeleton(folder / name, library, class_name)
             load(own, into=parts[name], dtype=dtype, progress=progress, cancel=cancel)

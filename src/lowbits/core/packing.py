@@ -96,11 +96,16 @@ def _pack_part(part: Tensor, scheme: Scheme, backend: QuantBackend, device: torc
     return packed
 
 
+def are_finite(values: Tensor) -> bool:
+    """Say whether no value of a floating tensor is NaN or infinite.
+
+    The least and the greatest tell, without a temporary, in a tenth of the time of ``isfinite``.
+    """
+    return not values.numel() or all(math.isfinite(value) for value in values.aminmax())
+
+
 def _count_bad(values: Tensor) -> int:
-    # The least and the greatest are NaN where a value is: a tenth of the time of looking at each.
-    if not values.numel() or all(math.isfinite(value) for value in values.aminmax()):
-        return 0
-    return values.numel() - int(values.isfinite().sum())
+    return 0 if are_finite(values) else values.numel() - int(values.isfinite().sum())
 
 
 def _require_finite(packed: Packed, values: Tensor, backend: QuantBackend) -> None:

@@ -11,9 +11,9 @@ from lowbits.errors import ConfigError, FormatError
 from lowbits.files.forms.recognise import recognise
 from lowbits.files.gguf import read_gguf
 from lowbits.files.manifest import MANIFEST
-from lowbits.files.own import OWN_FILE, manifest_of, own_weights
+from lowbits.files.own import manifest_of, own_file_in, own_weights
 from lowbits.files.pickles import open_pickle
-from lowbits.files.sharded import INDEX_SUFFIX, Tensors, open_tensors
+from lowbits.files.sharded import open_tensors
 from lowbits.files.weights import open_file
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ SAFETENSORS: Final = "safetensors"
 OWN: Final = "lowbits"
 PICKLE: Final = "pickle"
 
-_CONFIG: Final = "config.json"
+CONFIG: Final = "config.json"
 _CONFIG_BYTES: Final = 1 << 24
 #: How files begin: GGUF's magic in both byte orders, zip archives and pickles of torch.
 _MAGIC: Final = {b"GGUF": GGUF, b"FUGG": GGUF, b"PK\x03\x04": PICKLE, b"\x80\x02": PICKLE}
@@ -92,9 +92,7 @@ def open_checkpoint(path: str | Path, options: OpenOptions) -> Checkpoint:
 
 def _opened(path: Path, options: OpenOptions) -> Checkpoint:
     if path.is_dir():
-        own = path / OWN_FILE
-        is_own = own.exists() or own.with_name(own.stem + INDEX_SUFFIX).exists()
-        return _safetensors(own if is_own else path, options)
+        return _safetensors(own_file_in(path) or path, options)
     kind = SAFETENSORS if path.suffix == ".json" or not path.exists() else _kind(path)
     if kind == GGUF:
         file = read_gguf(path)
@@ -133,15 +131,19 @@ def _safetensors(path: Path, options: OpenOptions) -> Checkpoint:
     found = recognise(
         opened.tensors,
         opened.metadata,
-        _config_of(opened),
+        read_config(opened.files[0].parent),
         allow_nonfinite=options.allow_nonfinite,
     )
     return Checkpoint(path, SAFETENSORS, found)
 
 
-def _config_of(opened: Tensors) -> Mapping[str, Any] | None:
-    """Return what the model's config says, if one lies beside the files."""
-    path = opened.files[0].parent / _CONFIG
+def read_config(folder: Path) -> Mapping[str, Any] | None:
+    """Return what the config of a model's folder says, if there is one.
+
+    Raises:
+        FormatError: it is no JSON.
+    """
+    path = folder / CONFIG
     if not path.is_file():
         return None
     with open_file(path) as file:

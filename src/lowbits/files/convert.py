@@ -16,6 +16,7 @@ from lowbits.core.names import dotted
 from lowbits.core.packing import pack_weight
 from lowbits.core.scheme import rows_of
 from lowbits.errors import NonFiniteWeightError
+from lowbits.files.rows import in_float32
 from lowbits.files.weights import Weight
 
 if TYPE_CHECKING:
@@ -141,9 +142,4 @@ def _pack(
 def decoded(weight: Weight, registry: BackendRegistry) -> Tensor:
     """Return a weight's values in its shape; of a packed one in float32."""
     return_freed_memory()  # of the weight before
-    value = weight.read()
-    if not isinstance(value, Packed):
-        return value
-    backend, _ = registry.find(value.scheme)
-    assert backend
-    return backend.unpack(value, torch.float32).view(weight.shape)
+    return in_float32(weight.read(), registry).view(weight.shape)

@@ -27,6 +27,7 @@ from lowbits.files.gguf_rules import (
 from lowbits.files.gguf_types import STORED_TYPES
 from lowbits.files.gguf_values import GgufValue
 from lowbits.files.gguf_writer import TensorToWrite, write_gguf
+from lowbits.files.rows import in_float32
 from lowbits.progress import CancelToken, ProgressCallback, ProgressEvent
 
 if TYPE_CHECKING:
@@ -175,13 +176,9 @@ def _data(tensor: TensorToWrite, weight: Weight, options: ExportOptions) -> Tens
     """Return what stands in the file."""
     kind = STORED_TYPES[tensor.type_name]
     value = weight.read()
-    if isinstance(value, Packed):
-        if value.scheme.removesuffix(SEARCHED) == scheme_name(tensor.type_name):
-            return value["qdata"]
-        backend, _ = options.registry.find(value.scheme)
-        assert backend
-        value = backend.unpack(value, torch.float32)
-    value = value.reshape(tensor.shape)
+    if isinstance(value, Packed) and _is_of(weight, tensor.type_name):
+        return value["qdata"]
+    value = in_float32(value, options.registry).reshape(tensor.shape)
     if kind.dtype is not None:
         return value.to(kind.dtype)
     backend, scheme = GgufBackend(), _scheme(tensor.type_name, is_best=options.is_best)

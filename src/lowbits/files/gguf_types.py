@@ -9,6 +9,7 @@ import torch
 
 from lowbits.backends.gguf.types import TYPES
 from lowbits.core.memory import PART_WEIGHTS
+from lowbits.core.packing import are_finite
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -147,18 +148,12 @@ def is_finite(blocks: Tensor, kind: StoredType) -> bool:
 
 def _is_finite(blocks: Tensor, kind: StoredType) -> bool:
     if kind.dtype is not None:
-        return not kind.dtype.is_floating_point or _are_numbers(blocks.view(kind.dtype))
+        return not kind.dtype.is_floating_point or are_finite(blocks.view(kind.dtype))
     if kind.halves is not None:
         halves = [blocks.view(torch.float16)[:, offset // 2] for offset in kind.halves]
-        return all(_are_numbers(values) for values in halves)
+        return all(are_finite(values) for values in halves)
     if kind.name == "MXFP4" and int(blocks[:, 0].amax()) <= _MXFP4_FINITE:
         return True
     values = torch.empty(blocks.shape[0], kind.weights, dtype=torch.float32, device="cpu")
     TYPES[kind.name].decode(blocks, values)
-    return _are_numbers(values)
-
-
-def _are_numbers(values: Tensor) -> bool:
-    # Not isfinite().all(), which makes two temporaries: NaN and infinity show in the extremes.
-    low, high = torch.aminmax(values)
-    return bool(low.isfinite() and high.isfinite())
+    return are_finite(values)

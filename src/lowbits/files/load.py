@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from lowbits.core.backend import Packed
 from lowbits.core.names import dotted
 from lowbits.core.packed import PackedLayer, storage_form
+from lowbits.core.packing import are_finite
 from lowbits.core.report import LayerReport, Report
 from lowbits.core.scheme import NATIVE, rows_of
 from lowbits.core.select import tensor_kind, unsuitable_module
 from lowbits.core.source import NoSource
 from lowbits.core.surgery import Journal, PackedParameters, packed_parameters, undo
 from lowbits.errors import AlreadyPatchedError, FormatError
-from lowbits.files.rows import RowReader
+from lowbits.files.rows import RowReader, in_float32
 from lowbits.progress import CancelToken, ProgressCallback, ProgressEvent
 
 if TYPE_CHECKING:
@@ -263,7 +264,7 @@ class _Loader:
             reason = _why_decoded([self._weights[segment.source] for segment in segments])
         if isinstance(value, Packed) and not reason:
             return self._packed(target, value, dtype, weight)
-        tensor = self._reader.decoded(value).reshape(target.tensor.shape)
+        tensor = in_float32(value, self._options.registry).reshape(target.tensor.shape)
         tensor = tensor.to(target.device, dtype, copy=weight.is_shared)
         if isinstance(target.tensor, nn.Parameter):
             self._require_finite(tensor, weight)
@@ -272,10 +273,8 @@ class _Loader:
         return _Loaded(target, tensor, self._report(target, NATIVE, tensor.nbytes, "-", reason))
 
     def _require_finite(self, tensor: Tensor, weight: Weight) -> None:
-        if self._options.allow_nonfinite or not tensor.is_floating_point() or not tensor.numel():
-            return
-        low, high = torch.aminmax(tensor)
-        if not (low.isfinite() and high.isfinite()):
+        is_checked = tensor.is_floating_point() and not self._options.allow_nonfinite
+        if is_checked and not are_finite(tensor):
             raise FormatError(
                 "it holds NaN or infinity; allow_nonfinite=True reads it all the same",
                 tensor=weight.name,

@@ -25,8 +25,9 @@ from lowbits.errors import FormatError, PatchError, UnknownSchemeError
 from lowbits.files.manifest import Manifest, field_name, read_manifest
 from lowbits.files.safetensors import read_safetensors
 from lowbits.files.safetensors_writer import CHECKSUM
+from lowbits.files.sharded import INDEX_SUFFIX
 from lowbits.files.soundness import require_decodable, require_finite
-from lowbits.files.weights import Weight, open_file
+from lowbits.files.weights import Weight, open_file, plain_weights
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
 #: nothing under those names, and say so, where they would put random weights for what is packed.
 OWN_FILE: Final = "lowbits.safetensors"
 
+
 #: Tensors that are nothing but their values; ours are, too: those that are streamed.
 _PLAIN: Final = (Tensor, nn.Parameter, nn.Buffer)
 _OURS: Final = "lowbits."
@@ -52,6 +54,13 @@ _READ_BYTES: Final = 1 << 22
 
 #: What adapter libraries put between a layer and its name.
 _WRAPPED: Final = "base_layer"
+
+
+def own_file_in(folder: Path) -> Path | None:
+    """Return the file that lowbits wrote into a model's folder, which shards may stand for."""
+    file = folder / OWN_FILE
+    index = file.with_name(file.stem + INDEX_SUFFIX)
+    return file if file.exists() or index.exists() else None
 
 
 def weights_of(module: nn.Module) -> tuple[dict[str, Weight], dict[str, str]]:
@@ -138,9 +147,9 @@ def _on_host(tensor: Tensor) -> Tensor:
     return tensor.detach().cpu().contiguous()
 
 
-def versions(schemes: Iterable[str]) -> dict[str, str]:
+def versions(weights: Iterable[Weight]) -> dict[str, str]:
     """Return the versions of the packages that made some weights, as far as they are known here."""
-    backends = {name.partition("-")[0] for name in schemes}
+    backends = {weight.scheme.partition("-")[0] for weight in weights if weight.scheme}
     packages = {"bnb": "bitsandbytes", "torchao": "torchao", "quanto": "optimum-quanto"}
     names = ("lowbits", "torch", *(packages[b] for b in sorted(backends & packages.keys())))
     found = {}
@@ -224,8 +233,7 @@ def own_weights(
             entry.scheme,
             entry.compute_dtype,
         )
-    for name, tensor in rest.items():
-        weights[name] = Weight(name, tensor.shape, tensor.dtype, tensor.extent.nbytes, tensor.read)
+    weights |= plain_weights(rest)
     for alias, name in manifest.ties.items():
         if name not in weights:
             raise FormatError(f"is tied to {name}, which is not in the file", path, alias)

@@ -81,7 +81,7 @@ class RowReader:
         packed = [part for part in parts if isinstance(part, Packed)]
         if len(packed) == len(parts) and len({_form(part) for part in packed}) == 1:
             return _joined(packed)
-        return torch.cat([self.decoded(part) for part in parts])
+        return torch.cat([in_float32(part, self._registry) for part in parts])
 
     def _part(self, segment: Segment) -> Tensor | Packed:
         weight = self._weights[segment.source]
@@ -115,13 +115,14 @@ class RowReader:
             )
         return sliceable
 
-    def decoded(self, value: Tensor | Packed) -> Tensor:
-        """Return the values of a packed weight in float32, ``(rows, row_length)``; or a tensor."""
-        if not isinstance(value, Packed):
-            return value
-        backend, _ = self._registry.find(value.scheme)
-        assert backend
-        return backend.unpack(value, torch.float32)
+
+def in_float32(value: Tensor | Packed, registry: BackendRegistry) -> Tensor:
+    """Return a packed weight in float32, ``(rows, row_length)``; a tensor as it is."""
+    if not isinstance(value, Packed):
+        return value
+    backend, _ = registry.find(value.scheme)
+    assert backend
+    return backend.unpack(value, torch.float32)
 
 
 def _form(packed: Packed) -> tuple[object, ...]:

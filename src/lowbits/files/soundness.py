@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, Final
 
 import torch
 
+from lowbits.backends.gguf.backend import PREFIX, type_name
 from lowbits.errors import FormatError
 from lowbits.files.gguf_types import STORED_TYPES, is_finite
 
 if TYPE_CHECKING:
     from lowbits.core.backend import Packed, QuantBackend
 
-_GGUF: Final = "gguf-"
 _PART_BYTES: Final = 1 << 24
 
 #: What decoders raise of tensors of other shapes and dtypes than they expect.
@@ -44,9 +44,8 @@ def require_finite(packed: Packed, path: object, name: str) -> None:
 
 def _count_nonfinite(packed: Packed) -> int:
     """Count what is not finite; of GGUF's blocks, whether anything is."""
-    if packed.scheme.startswith(_GGUF):
-        name = packed.scheme.removeprefix(_GGUF).removesuffix("-best").upper()
-        kind = STORED_TYPES[name]
+    if packed.scheme.startswith(PREFIX):
+        kind = STORED_TYPES[type_name(packed.scheme)]
         return int(not is_finite(packed["qdata"].reshape(-1, kind.block_bytes), kind))
     floats = (tensor for tensor in packed.tensors.values() if tensor.is_floating_point())
     bad = sum(int((~tensor.isfinite()).sum()) for tensor in floats)

@@ -8,6 +8,7 @@ import json
 from typing import TYPE_CHECKING, Any, Final
 
 from lowbits.errors import ConfigError, FormatError
+from lowbits.files.checkpoint import read_config
 from lowbits.integrations.diffusers import default_reason
 from lowbits.integrations.module_tensors import tensors_of
 
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from lowbits.integrations.row_tracing import Shapes
 
 INDEX: Final = "model_index.json"
-CONFIG: Final = "config.json"
 #: What ``from_pretrained`` looks for.
 _WEIGHTS: Final = ("diffusion_pytorch_model*", "model*.safetensors*", "pytorch_model*")
 #: Why packed weights are not written beside those: into a folder, because of a file.
@@ -136,10 +136,9 @@ def empty_model(folder: Path, shapes: Shapes) -> nn.Module | None:
         folder: of the model; one without a config, or a file, has no model.
         shapes: of the tensors, by name; of tied ones a single name is enough.
     """
-    path = folder / CONFIG
-    if not path.is_file():
+    config = read_config(folder)
+    if config is None:
         return None
-    config = json.loads(path.read_text(encoding="utf-8"))
     architectures = config.get("architectures") or [None]
     library = "diffusers" if "_class_name" in config else "transformers"
     class_name = config.get("_class_name") or architectures[0]

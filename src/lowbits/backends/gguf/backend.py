@@ -22,14 +22,14 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-_PREFIX: Final = "gguf-"
+PREFIX: Final = "gguf-"
 #: Suffix of the schemes whose quantizer searches longer; the bytes are of the same type.
 SEARCHED: Final = "-best"
 
 
 def scheme_name(type_name: str) -> str:
     """Return the scheme of a type: ``"Q4_K"`` is ``"gguf-q4_k"``."""
-    return _PREFIX + type_name.lower()
+    return PREFIX + type_name.lower()
 
 
 def _schemes() -> Iterator[Scheme]:
@@ -73,7 +73,7 @@ class GgufBackend(QuantBackend):
         self._schemes = tuple(_schemes())
         mixed = {scheme_name(name): mix.type_name for name, mix in MIXES.items()}
         self._types = {
-            scheme.name: TYPES[mixed.get(scheme.name, _type_name(scheme.name))]
+            scheme.name: TYPES[mixed.get(scheme.name, type_name(scheme.name))]
             for scheme in self._schemes
         }
 
@@ -238,5 +238,6 @@ def _known(type_name: str) -> GgufType:
     return TYPES[type_name]
 
 
-def _type_name(name: str) -> str:
-    return name.removeprefix(_PREFIX).removesuffix(SEARCHED).upper()
+def type_name(name: str) -> str:
+    """Return ggml's name of what a scheme stores: ``"gguf-q4_k-best"`` is ``"Q4_K"``."""
+    return name.removeprefix(PREFIX).removesuffix(SEARCHED).upper()
