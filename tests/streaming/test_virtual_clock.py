@@ -19,7 +19,7 @@ from lowbits.errors import InsufficientMemoryError
 from lowbits.testing.streams import VirtualOps
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Container, Sequence
 
     from torch import Tensor
 
@@ -52,6 +52,7 @@ class Timeline(NamedTuple):
         plan: that was in force at the end.
         predicted_s: of a pass, by the stats.
         peak_bytes: on the device.
+        slow_passes: by the stats.
     """
 
     walls: list[float]
@@ -60,11 +61,12 @@ class Timeline(NamedTuple):
     plan: StreamPlan
     predicted_s: float
     peak_bytes: int
+    slow_passes: int
 
 
 @dataclass(frozen=True)
 class Case:
-    """Blocks, and how they are streamed."""
+    """Blocks, and how they are streamed; slow passes compute five times as long."""
 
     sizes: Sequence[int]
     compute: Sequence[float]
@@ -74,14 +76,17 @@ class Case:
     bandwidth: float = BANDWIDTH
     passes: int = 6
     jitter: float = 0.0
+    slow: Container[int] = ()
 
     def run(self) -> Timeline:
         """Stream them."""
         ops = VirtualOps(bandwidth=self.bandwidth)
         random_ = random.Random(1)  # noqa: S311 - blocks, not keys
 
+        factor = 1.0
+
         def time_of(seconds: float) -> Callable[[], float]:
-            return lambda: seconds * random_.uniform(1 - self.jitter, 1 + self.jitter)
+            return lambda: seconds * factor * random_.uniform(1 - self.jitter, 1 + self.jitter)
 
         blocks = [Timed(n, time_of(s), ops) for n, s in zip(self.sizes, self.compute, strict=True)]
         model = nn.Sequential(*blocks)
@@ -91,7 +96,8 @@ class Case:
         )  # fmt: skip
         walls, busy = [], []
         with faked(ops), streamer:
-            for _ in range(self.passes):
+            for index in range(self.passes):
+                factor = 5.0 if index in self.slow else 1.0
                 before = ops.wall_s, ops.compute_busy_s
                 model(torch.zeros(1))
                 walls.append(ops.wall_s - before[0])
@@ -99,7 +105,9 @@ class Case:
             stats, plan = streamer.stats(), plan_of(streamer)
         assert ops.peak_bytes == stats.peak_device_bytes <= self.budget
         loads = sum(self.sizes[unit] for unit in plan.slot_of) / self.bandwidth
-        return Timeline(walls, busy, loads, plan, stats.predicted_s, ops.peak_bytes)
+        return Timeline(
+            walls, busy, loads, plan, stats.predicted_s, ops.peak_bytes, stats.slow_passes
+        )
 
 
 def plan_of(streamer: LayerStreamer) -> StreamPlan:
@@ -209,6 +217,13 @@ def test_a_slow_link_is_measured() -> None:
     sizes = [10 * PAGE] * 6
     found = Case(sizes, [4 * PAGE / 1e6] * 6, 4 * 10 * PAGE, bandwidth=1e6, depth=3).run()
     assert found.predicted_s == pytest.approx(found.walls[-1], rel=0.05)
+
+
+@pytest.mark.parametrize(("slow", "counted"), [((), 0), ((4,), 1), ((4, 9), 2), ((1,), 0)])
+def test_slow_passes_are_counted(slow: tuple[int, ...], counted: int) -> None:
+    """A pass is slow beside those before it: two are not enough to know what is usual."""
+    found = equal(8, 1.0, 0.3, passes=12, slow=slow).run()
+    assert found.slow_passes == counted
 
 
 def test_one_byte_less_is_refused() -> None:
