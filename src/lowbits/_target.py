@@ -13,7 +13,7 @@ from lowbits.core.handle import find_handle
 from lowbits.core.interception import interceptor_of
 from lowbits.core.scheme import NATIVE
 from lowbits.core.select import Component, Selection, select
-from lowbits.core.surgery import has_journal
+from lowbits.core.surgery import journal_of
 from lowbits.errors import AlreadyPatchedError, ConfigError, NoCapableBackendError, suggestion
 from lowbits.integrations.configs import component_requests, is_pipeline_config, request_of
 from lowbits.integrations.diffusers import (
@@ -120,7 +120,7 @@ def refuse_patched(components: Sequence[Component]) -> None:
                 "another scheme, .reconfigure(gpu_weights=...) places it elsewhere, "
                 "lowbits.restore(target) undoes it; components=[...] leaves it out"
             )
-        if any(has_journal(module) for module in component.module.modules()):
+        if any(journal_of(module) for module in component.module.modules()):
             raise AlreadyPatchedError(
                 f"{name} holds packed layers already (a part of it was applied, or it is a part of "
                 "an applied module): restore that, or call lowbits.dequantize(target) first"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol, final
 
 from lowbits.core.guards import allow_methods, guard_methods
 from lowbits.core.packed import PackedLayer, read_weight
-from lowbits.core.surgery import Journal, take_back, verify_sources
+from lowbits.core.surgery import Journal, journal_of, take_back, verify_sources
 from lowbits.errors import NotPatchedError
 
 if TYPE_CHECKING:
@@ -90,6 +90,7 @@ class Handle:
         self._report, self._target, self._placed = report, target, placed
         #: What merges and unmerges a LoRA: `lowbits.merge_lora`, `lowbits.unmerge_lora`.
         self.adapters = adapters
+        self._journals: weakref.WeakSet[Journal] = weakref.WeakSet()
         self._homes: list[tuple[weakref.ref[nn.Module], torch.device]] = []
         self._hooks: list[RemovableHandle] = []
 
@@ -102,7 +103,9 @@ class Handle:
         """
         for name, module in self.components.items():
             if find_handle(module) is not self:
-                module.__dict__[_OWNED] = _Owned(self, journals.get(name) or Journal())
+                journal = journals.get(name) or Journal()
+                module.__dict__[_OWNED] = _Owned(self, journal)
+                self._journals.add(journal)
                 self._hooks.append(guard(module, save))
         self.adapters.attach(self)
 
@@ -142,8 +145,8 @@ class Handle:
 
     def find(self, layer: nn.Module) -> tuple[str, Source] | None:
         """Return the dotted name that a packed layer had, and the source of its weight, if any."""
-        found = (part.journal.find(layer) for part in self._parts())
-        return next((entry for entry in found if entry), None)
+        journal = journal_of(layer)
+        return journal.find(layer) if journal and journal in self._journals else None
 
     def is_tied(self, layer: nn.Module) -> bool:
         """Say whether a packed layer shares its weight with another one."""

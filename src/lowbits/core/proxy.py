@@ -46,6 +46,8 @@ class WeightProxy(torch.Tensor):
     _read: Callable[[], Packed]
     _scheme: str
     _backend: QuantBackend
+    _device: torch.device
+    _dtype: torch.dtype
     _guard: weakref.ref[WeightProxy]
 
     @staticmethod
@@ -71,12 +73,24 @@ class WeightProxy(torch.Tensor):
             cls, shape, dtype=marker.dtype, device=marker.device, requires_grad=False
         )
         proxy._read, proxy._scheme, proxy._backend = read, scheme, backend
+        proxy._device, proxy._dtype = marker.device, marker.dtype
         # torch.utils.swap_tensors asks no override, but refuses what is weakly referenced.
         proxy._guard = weakref.ref(proxy)
         return proxy
 
     def __init__(self, *_: object) -> None:
         super().__init__()
+
+    # Adapter libraries read these a dozen times per layer; `__torch_function__` takes its time.
+    @property
+    def device(self) -> torch.device:  # type: ignore[override] # an attribute for torch's stubs
+        """The marker's device."""
+        return self._device
+
+    @property
+    def dtype(self) -> torch.dtype:  # type: ignore[override] # as above
+        """The marker's dtype."""
+        return self._dtype
 
     def dequantized(self) -> torch.Tensor:
         """Return the weight as an ordinary tensor; a copy."""

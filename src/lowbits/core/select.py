@@ -21,7 +21,7 @@ from torch import nn
 from lowbits.core.names import dotted
 from lowbits.core.packed import PackedLayer, marker_name, stored_bytes, stored_names
 from lowbits.core.scheme import EMBEDDING, LINEAR, NATIVE, PARAMETER, Override, Scheme, rows_of
-from lowbits.core.surgery import has_journal
+from lowbits.core.surgery import journal_of
 from lowbits.errors import ConfigError, PatchError
 
 if TYPE_CHECKING:
@@ -349,7 +349,7 @@ class _Decider:
 
     def _impossible(self, decision: Decision) -> str:
         """Say why a tensor cannot be packed whatever the caller asks for."""
-        if decision.is_packed and has_journal(decision.module) and not self._selection.sees_packed:
+        if decision.is_packed and journal_of(decision.module) and not self._selection.sees_packed:
             return "already packed"
         if not _is_layer(decision):
             return _not_a_layer(decision)

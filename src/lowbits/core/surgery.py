@@ -207,10 +207,10 @@ class _Owner:
         return _Owner, ()
 
 
-def has_journal(module: nn.Module) -> bool:
-    """Say whether somebody holds the way back to what a packed layer was before."""
+def journal_of(module: nn.Module) -> Journal | None:
+    """Return what holds the way back to what a packed layer was before, if anything does."""
     owner = module.__dict__.get(_OWNER)
-    return isinstance(owner, _Owner) and bool(owner.journal and owner.journal())
+    return owner.journal() if isinstance(owner, _Owner) and owner.journal else None
 
 
 def _new_parameters(
