@@ -51,6 +51,8 @@ PARTS: Final = ("survival", "attach", "merge")
 #: What LoRAs of FLUX are commonly trained on.
 TARGETS: Final = ("to_q", "to_k", "to_v", "to_out.0", "proj_mlp", "proj_out", "net.2")
 MERGED: Final = ("bnb-nf4", "torchao-int8", "float8-e4m3fn", "gguf-q8_0", "gguf-q4_0", "gguf-q4_k")
+#: Of weights that are merged into: what models are published in, and what costs no cast.
+DTYPES: Final = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 @final
@@ -227,6 +229,7 @@ class Merging:
     """Seconds to quantize layers, to merge a LoRA into them, and to take it out."""
 
     scheme: str
+    weights: str
     quantize: float
     merge: float
     unmerge: float
@@ -234,7 +237,7 @@ class Merging:
     def cells(self) -> list[str]:
         """Return the row of the table."""
         times = (self.quantize, self.merge, self.unmerge)
-        return [self.scheme, *(number(value, 3) for value in times), self.ratio]
+        return [self.scheme, self.weights, *(number(value, 3) for value in times), self.ratio]
 
     @property
     def ratio(self) -> str:
@@ -242,12 +245,15 @@ class Merging:
         return number(self.merge / self.quantize)
 
 
-def merging(scheme: str, size: int, device: torch.device, pace: Pace) -> Merging:
+def merging(scheme: str, weights: str, size: int, device: torch.device, pace: Pace) -> Merging:
     """Time merging beside quantizing the same layers."""
     from peft import LoraConfig, inject_adapter_in_model
 
-    model = nn.Sequential(*(nn.Linear(size, size, bias=False) for _ in range(2))).to(device)
-    other = nn.Sequential(*(nn.Linear(size, size, bias=False) for _ in range(2))).to(device)
+    def layers() -> nn.Sequential:
+        made = (nn.Linear(size, size, bias=False, dtype=DTYPES[weights]) for _ in range(2))
+        return nn.Sequential(*made).to(device)
+
+    model, other = layers(), layers()
     lowbits.quantize(model, scheme, rules={"*": scheme}, lora="fp16", keep_source="memory")
     config = LoraConfig(r=RANK, target_modules=["0", "1"], init_lora_weights=False)
     inject_adapter_in_model(config, model)
@@ -268,7 +274,7 @@ def merging(scheme: str, size: int, device: torch.device, pace: Pace) -> Merging
             if is_warm:
                 samples[name].append(seconds)
     times = {name: statistics.median(values) for name, values in samples.items()}
-    return Merging(scheme, times["quantize"], times["merge"], times["unmerge"])
+    return Merging(scheme, weights, times["quantize"], times["merge"], times["unmerge"])
 
 
 _HEADERS: Final[dict[str, tuple[str, ...]]] = {
@@ -279,7 +285,7 @@ _HEADERS: Final[dict[str, tuple[str, ...]]] = {
         *("beside, float32", "beside, bfloat16"),
     ),
     "attach": ("step", "layers", "peft alone, ms", "packed, ms", "of peft's"),
-    "merge": ("scheme", "quantize, s", "merge, s", "take out, s", "merge, of quantize"),
+    "merge": ("scheme", "weights", "quantize, s", "merge, s", "take out, s", "merge, of quantize"),
 }
 
 
@@ -304,8 +310,9 @@ def measured(given: argparse.Namespace, budget: Budget) -> dict[str, list[Any]]:
         ("attach", "attach", partial(attach, given.blocks, "torchao-int8", pace))
     ]
     for scheme in given.merged:
-        merge = partial(merging, scheme, given.width, given.device, pace)
-        work.append(("merge", f"merge {scheme}", merge))
+        for dtype in DTYPES:
+            merge = partial(merging, scheme, dtype, given.width, given.device, pace)
+            work.append(("merge", f"merge {scheme} {dtype}", merge))
     torch.default_generator.manual_seed(0)
     for label, weights in (("Gaussian", gaussian(given.size)), ("mini-FLUX", mini_flux())):
         for scheme in given.schemes:

@@ -88,6 +88,19 @@ def test_the_sum_is_made_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
         assert torch.allclose(merged, expected, atol=1e-6)
 
 
+def test_a_16_bit_weight_is_summed_in_float32() -> None:
+    values = weight(32, 64).bfloat16()
+    before = values.clone()
+    low_rank = lora(values.float(), 0.1)
+    dense = Dense(low_rank.up @ low_rank.down, low_rank.scale)
+    for delta in (low_rank, dense, Decomposed(low_rank, torch.rand(32))):
+        merged = MergedWeight(values, (delta,), CPU)
+        wide = MergedWeight(values.float(), (delta,), CPU)
+        assert torch.equal(merged.rows(3, 20), wide.rows(3, 20))
+        assert torch.equal(merged.added(3, 20), wide.added(3, 20))
+        assert torch.equal(values, before)
+
+
 def test_several_deltas_add_up() -> None:
     values = weight(32, 64)
     deltas = [lora(values, 0.1, rank=2) for _ in range(3)]

@@ -34,7 +34,7 @@ class Delta(ABC):
 
         Args:
             total: ``(stop - start, row_length)`` float32, on the device that computes; written.
-            weight: those rows without any adapter, alike; not changed.
+            weight: those rows without any adapter, floating, on any device; not changed.
             start: the first row.
             stop: the row after the last one.
         """
@@ -96,11 +96,11 @@ class Decomposed(Delta):
 
     def add_to(self, total: Tensor, weight: Tensor, start: int, stop: int) -> None:
         """Add the difference between the rows of that length and the weight's."""
-        turned = weight.clone()
+        turned = weight.to(total.device, torch.float32, copy=True)
         self.delta.add_to(turned, weight, start, stop)
         length = self.magnitude[start:stop].to(total.device, torch.float32)
         factor = length / torch.linalg.vector_norm(turned, dim=1)
-        total.addcmul_(turned, factor[:, None]).sub_(weight)
+        total.addcmul_(turned, factor[:, None]).sub_(weight.to(total.device, torch.float32))
 
 
 @final
@@ -126,8 +126,9 @@ class MergedWeight:
     @torch.no_grad()
     def added(self, start: int, stop: int) -> Tensor:
         """Return what is added to some rows, float32."""
-        weight = self._weight[start:stop].to(self._device, torch.float32)
-        return self._add(torch.zeros_like(weight), weight, start, stop)
+        weight = self._weight[start:stop]
+        zeros = torch.zeros(weight.shape, device=self._device)
+        return self._add(zeros, weight, start, stop)
 
     @torch.no_grad()
     def rows(self, start: int, stop: int) -> Tensor:
@@ -135,8 +136,8 @@ class MergedWeight:
         weight = self._weight[start:stop]
         if not self._deltas:
             return weight
-        weight = weight.to(self._device, torch.float32)
-        return self._add(weight.clone(), weight, start, stop)
+        total = weight.to(self._device, torch.float32, copy=True)
+        return self._add(total, weight, start, stop)
 
     def _add(self, total: Tensor, weight: Tensor, start: int, stop: int) -> Tensor:
         for delta in self._deltas:
