@@ -37,6 +37,7 @@ from peers import packable_schemes
 from torch import Tensor, nn
 
 import lowbits
+from lowbits.core.packing import pack_weight
 from lowbits.core.registry import DEFAULT
 from lowbits.lora.merge import LowRank, MergedWeight, Survival
 
@@ -106,7 +107,7 @@ def survival_of(scheme_name: str, label: str, weights: Sequence[Tensor]) -> Surv
     merged = {share: Survival() for share in SHARES}
     again = {share: Survival() for share in SHARES}
     for weight in weights:
-        plain = MergedWeight(weight, (), cpu).pack(scheme, backend)
+        plain = pack_weight(weight, "Linear", scheme, backend, cpu)
         decoded = backend.unpack(plain, torch.float32)
         stored += sum(tensor.nbytes for tensor in plain.tensors.values())
         wrong += float((decoded - weight).square().sum())

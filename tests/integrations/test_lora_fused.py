@@ -15,6 +15,7 @@ from pipelines import PIPELINES, draw
 from streamed import ASYNC_DISK, MODES, Anatomy, mode_name, smallest_budget
 
 import lowbits
+from lowbits.core import packing
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -76,6 +77,24 @@ def test_fusing_is_merging_and_unfusing_gives_the_codes_back(
     assert torch.equal(draw("flux", pipe), packed)
     handle.restore()
     assert torch.equal(draw("flux", pipe), plain)
+
+
+def test_a_lora_merged_in_parts_is_the_one_merged_at_once(
+    place: dict[str, Any], lora: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pictures, states = [], []
+    for part_weights in (10**6, 500):
+        monkeypatch.setattr(packing, "part_weights", lambda _, limit=part_weights: limit)
+        pipe: Any = PIPELINES["flux"].build()
+        applied(pipe, "gguf-q8_0", place)
+        pipe.load_lora_weights(lora, adapter_name="one")
+        packed = {key: held.clone() for key, held in pipe.transformer.state_dict().items()}
+        pipe.fuse_lora()
+        states.append(pipe.transformer.state_dict())
+        assert any(not torch.equal(packed[key], fused) for key, fused in states[-1].items())
+        pictures.append(draw("flux", pipe))
+    assert all(torch.equal(whole, states[1][key]) for key, whole in states[0].items())
+    assert torch.equal(*pictures)
 
 
 @pytest.mark.filterwarnings("default:Already found a `peft_config`:UserWarning")

@@ -37,7 +37,7 @@ def survival(scheme_name: str, values: Tensor, delta: Delta) -> float:
     assert backend
     merged = MergedWeight(values, (delta,), CPU)
     counted = Survival()
-    before = MergedWeight(values, (), CPU).pack(scheme, backend)
+    before = pack_weight(values, "Linear", scheme, backend, CPU)
     counted.add(merged, before, merged.pack(scheme, backend), backend)
     return counted.share
 
@@ -49,7 +49,7 @@ def test_a_delta_survives_and_nothing_added_changes_nothing(scheme_name: str) ->
     size = 256 if scheme_name.endswith("-best") else SIZE
     values = weight(size, size)
     before = pack_weight(values, "Linear", scheme, backend, CPU)
-    same = MergedWeight(values, (), CPU).pack(scheme, backend)
+    (same,) = MergedWeight(values, (), CPU).pack(scheme, backend)
     for name, tensor in before.tensors.items():
         assert torch.equal(tensor.view(torch.uint8), same[name].view(torch.uint8))
     error = float((backend.unpack(before, torch.float32) - values).norm() / values.norm())
@@ -75,10 +75,12 @@ def test_the_sum_is_made_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     delta = lora(values.float(), 0.1)
     backend, scheme = DEFAULT.require("torchao-int8")
     assert backend
-    whole = MergedWeight(values, (delta,), CPU).pack(scheme, backend)
+    (whole,) = MergedWeight(values, (delta,), CPU).pack(scheme, backend)
     monkeypatch.setattr(packing, "part_weights", lambda _: 7 * 64)
     parts = MergedWeight(values, (delta,), CPU).pack(scheme, backend)
-    assert all(torch.equal(whole[name], parts[name]) for name in whole.tensors)
+    assert [part.shape for part in parts] == [(7, 64)] * 5 + [(5, 64)]
+    for name, tensor in whole.tensors.items():
+        assert torch.equal(tensor, torch.cat([part[name] for part in parts]))
     dense = Dense(delta.up @ delta.down, delta.scale)
     for start, stop in ((0, 7), (35, 40)):
         rows = values[start:stop].float()

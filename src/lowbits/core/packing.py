@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,7 +14,7 @@ from lowbits.core.scheme import rows_of
 from lowbits.errors import NonFiniteWeightError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from torch import Tensor
 
@@ -52,7 +53,29 @@ def pack_rows(
     backend: QuantBackend,
     device: torch.device,
 ) -> Packed:
-    """Quantize a weight that is made, or read, a few rows at a time.
+    """Quantize a weight that is made, or read, a few rows at a time; see `packed_parts`."""
+    parts = packed_parts(read, shape, scheme, backend, device)
+    first = next(parts)
+    if first.shape == shape:
+        return first
+    tensors = {name: t.new_empty(shape[0], *t.shape[1:]) for name, t in first.tensors.items()}
+    start = 0
+    for part in chain((first,), parts):
+        stop = start + part.shape[0]
+        for name, tensor in part.tensors.items():
+            tensors[name][start:stop] = tensor
+        start = stop
+    return Packed(scheme.name, shape, tensors)
+
+
+def packed_parts(
+    read: Callable[[int, int], Tensor],
+    shape: tuple[int, int],
+    scheme: Scheme,
+    backend: QuantBackend,
+    device: torch.device,
+) -> Iterator[Packed]:
+    """Quantize a weight that is made, or read, a few rows at a time; yield them in order.
 
     Args:
         read: gives rows ``start`` to ``stop``, ``(stop - start, row_length)``, floating, anywhere;
@@ -68,19 +91,11 @@ def pack_rows(
     rows, row_length = shape
     step = max(1, part_weights(device) // row_length)
     first = _pack_part(read(0, min(step, rows)), scheme, backend, device)
-    if step >= rows:
-        return first
-    if not first.row_sliceable:
-        return _pack_part(read(0, rows), scheme, backend, device)
-    tensors = {name: t.new_empty(rows, *t.shape[1:]) for name, t in first.tensors.items()}
-    part, start = first, 0
-    while True:
-        for name, tensor in part.tensors.items():
-            tensors[name][start : start + part.shape[0]] = tensor
-        start += part.shape[0]
-        if start == rows:
-            return Packed(scheme.name, (rows, row_length), tensors)
-        part = _pack_part(read(start, min(start + step, rows)), scheme, backend, device)
+    if step < rows and not first.row_sliceable:
+        step, first = rows, _pack_part(read(0, rows), scheme, backend, device)
+    yield first
+    for start in range(step, rows, step):
+        yield _pack_part(read(start, min(start + step, rows)), scheme, backend, device)
 
 
 @torch.no_grad()

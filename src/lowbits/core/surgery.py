@@ -343,24 +343,32 @@ def _follow(
 
 @torch.no_grad()
 @torch.inference_mode(mode=False)
-def rewrite(layer: PackedLayer, packed: Packed) -> None:
+def rewrite(layer: PackedLayer, parts: Sequence[Packed]) -> None:
     """Replace what a layer's weight is stored as, in the Parameters that hold it.
 
     They stay the same objects; what is streamed is written to where it is kept.
 
     Args:
-        layer: whose weight is stored in the scheme of `packed`, with the same shape.
-        packed: copied.
+        layer: whose weight is stored in the scheme of the parts.
+        parts: its rows, in order; copied.
     """
     layout = layer.lowbits_layouts["weight"]
-    _, tensors = storage_form("weight", packed, layout.backend, layout.shape)
-    for name, tensor in tensors.items():
-        held = cast("nn.Parameter", layer._parameters[name])
-        assert held.shape == tensor.shape
-        if type(held) is nn.Parameter:
-            held.copy_(tensor)
+    stored = [storage_form("weight", part, layout.backend, layout.shape)[1] for part in parts]
+    for field in layout.fields:
+        held = cast("nn.Parameter", layer._parameters[field.parameter])
+        pieces = [tensors[field.parameter] for tensors in stored]
+        if type(held) is not nn.Parameter:
+            held.data = _joined(pieces)  # a streamed one's stand-in hands it on
+        elif len(pieces) == 1:
+            held.copy_(pieces[0])
         else:
-            held.data = tensor  # a streamed one's stand-in hands it on
+            assert len(held) == sum(len(piece) for piece in pieces)
+            torch.cat(pieces, out=held)
+
+
+def _joined(pieces: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return parts as one tensor; a single one, which may be a scalar, as it is."""
+    return pieces[0] if len(pieces) == 1 else torch.cat(list(pieces))
 
 
 @torch.no_grad()

@@ -249,17 +249,19 @@ class Adapters:
         state, layer = state_of(wrapper), wrapper.base_layer
         deltas = self._deltas(wrapper, scales)
         before = None if layer in self._merged else packed_weight(layer)
-        merged, packed = self._quantize(layer, (*state.baked, *deltas))
+        merged, parts = self._quantize(layer, (*state.baked, *deltas))
         if before is not None and deltas and _bits(layer) < _FEW_BITS:
-            survival.add(merged, before, packed, layer.lowbits_layouts["weight"].backend)
+            survival.add(merged, before, parts, layer.lowbits_layouts["weight"].backend)
         # Noted first: what an interrupt leaves half written can be written again.
         self._merged[layer] = state
         note_merged(wrapper, state, scales, deltas)
-        rewrite(layer, packed)
+        rewrite(layer, parts)
         if not state.baked and not deltas:
             del self._merged[layer]
 
-    def _quantize(self, layer: PackedLayer, deltas: Sequence[Delta]) -> tuple[MergedWeight, Packed]:
+    def _quantize(
+        self, layer: PackedLayer, deltas: Sequence[Delta]
+    ) -> tuple[MergedWeight, list[Packed]]:
         fqn, source = self._source(layer)
         layout = layer.lowbits_layouts["weight"]
         scheme = DEFAULT.require(layout.scheme)[1]
@@ -271,8 +273,8 @@ class Adapters:
     @torch.inference_mode(mode=False)
     def _reset(self, layer: Any, state: State) -> None:
         """Give a layer that no adapter wraps any more the codes of its weight."""
-        _, packed = self._quantize(layer, ())
-        rewrite(layer, packed)
+        _, parts = self._quantize(layer, ())
+        rewrite(layer, parts)
         state.merged, state.deltas, state.baked = dict(state.inside), (), ()
         del self._merged[layer]
 

@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, final
 
 import torch
 
-from lowbits.core.memory import part_weights
-from lowbits.core.packing import pack_rows
+from lowbits.core.packing import packed_parts
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -144,15 +143,15 @@ class MergedWeight:
             delta.add_to(total, weight, start, stop)
         return total
 
-    def pack(self, scheme: Scheme, backend: QuantBackend) -> Packed:
-        """Quantize the sum.
+    def pack(self, scheme: Scheme, backend: QuantBackend) -> list[Packed]:
+        """Quantize the sum; return its parts, of some rows each, in order.
 
-        With nothing added, the result is bit for bit what packing the weight gives.
+        With nothing added, they are bit for bit what packing the weight gives.
 
         Raises:
             NonFiniteWeightError: it holds NaN or infinity.
         """
-        return pack_rows(self.rows, self.shape, scheme, backend, self._device)
+        return list(packed_parts(self.rows, self.shape, scheme, backend, self._device))
 
 
 @final
@@ -169,25 +168,25 @@ class Survival:
 
     @torch.no_grad()
     def add(
-        self, merged: MergedWeight, before: Packed, after: Packed, backend: QuantBackend
+        self, merged: MergedWeight, before: Packed, after: Sequence[Packed], backend: QuantBackend
     ) -> None:
         """Count one weight.
 
         Args:
             merged: what it is meant to be.
             before: the weight as packed without what is added.
-            after: as packed with it.
+            after: the parts of what was packed with it, in order.
             backend: of both.
         """
-        rows, row_length = merged.shape
-        step = after.rows_at_once(max(1, part_weights(after["qdata"].device) // row_length))
-        for start in range(0, rows, step):
-            part = start, min(start + step, rows)
-            added = merged.added(*part)
-            change = backend.unpack(after, torch.float32, rows=part)
-            change = change - backend.unpack(before, torch.float32, rows=part)
+        start = 0
+        for part in after:
+            rows = start, start + part.shape[0]
+            added = merged.added(*rows)
+            change = backend.unpack(part, torch.float32)
+            change = change - backend.unpack(before, torch.float32, rows=rows)
             self._found += float((change * added).sum(dtype=torch.float64))
             self._meant += float(added.square().sum(dtype=torch.float64))
+            start = rows[1]
 
     @property
     def has_counted(self) -> bool:
