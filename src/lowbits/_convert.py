@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, final
 from torch import Tensor, nn
 
 from lowbits._target import default_device, require_one
-from lowbits.backends.gguf.backend import PREFIX, SEARCHED, type_name
+from lowbits.backends.gguf.backend import PREFIX
 from lowbits.config import LowbitsConfig
 from lowbits.core.names import dotted
 from lowbits.core.registry import DEFAULT
@@ -282,13 +282,12 @@ def _convert_to_gguf(src: Path, dst: Path, how: _How) -> Report:
     weights, linear, notes = _reference_named(src, stored)
     arch = opened.architecture or _architecture(weights)
     options = ExportOptions(
-        type_name(scheme),
+        scheme.removeprefix(PREFIX),
         arch,
         "comfy" if arch else "sdcpp",  # which tells by names, and asks for no architecture
         linear,
         DEFAULT,
         default_device(),
-        is_best=scheme.endswith(SEARCHED),
         progress=how.progress,
         cancel=how.cancel,
     )
@@ -346,7 +345,8 @@ def save_gguf(
     Args:
         model: a module, packed or not; or a state dict, whose names are written as they are.
         path: of the file; what was there stays until the new one is whole.
-        type_or_mix: ggml's name, as ``"Q8_0"``, ``"Q4_K"`` or ``"Q4_K_M"``.
+        type_or_mix: ggml's name, as ``"Q8_0"``, ``"Q4_K"`` or ``"Q4_K_M"``; ``"Q4_K-best"``: the
+            same type, searched longer for less error.
         arch: value of ``general.architecture``; ``"auto"``: what the names tell; None: none.
         names: ``"reference"``: those of the original implementation, which most programs read;
             ``"diffusers"``: the model's own.

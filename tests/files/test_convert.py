@@ -199,6 +199,14 @@ def test_the_longer_search_is_used(tmp_path: Path) -> None:
         assert backend
         errors[scheme] = float((backend.unpack(packed, torch.float32) - values).square().sum())
     assert errors["gguf-q4_k-best"] < errors["gguf-q4_k"]
+    saved = tmp_path / "saved.gguf"
+    lowbits.save_gguf(load_file(src), saved, "Q4_K-best", target="sdcpp")
+    expected: Any = stored(tmp_path / "gguf-q4_k-best.gguf")[name].read()
+    again: Any = stored(saved)[name].read()
+    assert torch.equal(again["qdata"], expected["qdata"])
+    with pytest.raises(ConfigError, match="Q8_0 is not searched longer; these are: Q4_0, Q6_K"):
+        lowbits.save_gguf(load_file(src), tmp_path / "not.gguf", "Q8_0-best", target="sdcpp")
+    assert not (tmp_path / "not.gguf").exists()
 
 
 def test_what_was_searched_longer_keeps_its_bytes_in_gguf(

@@ -258,11 +258,10 @@ def test_file_types_are_llama_cpps(name: str) -> None:
 
 
 def test_metadata_of_types_and_mixes() -> None:
-    assert metadata_for("flux", "q4_k_m", "a model") == [
+    assert metadata_for("flux", "q4_k_m") == [
         ("general.architecture", "str", "flux"),
         ("general.quantization_version", "u32", 2),
         ("general.file_type", "u32", 15),
-        ("general.name", "str", "a model"),
     ]
     assert metadata_for(None, "Q2_0") == [("general.quantization_version", "u32", 2)]
 

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, final
 import torch
 
 from lowbits.backends.gguf.backend import SEARCHED, GgufBackend, scheme_name
+from lowbits.backends.gguf.quantize import BEST
 from lowbits.core.backend import Packed
 from lowbits.core.packing import pack_weight
 from lowbits.core.report import LayerReport, Report
 from lowbits.core.scheme import LINEAR
-from lowbits.errors import NonFiniteWeightError
+from lowbits.errors import ConfigError, NonFiniteWeightError
 from lowbits.files.convert import decoded
 from lowbits.files.gguf_rules import (
     TensorPlan,
@@ -47,26 +48,44 @@ class ExportOptions:
     """How to write.
 
     Attributes:
-        type_name: ggml's name of a type or mix, e.g. ``"Q4_K_M"``.
+        asked: ggml's name of a type or mix, e.g. ``"Q4_K_M"``; ``"Q4_K-best"`` searches longer.
         arch: value of ``general.architecture``; None: none is written.
         target: who it is written for, see `lowbits.files.gguf_rules.TARGETS`.
         linear: names of the weights of Linear layers; None: guessed by name and shape.
         registry: of the schemes that weights may be in.
         device: that quantizes.
-        is_best: whether to search longer for less error, where a type can be.
         progress: called after each weight.
         cancel: stops between two weights.
     """
 
-    type_name: str
+    asked: str
     arch: str | None
     target: str
     linear: Collection[str] | None
     registry: BackendRegistry
     device: torch.device
-    is_best: bool = False
     progress: ProgressCallback | None = None
     cancel: CancelToken | None = None
+
+    @property
+    def is_best(self) -> bool:
+        """Whether to search longer for less error."""
+        return self.asked.lower().endswith(SEARCHED)
+
+    @property
+    def type_name(self) -> str:
+        """The type or mix, without that.
+
+        Raises:
+            ConfigError: there is no longer search for this type.
+        """
+        if not self.is_best:
+            return self.asked
+        name = self.asked[: -len(SEARCHED)]
+        if name.upper() not in BEST:
+            can = ", ".join(BEST)
+            raise ConfigError(f"type: {name} is not searched longer; these are: {can}")
+        return name
 
 
 def export(path: Path, weights: Mapping[str, Weight], options: ExportOptions) -> Report:

@@ -193,13 +193,12 @@ def settled(plan: TensorPlan, source_dtype: torch.dtype, max_abs: float, target:
     return replace(plan, type_name=name, reason=_joined(plan.reason, reason))
 
 
-def metadata_for(arch: str | None, type_or_mix: str, name: str | None = None) -> list[Entry]:
+def metadata_for(arch: str | None, type_or_mix: str) -> list[Entry]:
     """Return the metadata of a file, as (key, type, value).
 
     Args:
         arch: as for `plan_types`.
         type_or_mix: as for `plan_types`.
-        name: of the model.
     """
     entries: list[Entry] = []
     if arch is not None:
@@ -208,8 +207,6 @@ def metadata_for(arch: str | None, type_or_mix: str, name: str | None = None) ->
     file_type = FILE_TYPES.get(type_or_mix.upper())
     if file_type is not None:
         entries.append(("general.file_type", "u32", file_type))
-    if name is not None:
-        entries.append(("general.name", "str", name))
     return entries
 
 
