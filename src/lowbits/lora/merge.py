@@ -126,7 +126,7 @@ class MergedWeight:
     def added(self, start: int, stop: int) -> Tensor:
         """Return what is added to some rows, float32."""
         weight = self._weight[start:stop]
-        zeros = torch.zeros(weight.shape, device=self._device)
+        zeros = torch.zeros(weight.shape, dtype=torch.float32, device=self._device)
         return self._add(zeros, weight, start, stop)
 
     @torch.no_grad()
