@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -184,6 +185,38 @@ def test_a_file_that_cannot_be_read_leaves_the_model_streamed(
         with pytest.raises(OSError, match="gone"):
             streamer.detach()
     assert streamer.is_attached
+    for _ in range(2):
+        assert same(model(inputs()), expected)
+    streamer.detach()
+    assert same(model(inputs()), expected)
+
+
+def test_copies_that_failed_beside_it_are_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, expected = reference(), reference()(inputs())
+    streamer = streamer_of(model, location="disk").attach()
+    read: Callable[..., None] = Reader.read
+    is_over, is_gone = threading.Event(), threading.Event()
+    failed: list[str] = []
+
+    def fail(reader: Reader, *args: Any) -> None:
+        """Read until the pass is over; then no more, the thread after the caller."""
+        if not is_over.is_set():
+            read(reader, *args)
+            return
+        if threading.current_thread() is threading.main_thread():
+            is_gone.set()
+        assert is_gone.wait(60)
+        failed.append(threading.current_thread().name)
+        raise OSError("the disk is gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Reader, "read", fail)
+        hook = model.head.register_forward_hook(lambda *_: is_over.set())
+        model(inputs())
+        hook.remove()
+        with pytest.raises(OSError, match="gone"):
+            streamer.detach()
+    assert "lowbits-stream" in failed
     for _ in range(2):
         assert same(model(inputs()), expected)
     streamer.detach()

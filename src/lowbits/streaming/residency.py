@@ -157,9 +157,10 @@ class Residency:
         return [(n, seconds) for n, _, seconds in timed if seconds is not None]
 
     def forget_unfinished(self) -> None:
-        """Ask again for copies that are under way: whoever made them may be gone."""
+        """Ask again for copies that failed, or are under way: whoever made them may be gone."""
         for home in self._homes:
-            if home.load is not None and self._transfer.seconds(home.load) is None:
+            load = home.load
+            if load is not None and (load.error or self._transfer.seconds(load) is None):
                 home.is_present = False
                 home.load = None
 

@@ -244,9 +244,15 @@ class Stage:
         """Take everything off the device; what others wrote into the bases is kept."""
         if self._residency is None:
             return
-        for component in self.components:
-            component.base.check(at_end=True)
-            component.base.keep_changes()
+        try:
+            for component in self.components:
+                component.base.check(at_end=True)
+                component.base.keep_changes()
+        except BaseException:
+            # What keeps a base from being read may have kept the next pass's units from it too.
+            self._residency.drain()
+            self._residency.forget_unfinished()
+            raise
         self._leave(self._residency)
         self.timing.forget_marks()
         self._ops.release_cached()
