@@ -43,22 +43,12 @@ def pack_weight(
     def read(start: int, stop: int) -> Tensor:
         return flat[start:stop]
 
-    return pack_rows(read, (rows, row_length), scheme, backend, device)
-
-
-def pack_rows(
-    read: Callable[[int, int], Tensor],
-    shape: tuple[int, int],
-    scheme: Scheme,
-    backend: QuantBackend,
-    device: torch.device,
-) -> Packed:
-    """Quantize a weight that is made, or read, a few rows at a time; see `packed_parts`."""
+    shape = rows, row_length
     parts = packed_parts(read, shape, scheme, backend, device)
     first = next(parts)
     if first.shape == shape:
         return first
-    tensors = {name: t.new_empty(shape[0], *t.shape[1:]) for name, t in first.tensors.items()}
+    tensors = {name: t.new_empty(rows, *t.shape[1:]) for name, t in first.tensors.items()}
     start = 0
     for part in chain((first,), parts):
         stop = start + part.shape[0]

@@ -113,9 +113,6 @@ class WeightProxy(torch.Tensor):
     ) -> Any:
         """Answer metadata, refuse writes, dequantize for the rest."""
         name, is_write = describe_call(func)
-        if name in _METADATA and not is_write and not kwargs and len(args) == 1:
-            with torch._C.DisableTorchFunctionSubclass():  # most calls, of adapter libraries
-                return func(args[0])
         kwargs = dict(kwargs or {})
         written = written_argument(args, kwargs) if is_write else kwargs.get("out")
         proxy = None if written is None else _find(written)

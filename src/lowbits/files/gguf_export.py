@@ -102,11 +102,7 @@ def export(path: Path, weights: Mapping[str, Weight], options: ExportOptions) ->
         NonFiniteWeightError: a weight holds NaN or infinity.
         OSError: the system refuses to write; what was at the path stays.
     """
-    shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
-    plans = plan_types(
-        shapes, options.type_name, options.arch, options.target, linear=options.linear
-    )
-    plans = _checked(plans, weights, options)
+    plans = _checked(_plans(weights, options), weights, options)
     entries = [*metadata_for(options.arch, options.type_name), *shapes_metadata(plans)]
     check_metadata(entries, plans, options.target)
     metadata = {key: GgufValue(kind, value) for key, kind, value in entries}
@@ -131,16 +127,19 @@ def export(path: Path, weights: Mapping[str, Weight], options: ExportOptions) ->
 
 def planned(weights: Mapping[str, Weight], options: ExportOptions) -> dict[str, str]:
     """Return the scheme that each quantized weight will be in, as far as names and shapes tell."""
-    shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
-    plans = plan_types(
-        shapes, options.type_name, options.arch, options.target, linear=options.linear
-    )
     found = {}
-    for plan in plans:
+    for plan in _plans(weights, options):
         if plan.type_name and _is_blocks(plan.type_name):
             kept = weights[plan.name].scheme if _is_of(weights[plan.name], plan.type_name) else None
             found[plan.name] = kept or scheme_name(plan.type_name)
     return found
+
+
+def _plans(weights: Mapping[str, Weight], options: ExportOptions) -> list[TensorPlan]:
+    shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
+    return plan_types(
+        shapes, options.type_name, options.arch, options.target, linear=options.linear
+    )
 
 
 def _checked(
