@@ -14,6 +14,7 @@ import torch
 from lowbits.core.backend import Packed, QuantBackend, Rows
 from lowbits.core.capability import has_float8_product
 from lowbits.core.decode import decode_rows, scale_by_row, write_float8
+from lowbits.core.memory import temporary
 from lowbits.core.products import dynamic_linear, widened_linear
 from lowbits.core.scheme import LINEAR, Scheme
 from lowbits.errors import FormatError
@@ -69,12 +70,14 @@ class Float8Backend(QuantBackend):
         dtype = FORMATS[_format(scheme.name)]
         limit = torch.finfo(dtype).max
         tensors = {}
+        values = temporary("scaled", weight, torch.float32)
         if scheme.group_bits:
-            scale = weight.abs().amax(1, keepdim=True) / limit
+            scale = torch.abs(weight, out=values).amax(1, keepdim=True) / limit
             tensors["scale"] = torch.where(scale == 0, 1.0, scale)
-            weight = weight / tensors["scale"]
+            weight = torch.div(weight, tensors["scale"], out=values)
         # Past its limit e5m2 becomes infinite and e4m3 NaN on some devices: saturate everywhere.
-        tensors["qdata"] = weight.clamp(-limit, limit).to(dtype).view(torch.uint8)
+        torch.clamp(weight, -limit, limit, out=values)
+        tensors["qdata"] = values.to(dtype).view(torch.uint8)
         return Packed(scheme.name, (weight.shape[0], weight.shape[1]), tensors)
 
     def unpack(

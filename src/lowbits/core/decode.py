@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final, final
 
 import torch
 
-from lowbits.core.memory import PART_WEIGHTS, scratch
+from lowbits.core.memory import PART_WEIGHTS, temporary
 from lowbits.core.tracing import needs_plain_ops
 from lowbits.errors import FormatError
 
@@ -55,19 +55,6 @@ def decode_rows(
         if values is not target:
             target.copy_(values)
     return result
-
-
-def temporary(use: str, like: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return room for a step of decoding, of another tensor's shape, on its device.
-
-    Args:
-        use: names what is alive at the same time; on a CPU the same room serves every part.
-        like: gives shape and device.
-        dtype: of the values.
-    """
-    if needs_plain_ops() or like.device.type != "cpu":
-        return like.new_empty(like.shape, dtype=dtype)
-    return scratch(use, tuple(like.shape), dtype)
 
 
 @final

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 import torch
 
+from lowbits.core.tracing import needs_plain_ops
 from lowbits.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -52,6 +53,20 @@ def scratch(use: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
             buffer = torch.empty(elements, dtype=dtype, device="cpu")
         buffers[use, dtype] = buffer
     return buffer[:elements].view(shape)
+
+
+def temporary(use: str, like: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return room for a step of packing or decoding, of a tensor's shape, on its device.
+
+    Args:
+        use: names what is alive at the same time; on a CPU the same room serves every part.
+        like: gives shape and device.
+        dtype: of the values.
+    """
+    is_part = like.device.type == "cpu" and like.numel() <= PART_WEIGHTS
+    if needs_plain_ops() or not is_part:
+        return like.new_empty(like.shape, dtype=dtype)
+    return scratch(use, tuple(like.shape), dtype)
 
 
 def storage_bytes(tensors: Iterable[Tensor]) -> int:

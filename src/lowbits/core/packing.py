@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from lowbits.core.backend import Packed
-from lowbits.core.memory import part_weights
+from lowbits.core.memory import part_weights, temporary
 from lowbits.core.scheme import rows_of
 from lowbits.errors import NonFiniteWeightError
 
@@ -90,7 +90,9 @@ def packed_parts(
 
 @torch.no_grad()
 def _pack_part(part: Tensor, scheme: Scheme, backend: QuantBackend, device: torch.device) -> Packed:
-    values = part.to(device).float().contiguous()
+    values = part.to(device)
+    if values.dtype != torch.float32 or not values.is_contiguous():
+        values = temporary("rows", values, torch.float32).copy_(values)
     # Part by part: torch.isfinite makes a copy of what it looks at.
     pieces = torch.split(values.view(-1), part_weights(device))
     bad: int = sum(_count_bad(piece) for piece in pieces)
@@ -123,8 +125,9 @@ def _require_finite(packed: Packed, values: Tensor, backend: QuantBackend) -> No
     step = packed.rows_at_once(max(1, part_weights(values.device) // row_length))
     bad = 0
     for start in range(0, rows, step):
-        part = backend.unpack(packed, torch.float32, rows=(start, min(start + step, rows)))
-        bad += _count_bad(part)
+        span = start, min(start + step, rows)
+        room = temporary("decoded", values[slice(*span)], torch.float32)
+        bad += _count_bad(backend.unpack(packed, torch.float32, room, span))
     if bad:
         raise NonFiniteWeightError(
             f"{bad} of its values would decode to NaN or infinity in {packed.scheme} "

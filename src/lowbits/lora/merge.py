@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, final
 
 import torch
 
+from lowbits.core.memory import temporary
 from lowbits.core.packing import packed_parts
 
 if TYPE_CHECKING:
@@ -131,11 +132,15 @@ class MergedWeight:
 
     @torch.no_grad()
     def rows(self, start: int, stop: int) -> Tensor:
-        """Return some rows of the sum: float32 where anything is added."""
+        """Return some rows of the sum: float32 where anything is added.
+
+        On a CPU the next rows are written over them.
+        """
         weight = self._weight[start:stop]
         if not self._deltas:
             return weight
-        total = weight.to(self._device, torch.float32, copy=True)
+        weight = weight.to(self._device)
+        total = temporary("sum", weight, torch.float32).copy_(weight)
         return self._add(total, weight, start, stop)
 
     def _add(self, total: Tensor, weight: Tensor, start: int, stop: int) -> Tensor:
