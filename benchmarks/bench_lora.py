@@ -227,23 +227,23 @@ def _count(model: nn.Module) -> int:
 @final
 @dataclass(frozen=True)
 class Merging:
-    """Seconds to quantize layers, to merge a LoRA into them, and to take it out."""
+    """Seconds to quantize layers, to merge a LoRA into them, and to take it out: medians.
+
+    ``ratio``, of merging to quantizing, is the median of the rounds' ratios: what slows the machine
+    down for some rounds slows both down.
+    """
 
     scheme: str
     weights: str
     quantize: float
     merge: float
     unmerge: float
+    ratio: float
 
     def cells(self) -> list[str]:
         """Return the row of the table."""
-        times = (self.quantize, self.merge, self.unmerge)
-        return [self.scheme, self.weights, *(number(value, 3) for value in times), self.ratio]
-
-    @property
-    def ratio(self) -> str:
-        """Merging, in times of quantizing."""
-        return number(self.merge / self.quantize)
+        times = [number(value, 3) for value in (self.quantize, self.merge, self.unmerge)]
+        return [self.scheme, self.weights, *times, number(self.ratio)]
 
 
 def merging(scheme: str, weights: str, size: int, device: torch.device, pace: Pace) -> Merging:
@@ -275,7 +275,9 @@ def merging(scheme: str, weights: str, size: int, device: torch.device, pace: Pa
             if is_warm:
                 samples[name].append(seconds)
     times = {name: statistics.median(values) for name, values in samples.items()}
-    return Merging(scheme, weights, times["quantize"], times["merge"], times["unmerge"])
+    rounds = zip(samples["merge"], samples["quantize"], strict=True)
+    ratio = statistics.median(merge / quantize for merge, quantize in rounds)
+    return Merging(scheme, weights, times["quantize"], times["merge"], times["unmerge"], ratio)
 
 
 _HEADERS: Final[dict[str, tuple[str, ...]]] = {
