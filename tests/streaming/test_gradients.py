@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model, inject_adapter_in_model
-from streaming.models import Snapshot, Stack, inputs, same, streamer_of
+from streaming.models import (
+    WIDTH,
+    Block,
+    Snapshot,
+    Stack,
+    inputs,
+    same,
+    smallest_budget,
+    stage_of,
+    streamer_of,
+)
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -162,6 +172,33 @@ def test_a_weight_that_changed_before_the_backward_pass_is_told() -> None:
             model.blocks[1].up.weight.mul_(2)
         with pytest.raises(RuntimeError, match="changed"):
             loss.backward()
+
+
+def test_a_copy_beside_a_weight_in_use_is_no_write_to_it() -> None:
+    """Autograd refuses a weight that is written while it is saved; others may share its slot."""
+    model = Stack(7)
+    model.blocks = nn.ModuleList(Block(WIDTH, hidden) for hidden in (10, 80, 10, 80, 10, 35, 20))
+    seen: list[bool] = []
+
+    def look(norm: nn.Module, _: Any) -> None:
+        weight = cast("Tensor", norm.weight)
+        before = weight._version
+        residency = stage_of(streamer)._residency
+        assert residency
+        residency.drain()
+        seen.append(weight._version == before)
+
+    for block in model.blocks:
+        block.norm.register_forward_pre_hook(look)
+    budget = smallest_budget(model, method="async", depth=1) + 8192
+    with streamer_of(model, budget=budget, method="async", location="cpu", depth=1) as streamer:
+        for _ in range(3):
+            model(inputs())
+        plan = stage_of(streamer).plan
+        assert plan
+        assert any(plan.offset_of.values())
+    assert len(seen) == 3 * 7
+    assert all(seen)
 
 
 def test_backward_after_detach() -> None:

@@ -58,8 +58,10 @@ def scratch(use: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 def temporary(use: str, like: Tensor, dtype: torch.dtype) -> Tensor:
     """Return room for a step of packing or decoding, of a tensor's shape, on its device.
 
+    On a CPU the same room serves every part; what is larger than a part is not kept.
+
     Args:
-        use: names what is alive at the same time; on a CPU the same room serves every part.
+        use: names what is alive at the same time.
         like: gives shape and device.
         dtype: of the values.
     """

@@ -31,7 +31,7 @@ AUTO_MEMORY_SHARE: Final = 0.6
 _COMPARE_BYTES: Final = 1 << 24
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Extent:
     """Where bytes lie in a file: `nbytes` of them, from byte `offset` on.
 

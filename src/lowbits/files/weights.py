@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 @final
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class StoredTensor:
     """A tensor of a file, in the byte order of this machine; nothing is read until it is asked for.
 
@@ -95,15 +95,10 @@ def open_file(path: Path) -> io.BufferedReader:
         FormatError: it is a pipe, a socket or a device.
         OSError: it is missing, a folder, or may not be read.
     """
-    file = io.FileIO(path, opener=_open_at_once)
-    mode = os.fstat(file.fileno()).st_mode
-    if not stat.S_ISREG(mode):
-        file.close()
-        raise FormatError("not a regular file", path)
-    return io.BufferedReader(file)
+    return io.BufferedReader(_open_raw(path))
 
 
-def stamp_of(file: io.BufferedReader) -> tuple[int, int, int]:
+def stamp_of(file: io.BufferedReader | io.FileIO) -> tuple[int, int, int]:
     """Return what tells a file from one that takes its place: time, size and inode."""
     status = os.fstat(file.fileno())
     return status.st_mtime_ns, status.st_size, status.st_ino
@@ -122,7 +117,7 @@ def read_into(out: Tensor, extent: Extent, name: str = "") -> None:
         OSError: it is missing, or may not be read.
     """
     view, done = bytes_of(out), 0
-    with open_file(extent.path) as file:
+    with _open_raw(extent.path) as file:
         if extent.stamp is not None and extent.stamp != stamp_of(file):
             raise FormatError(
                 "the file was changed or replaced since it was opened: open it again",
@@ -140,6 +135,16 @@ def read_into(out: Tensor, extent: Extent, name: str = "") -> None:
                     extent.offset,
                 )
             done += count
+
+
+def _open_raw(path: Path) -> io.FileIO:
+    """Open a file as `open_file` does, without a buffer."""
+    file = io.FileIO(path, opener=_open_at_once)
+    mode = os.fstat(file.fileno()).st_mode
+    if not stat.S_ISREG(mode):
+        file.close()
+        raise FormatError("not a regular file", path)
+    return file
 
 
 def _open_at_once(path: str, flags: int) -> int:

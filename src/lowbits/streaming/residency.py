@@ -56,6 +56,7 @@ class _Home:
         self.load: Load | None = None
         self.users = 0
         self.freed: Any = None
+        self._flat: Tensor | None = None
         self.tensors: list[Tensor] | None = None
         self.rivals: list[_Home] = []
         for other in slot.homes:
@@ -63,6 +64,22 @@ class _Home:
                 self.rivals.append(other)
                 other.rivals.append(self)
         slot.homes.append(self)
+
+    def flat(self) -> Tensor:
+        """Return its bytes in the slot, 1-D uint8.
+
+        Views share a count of writes. A copy to another unit in the slot must not look like a write
+        to this one: autograd refuses a weight that changes while it is saved.
+        """
+        if self._flat is None:
+            assert self.slot.buffer is not None
+            with torch.inference_mode(mode=False):
+                self._flat = self.slot.buffer[self.start : self.stop].data
+        return self._flat
+
+    def forget(self) -> None:
+        """Let go of all that holds the slot's memory."""
+        self._flat = self.tensors = self.load = None
 
     def go(self) -> None:
         """Leave the slot, which somebody else's home is in."""
@@ -148,7 +165,8 @@ class Residency:
         known = set(map(id, kept))
         for home in self._homes:
             if id(home) not in known and not any(other.users for other in home.slot.homes):
-                home.slot.buffer = home.tensors = home.load = None
+                home.slot.buffer = None
+                home.forget()
 
     def finished_copies(self) -> list[tuple[int, float]]:
         """Return bytes and seconds of the copies that were finished since the last call."""
@@ -224,10 +242,8 @@ class Residency:
         return own(result)
 
     def version(self, number: int) -> int:
-        """Return how often the buffer of a unit in use was written by torch."""
-        buffer = self._held[number].slot.buffer
-        assert buffer is not None
-        return buffer._version
+        """Return how often the bytes of a unit in use were written by torch."""
+        return self._held[number].flat()._version
 
     def keep(self, number: int) -> None:
         """Say that the device has the newest bytes of a unit in use."""
@@ -261,7 +277,7 @@ class Residency:
             self._left.remove(slot)
             slot.buffer = None
             for home in slot.homes:
-                home.tensors = home.load = None
+                home.forget()
 
     def prefetch(self, upcoming: Iterable[int]) -> None:
         """Ask for copies of the units that come next, as far as slots are free.
@@ -294,9 +310,7 @@ class Residency:
         for overwritten in (home, *home.rivals):
             overwritten.is_present = False
         home.version = entry.master.version
-        assert slot.buffer is not None
-        target = slot.buffer[home.start : home.stop]
-        home.load = self._transfer.start(entry.unit.name, entry.master, target, freed)
+        home.load = self._transfer.start(entry.unit.name, entry.master, home.flat(), freed)
         home.is_present = True
         self._under_way.append((entry.unit.nbytes, home.load))
         entry.copies += 1
@@ -332,12 +346,10 @@ class Residency:
 
     def _tensors(self, home: _Home) -> list[Tensor]:
         if home.tensors is None:
-            assert home.slot.buffer is not None
-            flat = home.slot.buffer[home.start : home.stop]
             with torch.inference_mode(mode=False), torch.no_grad():
                 entry = self._stored[home.number]
                 home.tensors = [
-                    _like(place.original, place.view(flat), is_frozen=not entry.is_base)
+                    _like(place.original, place.view(home.flat()), is_frozen=not entry.is_base)
                     for place in entry.unit.places
                 ]
         return home.tensors
