@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import pickle
 import signal
@@ -94,6 +95,8 @@ def _run(function: Callable[[], Any], writer: int) -> NoReturn:
         limit = pages * resource.getpagesize() + MEMORY_BYTES
         no_limit = resource.getrlimit(resource.RLIMIT_AS)
         resource.setrlimit(resource.RLIMIT_AS, (limit, no_limit[1]))
+        # What the test process holds is not for this one to collect, which would copy all of it.
+        gc.freeze()
         for alarm in (signal.SIGALRM, signal.SIGPROF):
             signal.signal(alarm, signal.SIG_DFL)
         signal.setitimer(signal.ITIMER_PROF, CPU_S * (TRACED if sys.gettrace() else 1))
