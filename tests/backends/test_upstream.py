@@ -174,6 +174,12 @@ def test_a_scale_per_row_beats_the_plain_cast(kind: str) -> None:
         assert plain == pytest.approx(0.0330, rel=0.02)
 
 
+@pytest.mark.parametrize("scheme", ["float8-e4m3fn", "float8-e4m3fn-raw"])
+def test_a_parameter_can_be_cast(scheme: str) -> None:
+    values = weight()
+    assert torch.equal(ours(torch.nn.Parameter(values), scheme), ours(values, scheme))
+
+
 def test_nf4_and_its_nested_scales_match_the_librarys_tables() -> None:
     from bitsandbytes import functional as bnb
 

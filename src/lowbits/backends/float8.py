@@ -65,6 +65,7 @@ class Float8Backend(QuantBackend):
             torch.ones(1).to(dtype).float()
         return torch.__version__
 
+    @torch.no_grad()  # what is written with out= has no gradient; a Parameter may be given
     def pack(self, weight: Tensor, scheme: Scheme) -> Packed:
         """Cast, scaled to the format's range where the scheme has a scale."""
         dtype = FORMATS[_format(scheme.name)]

@@ -226,9 +226,7 @@ class Residency:
         """
         if number not in self._streamed:
             return result
-        buffer = self._held[number].slot.buffer
-        assert buffer is not None
-        address = buffer.untyped_storage().data_ptr()
+        address = self._held[number].flat().untyped_storage().data_ptr()
 
         def own(value: Any) -> Any:
             if isinstance(value, torch.Tensor):
