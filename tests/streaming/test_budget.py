@@ -20,7 +20,7 @@ from lowbits.testing.accelerator import fake_accelerator
 from lowbits.testing.streams import ThreadedOps
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from lowbits.streaming.budget import DeviceBudget
 
@@ -203,7 +203,7 @@ def test_threads_wait_for_each_other() -> None:
     assert budget.peak_bytes <= budget.budget_bytes
 
 
-def test_on_a_device_with_streams_pipelines_take_turns() -> None:
+def pipelines_take_turns() -> None:
     models = [build(seed) for seed in range(3)]
     x = torch.randn(2, 16)
     expected = [model(x) for model in models]
@@ -222,6 +222,10 @@ def test_on_a_device_with_streams_pipelines_take_turns() -> None:
         for handle in handles:
             handle.restore()
         lowbits.device_budget(device, None)
+
+
+def test_on_a_device_with_streams_pipelines_take_turns(run_beside: Callable[..., Any]) -> None:
+    run_beside(pipelines_take_turns)
 
 
 def test_a_device_without_a_number_is_the_current_one() -> None:

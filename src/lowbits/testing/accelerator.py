@@ -174,6 +174,12 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: 
     return run(op, query, key, value, *args, **kwargs)
 
 
+class _Named(property):
+    """A property that a ``__torch_function__`` finds the name of, as it does torch's own."""
+
+    __name__ = "data"
+
+
 def _keep_identity() -> None:
     """Let ``parameter.data = `` cross devices, as CUDA's does; `nn.Module.to` goes that way then.
 
@@ -198,7 +204,7 @@ def _keep_identity() -> None:
         # torch leaves the gradient behind, for the caller to move; here it would not be accepted.
         self.grad = None if gradient is None else gradient.to(value.device)
 
-    torch_.Tensor.data = property(read, write)
+    torch_.Tensor.data = _Named(read, write)
     torch_._has_compatible_shallow_copy_type = lambda a, b: crosses(a, b) or is_compatible(a, b)
 
 
