@@ -5,8 +5,10 @@ What registers the fake accelerator runs beside.
 
 from __future__ import annotations
 
+import copy
 import itertools
 import random
+from collections import Counter
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -119,6 +121,28 @@ def test_late_copies(name: str, location: str, method: str, run_beside: Callable
     run_beside(passes_are_right, name, location, method)
 
 
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_a_pass_takes_few_orders(share: float) -> None:
+    """Each costs the host microseconds: a device that computes quickly waits for them."""
+    model, x, options = Net([64] * 12), torch.randn(3, 16), {"location": "shared", "depth": 3}
+    with ThreadedOps() as asked:
+        least = needed(model, asked, **options)
+    ops = ThreadedOps()
+    budget = least + int(share * unit_bytes(model))
+    with streamed(model, ops, budget, **options) as streamer:
+        for _ in range(5):  # the plan is made anew from what two have taken
+            ops.log.clear()
+            model(x)
+        orders = Counter(step.what for step in ops.log)
+        units = [unit for unit in streamer.stats().units if not unit.is_base]
+    copies = sum(not unit.is_resident for unit in units)
+    assert (copies == 0) == (share == 1)
+    assert orders["copy"] == orders["copy_after"] == copies
+    assert orders["mark_copied"] == 2 * copies
+    assert orders["mark_computed"] == 2 + 2 * len(units) + copies
+    assert orders["compute_after"] == len(units)
+
+
 def mixed_devices_are_refused() -> None:
     device, model, x = fake_accelerator(), Net(SIZES), torch.randn(3, 16)
     expected = expected_of(model, x)
@@ -126,6 +150,16 @@ def mixed_devices_are_refused() -> None:
         with pytest.raises(RuntimeError, match="same device"):
             model(x)
         assert torch.equal(model(x.to(device)).cpu(), expected)
+
+
+def writes_through_data_reach_the_master() -> None:
+    model: Any = Net(SIZES)
+    device, x = fake_accelerator(), torch.randn(3, 16)
+    changed = copy.deepcopy(model)
+    changed.blocks[1].up.weight.data += 1
+    with streamed(model, late_ops(device), 40_000):
+        model.blocks[1].up.weight.data += 1
+        assert torch.equal(model(x.to(device)).cpu(), expected_of(changed, x))
 
 
 def writes_into_the_base_survive(location: str) -> None:
@@ -144,7 +178,11 @@ def writes_into_the_base_survive(location: str) -> None:
     assert torch.equal(model.last.bias, torch.full((16,), 3.0))
 
 
-@pytest.mark.parametrize("check", [mixed_devices_are_refused], ids=lambda c: c.__name__)
+@pytest.mark.parametrize(
+    "check",
+    [mixed_devices_are_refused, writes_through_data_reach_the_master],
+    ids=lambda c: c.__name__,
+)
 def test_on_the_fake_accelerator(check: Callable[..., None], run_beside: Any) -> None:
     run_beside(check)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, final
+from itertools import chain
+from typing import TYPE_CHECKING, Any, final
 
 import torch
 from torch import nn
@@ -42,6 +43,8 @@ class Component:
         self.is_ring_only = False
         self._device, self._layout = device, layout
         self._loose = [_Loose(holder, tensor) for holder, tensor in layout.loose]
+        # Every packed layer has a marker without bytes: they are not counted at every pass.
+        self._sized = [loose for loose in self._loose if loose.tensor.numel()]
         self._extras: list[_Loose] = []
         self._tree = _Tree(root)
 
@@ -63,7 +66,7 @@ class Component:
     @property
     def loose_bytes(self) -> int:
         """Bytes on the device that are neither a unit's nor the base's."""
-        held = [loose.held() for loose in (*self._loose, *self._extras)]
+        held = [loose.held() for loose in (*self._sized, *self._extras)]
         return loose_bytes(tensor for tensor in held if tensor is not None)
 
     def attach(self) -> None:
@@ -243,21 +246,23 @@ class _Tree:
         self._look()
 
     def _look(self) -> None:
-        self._seen = [
-            (m._modules, list(m._modules.values()), m._parameters, len(m._parameters), m._buffers,
-             len(m._buffers))
-            for m in self._root.modules()
-        ]  # fmt: skip
+        modules = list(self._root.modules())
+        self._children = [module._modules for module in modules]
+        self._counted: list[dict[str, Any]] = [*self._children]
+        for module in modules:
+            self._counted += (module._parameters, module._buffers)
+        self._seen = self._now()
+
+    def _now(self) -> tuple[list[nn.Module | None], list[int]]:
+        """Return every module's children, and how many children and tensors each has."""
+        children = chain.from_iterable(map(dict.values, self._children))
+        return list(children), list(map(len, self._counted))
 
     def has_changed(self) -> bool:
         """Say whether the model is another one than at the last call."""
-        # Modules compare by identity, so that this is a loop in C: it runs before every pass.
-        is_same = all(
-            list(modules.values()) == children
-            and len(parameters) == n_parameters
-            and len(buffers) == n_buffers
-            for modules, children, parameters, n_parameters, buffers, n_buffers in self._seen
-        )
+        # Modules compare by identity, so that all of it runs in C: the device waits for it before
+        # every pass.
+        is_same = self._now() == self._seen
         if not is_same:
             self._look()
         return not is_same

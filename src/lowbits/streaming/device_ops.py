@@ -19,6 +19,8 @@ from lowbits.core.memory import available_host_bytes
 from lowbits.streaming.host import aligned_empty
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from torch import Tensor
 
 
@@ -49,6 +51,11 @@ class DeviceOps(ABC):
     @abstractmethod
     def copy(self, target: Tensor, source: Tensor) -> None:
         """Copy bytes from the host to the device, behind the copies asked for before."""
+
+    def copy_parts(self, parts: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Do what `copy` does, for several targets and sources."""
+        for target, source in parts:
+            self.copy(target, source)
 
     @abstractmethod
     def mark_computed(self) -> Any:
@@ -157,6 +164,8 @@ class AcceleratorOps(DeviceOps):
         super().__init__(device)
         # One stream for all copies of this streamer: a second one would fight for the same link.
         self._stream = torch.Stream(device)
+        # By number: torch asks a device which accelerator there is, each time.
+        self._index = self._stream.device.index
 
     def copy(self, target: Tensor, source: Tensor) -> None:
         """Copy on the copy stream.
@@ -164,13 +173,18 @@ class AcceleratorOps(DeviceOps):
         Source has to be page-locked to run beside compute, and stay as it is until the event of
         the next `mark_copied`.
         """
+        self.copy_parts([(target, source)])
+
+    def copy_parts(self, parts: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Copy as `copy` does; changing the stream once: each time costs as much as a copy does."""
         with self._stream:
-            # Without non_blocking the host would wait; `mark_copied` orders the readers instead.
-            target.copy_(source, non_blocking=True)
+            for target, source in parts:
+                # Else the host would wait; `mark_copied` orders the readers instead.
+                target.copy_(source, non_blocking=True)
 
     def mark_computed(self) -> torch.Event:
         """Record an event on the compute stream."""
-        return self._record(torch.accelerator.current_stream(self.device))
+        return self._record(torch.accelerator.current_stream(self._index))
 
     def mark_copied(self) -> torch.Event:
         """Record an event on the copy stream."""
@@ -195,7 +209,7 @@ class AcceleratorOps(DeviceOps):
     def compute_after(self, event: torch.Event | None) -> None:
         """Make the compute stream wait: without it, a slot would be read half written."""
         if event is not None:
-            torch.accelerator.current_stream(self.device).wait_event(event)
+            torch.accelerator.current_stream(self._index).wait_event(event)
 
     def host_after(self, event: torch.Event | None) -> None:
         """Block until an event has happened: before staging memory is written again."""

@@ -76,6 +76,8 @@ class HostMaster(Master):
     @property
     def version(self) -> int:
         """Count writes: those of `write`, and those into tensors that were handed out."""
+        if not self._tensors:
+            return self._writes
         return self._writes + sum(tensor._version for tensor in self._tensors.values())
 
     def read(self, start: int, out: Tensor, should_stop: Callable[[], bool] | None = None) -> None:  # noqa: ARG002 - part of the interface

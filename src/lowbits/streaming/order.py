@@ -32,15 +32,16 @@ class CallOrder:
         self._position = 0
         self._trace = []
 
-    def enter(self, unit: int) -> None:
-        """Note that a unit is called, in or out of turn."""
+    def enter(self, unit: int) -> bool:
+        """Note that a unit is called; return whether it is its turn."""
         self._trace.append(unit)
         count = len(self.expected)
         for ahead in range(count):
             at = (self._position + ahead) % count
             if self.expected[at] == unit:
                 self._position = at + 1
-                return
+                return not ahead
+        return False
 
     def closes(self, unit: int) -> bool:
         """Say whether calling a unit begins a new pass, where nothing else says so."""

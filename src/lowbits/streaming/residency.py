@@ -44,7 +44,7 @@ class _Home:
         version: of the unit's master when the copy was asked for.
         load: the last copy.
         users: forwards that are using it now.
-        freed: event behind its last use.
+        freed: event behind its last use; None: copies are behind it already, or it had none.
         tensors: by place; made at the first use.
         rivals: the other homes whose bytes this one's overwrite.
     """
@@ -299,16 +299,20 @@ class Residency:
 
     def _start(self, home: _Home) -> None:
         entry, slot = self._stored[home.number], home.slot
-        freed = [h.freed for h in (home, *home.rivals) if h.freed is not None]
+        overwritten = (home, *home.rivals)
+        freed = [each.freed for each in overwritten if each.freed is not None]
         if slot.buffer is None:
             self._make_buffer(slot, entry)
             # Whoever had this memory before may be computing with it still.
             freed.append(self._ops.mark_computed())
         # First: whatever is raised from here on, the old bytes count as overwritten.
-        for overwritten in (home, *home.rivals):
-            overwritten.is_present = False
+        for each in overwritten:
+            each.is_present = False
         home.version = entry.master.version
         home.load = self._transfer.start(entry.unit.name, entry.master, home.flat(), freed)
+        # Copies are made in order: what this one waits for, no later one has to wait for.
+        for each in overwritten:
+            each.freed = None
         home.is_present = True
         self._under_way.append((entry.unit.nbytes, home.load))
         entry.copies += 1

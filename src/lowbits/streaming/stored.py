@@ -59,6 +59,8 @@ class Stored:
             StreamedTensor(place, master, device, self._count_miss) for place in unit.places
         ]
         self._holders = list(unit.holders())
+        # The same, for the loops that run at every use: modules keep their dictionaries for good.
+        self._spots = [(holder.slots, holder.name, number) for holder, number in self._holders]
         self.has_buffers = any(not place.holders[0].is_parameter for place in unit.places)
         self._uses = 0
         # Originals at first: `hide` takes them away.
@@ -91,10 +93,10 @@ class Stored:
 
         What somebody else has put there stays there: see `check`.
         """
-        for holder, number in self._holders:
-            slots = holder.slots
-            if slots.get(holder.name) is self._held[number]:
-                slots[holder.name] = tensors[number]
+        held = self._held
+        for slots, name, number in self._spots:
+            if slots.get(name) is held[number]:
+                slots[name] = tensors[number]
         self._held = tensors
 
     def begin_use(self, tensors: Sequence[Tensor]) -> None:
@@ -135,10 +137,17 @@ class Stored:
         if self._uses:
             return
         seen, self._seen = self._seen, []
-        for holder, number in self._holders:
+        held = self._held
+        changed = [
+            spot
+            for spot, (slots, name, number) in enumerate(self._spots)
+            if slots.get(name) is not held[number]
+        ]
+        for spot in changed:
+            holder, number = self._holders[spot]
             found = holder.slots.get(holder.name)
             if found is self._held[number]:
-                continue
+                continue  # tied to one that was taken over just now
             is_elsewhere = found is not None and found.device != self._outside[number].device
             if at_end or is_elsewhere or any(found is tensor for tensor in seen):
                 self._take_over(number)

@@ -96,7 +96,8 @@ class Timing:
         while self._marks:
             entry, called, started, done = self._marks[0]
             total = self._ops.seconds(called, done)
-            stall = 0.0 if entry is None else self._ops.seconds(called, started)
+            has_waited = entry is not None and started is not called
+            stall = self._ops.seconds(called, started) if has_waited else 0.0
             if total is None or stall is None:
                 break
             self._marks.popleft()

@@ -107,9 +107,8 @@ class DirectTransfer(Transfer):
         for event in freed:
             self._ops.copy_after(event)
         begun = self._ops.mark_copied()
-        for start in range(0, target.numel(), _CHUNK_BYTES):
-            stop = min(start + _CHUNK_BYTES, target.numel())
-            self._ops.copy(target[start:stop], source.flat[start:stop])
+        parts = torch.split(target, _CHUNK_BYTES), torch.split(source.flat, _CHUNK_BYTES)
+        self._ops.copy_parts(zip(*parts, strict=True))
         return Load(unit, begun, (self._ops.mark_copied(),))
 
     def wait(self, load: Load) -> None:
