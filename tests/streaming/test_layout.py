@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -91,6 +92,46 @@ def test_an_oversized_block_is_split_into_its_layers() -> None:
     assert split.nbytes == whole.nbytes
     assert "gain" in base_names(split)
     assert_streams(model, inputs())
+
+
+class Table(Block):
+    """A large block with a table of its own, of a thirtieth of its bytes."""
+
+    def __init__(self) -> None:
+        super().__init__(WIDTH, LARGE)
+        self.table = nn.Parameter(torch.randn(2, WIDTH, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x @ self.table[0] @ self.table[1])
+
+
+LARGE = 32 * WIDTH
+LARGE_BLOCK = partial(Block, WIDTH, LARGE)
+
+
+@pytest.mark.parametrize(
+    ("block", "beside", "depth", "parts"),
+    [
+        (LARGE_BLOCK, 5.5, None, ["norm", "up", "down"]),
+        (LARGE_BLOCK, 5.5, 3, []),
+        (LARGE_BLOCK, 6.5, None, []),
+        (Block, 5.5, None, []),
+        (Table, 5.5, None, []),
+    ],
+)
+def test_blocks_larger_than_most_are_cut_where_few_fit(
+    block: Callable[[], Block], beside: float, depth: int | None, parts: list[str]
+) -> None:
+    """What a block owns itself would stay on the device: where that is much, it stays whole."""
+    model = Stack(18)
+    for number in range(8):
+        model.blocks[number] = block()
+    whole = layout_of(model)
+    budget = whole.fixed_bytes + int(beside * whole.units[0].nbytes)
+    found = names(layout_of(model, budget, depth))
+    of_large = [f"blocks.{number}.{part}" for number in range(8) for part in parts]
+    assert found == (of_large or names(whole)[:8]) + names(whole)[8:]
+    assert_streams(model, inputs(), budget=budget)
 
 
 def test_tied_weights_of_one_unit_lie_there_once() -> None:
