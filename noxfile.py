@@ -23,7 +23,14 @@ GPU_BENCHMARKS = (
         *("--json", "out/bench_layers_gpu.json"),
     ),
     ("bench_flux_gpu",),
-    ("bench_streaming", "--device", "cuda", "--json", "out/bench_streaming_gpu.json"),
+    (
+        *("bench_streaming", "--device", "cuda", "--rounds", "9", "--threads", "8"),
+        *("--json", "out/bench_streaming_gpu.json"),
+    ),
+    (
+        *("bench_lora", "--parts", "merge", "--device", "cuda", "--threads", "8"),
+        *("--json", "out/bench_lora_gpu.json"),
+    ),
 )
 PRINT_ACCELERATOR = (
     "import torch as t; d = t.accelerator.current_accelerator(check_available=True); "

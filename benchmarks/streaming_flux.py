@@ -3,14 +3,18 @@
 Shapes are exact, weights random, packed block by block as they are made. A pass of the denoiser is
 one step of a picture of 1024 x 1024, of the text encoder one prompt, of the VAE one decoding. A
 streamed pass is compared with the longer of a resident one and of its bytes at the bandwidth of a
-copy from page-locked memory, probed in the same run.
+copy from page-locked memory, probed in the same run. The resident passes are those of a copy of the
+component, which stays on the device beside what the budget is about: both take turns, so that what
+slows the host or the device down for a while slows both. Of two streamed passes in a row the second
+one counts.
 """
 
 from __future__ import annotations
 
+import copy
 import gc
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from statistics import median
 from typing import TYPE_CHECKING, Any, Final, final
@@ -37,7 +41,8 @@ _WARM_UP: Final = 4
 _PROBE_BYTES: Final = 1 << 28
 _HEADER: Final = (
     *("component", "scheme", "model, GB", "budget", "resident units", "ring", "wall, s"),
-    *("host, s", "C, s", "C: host, s", "copied, GB", "T, s", "of max(C, T)", "waited, s"),
+    *("host, s", "C, s", "C: host, s", "copied, GB", "T, s", "of max(C, T)", "fastest passes"),
+    "waited, s",
     *("weights on the device, GB", "allocated, GB", "bit-equal"),
 )
 
@@ -56,13 +61,15 @@ class FluxRow:
         depth: slots of the ring.
         wall_s: median.
         host_s: median until the call returned, the device still computing.
-        compute_s: median with all weights on the device.
+        compute_s: median of the copy with all weights on the device.
         compute_host_s: of that, until the call returned: where it is as long, the host limits it.
         copied_bytes: to the device.
         transfer_s: of those bytes, at the probed bandwidth.
+        fastest_s: of the fastest pass, and of the fastest one of the copy: a host that others slow
+            down in turns, too, does not decide here.
         stall_s: that compute has waited.
         weight_bytes: most on the device.
-        allocated_bytes: most that torch had allocated there.
+        allocated_bytes: most that torch had allocated there, the copy not counted.
         is_equal: whether the result is that of the resident component, bit for bit.
     """
 
@@ -78,6 +85,7 @@ class FluxRow:
     compute_host_s: float
     copied_bytes: float
     transfer_s: float
+    fastest_s: tuple[float, float]
     stall_s: float
     weight_bytes: int
     allocated_bytes: int
@@ -88,6 +96,12 @@ class FluxRow:
         """The pass by the longer of compute and transfer."""
         return self.wall_s / max(self.compute_s, self.transfer_s)
 
+    @property
+    def fastest_ratio(self) -> float:
+        """The same of the fastest passes."""
+        wall_s, compute_s = self.fastest_s
+        return wall_s / max(compute_s, self.transfer_s)
+
     def cells(self) -> list[str]:
         """Return the row of the table."""
         return [
@@ -95,7 +109,8 @@ class FluxRow:
             *("{} of {}".format(*self.units), str(self.depth), number(self.wall_s, 3)),
             *(number(value, 3) for value in (self.host_s, self.compute_s, self.compute_host_s)),
             number(self.copied_bytes / GB),
-            *(number(value, 3) for value in (self.transfer_s, self.ratio, self.stall_s)),
+            *(number(value, 3) for value in (self.transfer_s, self.ratio, self.fastest_ratio)),
+            number(self.stall_s, 3),
             *(number(count / GB) for count in (self.weight_bytes, self.allocated_bytes)),
             str(self.is_equal),
         ]
@@ -103,14 +118,42 @@ class FluxRow:
 
 @final
 @dataclass(frozen=True)
-class Resident:
-    """A component on the host again, after it ran with all of it on the device."""
+class Twins:
+    """A component on the host, and a copy of it on the device.
+
+    Attributes:
+        model: to be streamed.
+        call: one pass of it.
+        resident_call: one pass of the copy.
+        result: of the copy.
+    """
 
     model: nn.Module
     call: Callable[[], Tensor]
+    resident_call: Callable[[], Tensor]
     result: Tensor
-    compute_s: float
-    host_s: float
+
+
+@final
+@dataclass(frozen=True)
+class Timed:
+    """Seconds of passes, and of those until the call returned."""
+
+    walls: list[float] = field(default_factory=list)
+    hosts: list[float] = field(default_factory=list)
+
+    def add(self, call: Callable[[], Tensor], device: torch.device) -> None:
+        """Time a pass.
+
+        It ends with its result: what is fetched for the next one goes on meanwhile, as it does from
+        one step of a picture to the next.
+        """
+        finish_compute(device)
+        start = time.perf_counter()
+        call()
+        self.hosts.append(time.perf_counter() - start)
+        finish_compute(device)
+        self.walls.append(time.perf_counter() - start)
 
 
 def finish_compute(device: torch.device) -> None:
@@ -119,29 +162,23 @@ def finish_compute(device: torch.device) -> None:
         torch.accelerator.current_stream(device).synchronize()
 
 
-def timed(call: Callable[[], Tensor], given: argparse.Namespace) -> tuple[float, float]:
-    """Return the median seconds of a pass, and those until its call returned.
-
-    A pass ends with its result: what is fetched for the next one goes on meanwhile, as it does from
-    one step of a picture to the next.
-    """
-    walls, hosts = [], []
+def in_turn(twins: Twins, given: argparse.Namespace) -> tuple[Timed, Timed]:
+    """Time streamed and resident passes."""
+    streamed, resident = Timed(), Timed()
     for _ in range(given.rounds):
-        start = time.perf_counter()
-        call()
-        hosts.append(time.perf_counter() - start)
-        finish_compute(given.device)
-        walls.append(time.perf_counter() - start)
-    return median(walls), median(hosts)
+        resident.add(twins.resident_call, given.device)
+        twins.call()
+        streamed.add(twins.call, given.device)
+    return streamed, resident
 
 
 def bandwidth(device: torch.device) -> float:
     """Return the bytes per second of a copy from page-locked memory."""
     source = torch.empty(_PROBE_BYTES, dtype=torch.uint8, pin_memory=True)
     target = torch.empty_like(source, device=device)
-    copy = partial(target.copy_, source, non_blocking=True)
-    copy()
-    return _PROBE_BYTES / median(sample_s(copy, device) for _ in range(7))
+    send = partial(target.copy_, source, non_blocking=True)
+    send()
+    return _PROBE_BYTES / median(sample_s(send, device) for _ in range(7))
 
 
 def call_of(name: str, model: Any, *, is_small: bool, device: torch.device) -> Callable[[], Tensor]:
@@ -162,38 +199,38 @@ def call_of(name: str, model: Any, *, is_small: bool, device: torch.device) -> C
     return lambda: model.decode(moved_latents, return_dict=False)[0]
 
 
-def resident(name: str, scheme: str, given: argparse.Namespace) -> Resident:
-    """Build a component on the device, time it there, and move it to the host."""
+def twins_of(name: str, scheme: str, given: argparse.Namespace) -> Twins:
+    """Build a component on the device, copy it there, and move one of both to the host."""
     is_small = given.preset == "small"
     packs = partial(lowbits.quantize, scheme=scheme, keep_source="none")
     config = (TINY if is_small else FULL)[name]
     model = loaded(name, config, given.device, None if scheme == "native" else packs)
-    call = call_of(name, model, is_small=is_small, device=given.device)
-    result = call()
-    compute_s, host_s = timed(call, given)
+    twin = copy.deepcopy(model)
     model.to("cpu")
-    return Resident(model, call, result.cpu(), compute_s, host_s)
+    calls = [call_of(name, m, is_small=is_small, device=given.device) for m in (model, twin)]
+    return Twins(model, *calls, calls[1]().cpu())
 
 
 def streamed(
-    name: str, scheme: str, size: str, full: Resident, given: argparse.Namespace, link: float
+    name: str, scheme: str, size: str, twins: Twins, given: argparse.Namespace, link: float
 ) -> FluxRow:
     """Stream a component within a budget.
 
     Raises:
         InsufficientMemoryError: the budget is too small for its largest part.
     """
-    device = given.device
-    with LayerStreamer(full.model, device=device, budget=size, location="shared") as streamer:
+    device, beside = given.device, allocated_bytes(given.device)
+    with LayerStreamer(twins.model, device=device, budget=size, location="shared") as streamer:
         for _ in range(_WARM_UP):
-            result = full.call()
-        is_equal = torch.equal(result.cpu(), full.result)
+            result = twins.call()
+        is_equal = torch.equal(result.cpu(), twins.result)
         del result
         reset_peak(device)
         before = streamer.stats()
-        wall, host = timed(full.call, given)
+        timed, resident = in_turn(twins, given)
         after = streamer.stats()
-        copied = (after.copied_bytes - before.copied_bytes) / given.rounds
+        passes = 2 * given.rounds
+        copied = (after.copied_bytes - before.copied_bytes) / passes
         return FluxRow(
             name,
             scheme,
@@ -201,28 +238,34 @@ def streamed(
             size,
             (sum(unit.is_resident for unit in after.units[:-1]), len(after.units) - 1),
             after.depth,
-            wall,
-            host,
-            full.compute_s,
-            full.host_s,
+            median(timed.walls),
+            median(timed.hosts),
+            median(resident.walls),
+            median(resident.hosts),
             copied,
             copied / link,
-            (after.stall_s - before.stall_s) / given.rounds,
+            (min(timed.walls), min(resident.walls)),
+            (after.stall_s - before.stall_s) / passes,
             after.peak_device_bytes,
-            allocated_bytes(device),
+            peak_bytes(device) - beside,
             is_equal,
         )
 
 
 def reset_peak(device: torch.device) -> None:
-    """Begin a new measurement of `allocated_bytes`."""
+    """Begin a new measurement of `peak_bytes`."""
     if device.type != "cpu":
         torch.accelerator.reset_peak_memory_stats(device)
 
 
-def allocated_bytes(device: torch.device) -> int:
+def peak_bytes(device: torch.device) -> int:
     """Return the most that torch had allocated on the device; 0 on a CPU."""
     return 0 if device.type == "cpu" else torch.accelerator.max_memory_allocated(device)
+
+
+def allocated_bytes(device: torch.device) -> int:
+    """Return what torch has allocated on the device now; 0 on a CPU."""
+    return 0 if device.type == "cpu" else torch.accelerator.memory_allocated(device)
 
 
 def cases(schemes: Sequence[str]) -> Iterator[tuple[str, str]]:
@@ -238,20 +281,20 @@ def flux_rows(given: argparse.Namespace, budget: Budget, link: float) -> Iterato
     for name, scheme in cases(given.schemes):
         if not budget.allows(f"{name} {scheme}"):
             continue
-        full = resident(name, scheme, given)
+        twins = twins_of(name, scheme, given)
         for size in given.budgets:
             what = f"{name} {scheme} in {size}"
             if not budget.allows(what):
                 continue
             try:
-                row = streamed(name, scheme, size, full, given, link)
+                row = streamed(name, scheme, size, twins, given, link)
             except InsufficientMemoryError as error:
                 budget.skip(what, error)
             else:
                 yield row
                 if not row.copied_bytes:
                     break
-        del full
+        del twins
         gc.collect()
 
 
