@@ -29,12 +29,12 @@ _PLAIN: Final = (Tensor, nn.Parameter, nn.Buffer)
 
 #: Units that should fit beside each other.
 _USUAL_DEPTH: Final = 3
-#: As many of the largest should fit where they are so much larger than most. They come in a row,
-#: and take longer to copy than to compute: what is there before the row begins, in slots and for
-#: good, is what it does not wait for. FLUX has two kinds of blocks, one of 2.4 times the other.
+#: As many of those that are larger than most should. FLUX's double blocks, of 2.4 times the bytes
+#: of its single ones, come in a row, and each takes longer to copy than to compute: only what is on
+#: the device before the row begins, in slots or for good, need not be waited for.
 _LARGE_BESIDE: Final = 6
 _LARGE: Final = 1.25
-#: Share of the room for units that may go for it.
+#: What may stay on the device for good for that, of the room for units.
 _LITTLE: Final = 0.01
 
 _CONTAINERS: Final = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
