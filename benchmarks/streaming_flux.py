@@ -5,8 +5,7 @@ one step of a picture of 1024 x 1024, of the text encoder one prompt, of the VAE
 streamed pass is compared with the longer of a resident one and of its bytes at the bandwidth of a
 copy from page-locked memory, probed in the same run. The resident passes are those of a copy of the
 component, which stays on the device beside what the budget is about: both take turns, so that what
-slows the host or the device down for a while slows both. Of two streamed passes in a row the second
-one counts.
+slows the host or the device down for a while slows both. Of two passes in a row the second counts.
 """
 
 from __future__ import annotations
@@ -69,7 +68,8 @@ class FluxRow:
             down in turns, too, does not decide here.
         stall_s: that compute has waited.
         weight_bytes: most on the device.
-        allocated_bytes: most that torch had allocated there, the copy not counted.
+        allocated_bytes: most that torch had allocated there above what was before: the copy, the
+            inputs, what libraries keep.
         is_equal: whether the result is that of the resident component, bit for bit.
     """
 
@@ -166,9 +166,9 @@ def in_turn(twins: Twins, given: argparse.Namespace) -> tuple[Timed, Timed]:
     """Time streamed and resident passes."""
     streamed, resident = Timed(), Timed()
     for _ in range(given.rounds):
-        resident.add(twins.resident_call, given.device)
-        twins.call()
-        streamed.add(twins.call, given.device)
+        for call, passes in ((twins.resident_call, resident), (twins.call, streamed)):
+            call()
+            passes.add(call, given.device)
     return streamed, resident
 
 

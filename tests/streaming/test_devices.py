@@ -143,6 +143,24 @@ def test_a_pass_takes_few_orders(share: float) -> None:
     assert orders["compute_after"] == len(units)
 
 
+def test_a_wait_for_a_resident_that_was_written_is_not_compute() -> None:
+    model, x, options = Net([64] * 12), torch.randn(3, 16), {"location": "shared", "depth": 3}
+    with ThreadedOps() as asked:
+        budget = needed(model, asked, **options) + unit_bytes(model) // 2
+    with streamed(model, ThreadedOps(delay=lambda _: 0.03), budget, **options) as streamer:
+        for _ in range(5):
+            model(x)
+        units = {unit.name: unit for unit in streamer.stats().units}
+        resident = next(n for n, u in units.items() if u.is_resident and n.startswith("blocks."))
+        changed = model.get_submodule(resident).state_dict()
+        next(iter(changed.values())).add_(0)
+        model(x)
+        after = next(unit for unit in streamer.stats().units if unit.name == resident)
+    assert after.copies == units[resident].copies + 1
+    assert after.stall_s >= units[resident].stall_s + 0.01
+    assert after.compute_s < 0.01
+
+
 def mixed_devices_are_refused() -> None:
     device, model, x = fake_accelerator(), Net(SIZES), torch.randn(3, 16)
     expected = expected_of(model, x)

@@ -14,11 +14,13 @@ from streaming.models import (
     Wrapper,
     assert_streams,
     inputs,
+    same,
     streamer_of,
 )
 from torch import nn
 from torch.nn import functional
 
+from lowbits.errors import InsufficientMemoryError
 from lowbits.streaming.layout import ALIGNMENT, ModelLayout, held_tensors, lay_out
 
 if TYPE_CHECKING:
@@ -132,6 +134,46 @@ def test_blocks_larger_than_most_are_cut_where_few_fit(
     of_large = [f"blocks.{number}.{part}" for number in range(8) for part in parts]
     assert found == (of_large or names(whole)[:8]) + names(whole)[8:]
     assert_streams(model, inputs(), budget=budget)
+
+
+class Owner(nn.Module):
+    """A block of a layer, and of a table of a hundredth of its bytes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(160, 160, bias=False)
+        self.table = nn.Parameter(torch.randn(256))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.inner(x) + self.table.mean()
+        return out
+
+
+@pytest.mark.parametrize("budget", [1, 200_000, 400_000, 600_000])
+def test_what_is_said_to_be_needed_is_enough(budget: int) -> None:
+    """A cut that leaves more on the device for good may be worth it in the larger budget only."""
+    large = [nn.Linear(160, 960, bias=False), nn.Linear(960, 160, bias=False)]
+    small = [nn.Linear(160, 160, bias=False).requires_grad_(False) for _ in range(20)]
+    for layer in small:
+        layer.weight = nn.Parameter(torch.randn(160, 1).expand(160, 160))
+    model = nn.Sequential(*large, *(Owner() for _ in range(5)), *small)
+    with pytest.raises(InsufficientMemoryError) as caught:
+        streamer_of(model, budget=budget).attach()
+    assert_streams(model, torch.randn(2, 160), budget=caught.value.needed_bytes)
+
+
+@torch.no_grad()
+def test_a_block_that_torch_compile_made_stays_whole() -> None:
+    model = Stack(18)
+    for number in range(8):
+        block: Any = torch.compile(LARGE_BLOCK(), backend="eager", fullgraph=True)
+        model.blocks[number] = block
+    whole = layout_of(model)
+    budget = whole.fixed_bytes + int(5.5 * whole.units[0].nbytes)
+    assert names(layout_of(model, budget)) == names(whole)
+    expected = model(inputs())
+    with streamer_of(model, budget=budget):
+        assert all(same(model(inputs()), expected) for _ in range(3))
 
 
 def test_tied_weights_of_one_unit_lie_there_once() -> None:

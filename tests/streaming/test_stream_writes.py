@@ -8,16 +8,19 @@ import pytest
 import torch
 from streaming.models import (
     WIDTH,
+    Block,
     Stack,
     inputs,
     reference,
     same,
+    smallest_budget,
     streamed_models,
     streamer_of,
 )
 from torch import nn
 
-from lowbits.errors import LowbitsError
+import lowbits
+from lowbits.errors import AlreadyPatchedError, LowbitsError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -317,3 +320,20 @@ def test_requires_grad_is_kept(when: str, part: str, *, requires: bool) -> None:
             layer.weight.requires_grad_(requires)
         model(inputs())
     assert layer.weight.requires_grad is requires
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_a_packed_model_is_not_restored_while_it_is_streamed(share: float) -> None:
+    model = nn.Sequential(*(Block(64, 128) for _ in range(6))).eval()
+    expected = model(inputs(64))
+    handle = lowbits.quantize(model, "float8-e4m3fn", rules={"*": "float8-e4m3fn"})
+    packed = model(inputs(64))
+    least = smallest_budget(model)
+    nbytes = sum(tensor.nbytes for tensor in model.state_dict().values())
+    with streamer_of(model, budget=least + int(share * nbytes)):
+        for _ in range(2):
+            assert same(model(inputs(64)), packed)
+            with pytest.raises(AlreadyPatchedError, match=r"streamed by a LayerStreamer.*detach"):
+                handle.restore()
+    handle.restore()
+    assert same(model(inputs(64)), expected)

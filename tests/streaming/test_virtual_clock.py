@@ -222,8 +222,8 @@ def test_two_sizes_with_jitter() -> None:
 def test_flux_is_as_fast_as_the_slower_of_both(scheme: str, bits: float, budget_gb: int) -> None:
     """FLUX.1-dev: 19 blocks of 36 times 3072 x 3072 weights, in five parts, 38 of 15 times.
 
-    Seconds are those of an H200 (docs/streaming.md): both kinds multiply as much, but 36 / 15 as
-    many weights are decoded in the first; 54.7 GB/s.
+    Seconds and bandwidth are about those of an H200 (docs/streaming.md): both kinds multiply as
+    much, but 36 / 15 as many weights are decoded in the first.
     """
     square, scale = 3072 * 3072, 1 / 2304  # of bytes and seconds: a page for each square
     decode_s, multiply_s = 4e-12 * square, 3.15e-3

@@ -7,9 +7,10 @@ from collections import OrderedDict
 from typing import TYPE_CHECKING, Any, Final, Protocol, final
 
 from lowbits.core.guards import allow_methods, guard_methods
+from lowbits.core.interception import interceptor_of
 from lowbits.core.packed import PackedLayer, read_weight
 from lowbits.core.surgery import Journal, journal_of, take_back, verify_sources
-from lowbits.errors import NotPatchedError
+from lowbits.errors import AlreadyPatchedError, NotPatchedError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -208,12 +209,14 @@ class Handle:
         Raises:
             NotPatchedError: it was restored already.
             SourceUnavailableError: originals were not kept, or their file changed; nothing changes.
+            AlreadyPatchedError: a `lowbits.LayerStreamer` streams it; nothing changes.
         """
         self._require_active("restore")
         journals = [part.journal for part in self._parts()]
         verify_sources(journals)  # before streaming ends: it is not begun again for nothing
         self._placed.detach()
         try:
+            self._require_unstreamed()
             take_back(journals)
         except BaseException:
             self._placed.attach()
@@ -272,6 +275,17 @@ class Handle:
     def _require_active(self, what: str) -> None:
         if not self.is_active:
             raise NotPatchedError(f"cannot {what}: this handle's target was restored already")
+
+    def _require_unstreamed(self) -> None:
+        """Raise where somebody else streams a component: originals would be streamed no more."""
+        for name, component in self.components.items():
+            for path, module in component.named_modules():
+                if interceptor_of(module) is not None:
+                    raise AlreadyPatchedError(
+                        f"cannot restore {name or type(component).__name__}: its "
+                        f"{path or type(module).__name__} is streamed by a LayerStreamer: call "
+                        "that one's detach() first"
+                    )
 
     def __enter__(self) -> Handle:
         return self

@@ -43,7 +43,7 @@ class Component:
         self.is_ring_only = False
         self._device, self._layout = device, layout
         self._loose = [_Loose(holder, tensor) for holder, tensor in layout.loose]
-        # Every packed layer has a marker without bytes: they are not counted at every pass.
+        # Packed layers have markers without bytes, in hundreds, which never get any.
         self._sized = [loose for loose in self._loose if loose.tensor.numel()]
         self._extras: list[_Loose] = []
         self._tree = _Tree(root)
@@ -255,13 +255,13 @@ class _Tree:
 
     def _now(self) -> tuple[list[nn.Module | None], list[int]]:
         """Return every module's children, and how many children and tensors each has."""
-        children = chain.from_iterable(map(dict.values, self._children))
+        children = chain.from_iterable(modules.values() for modules in self._children)
         return list(children), list(map(len, self._counted))
 
     def has_changed(self) -> bool:
         """Say whether the model is another one than at the last call."""
-        # Modules compare by identity, so that all of it runs in C: the device waits for it before
-        # every pass.
+        # Modules compare by identity, so that nearly all of it runs in C: the device waits for it
+        # before every pass.
         is_same = self._now() == self._seen
         if not is_same:
             self._look()

@@ -34,7 +34,7 @@ _USUAL_DEPTH: Final = 3
 #: the device before the row begins, in slots or for good, need not be waited for.
 _LARGE_BESIDE: Final = 6
 _LARGE: Final = 1.25
-#: What may stay on the device for good for that, of the room for units.
+#: Share of the room for units that their own tensors, which stay for good then, may take.
 _LITTLE: Final = 0.01
 
 _CONTAINERS: Final = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
@@ -60,10 +60,15 @@ class Holder:
     fqn: str
 
     @property
+    def kind(self) -> str:
+        """Name of the module's dictionary that it is in."""
+        return "_parameters" if self.is_parameter else "_buffers"
+
+    @property
     def slots(self) -> dict[str, Tensor | None]:
-        """The module's own dictionary."""
-        module = self.module
-        return module._parameters if self.is_parameter else module._buffers  # type: ignore[return-value]
+        """The module's own dictionary; another one after a packed layer was restored."""
+        slots: dict[str, Tensor | None] = self.module.__dict__[self.kind]
+        return slots
 
 
 @final
@@ -211,13 +216,15 @@ def lay_out(root: nn.Module, *, budget_bytes: int, depth: int | None) -> ModelLa
         budget_bytes: for all weights on the device.
         depth: units that have to fit beside each other; None: three, or else one.
     """
-    cut = _Cut(root)
     if depth is None:
+        cut = _Cut(root)
         cut.even_out(budget_bytes)
-    # Where the usual number does not fit, one at a time may.
-    for beside in (_USUAL_DEPTH, 1) if depth is None else (depth,):
-        while cut.refine(budget_bytes, beside, must_fit=depth is not None):
-            pass
+        cut.refine_all(budget_bytes, depth)
+        if cut.fits(budget_bytes):
+            return cut.layout
+    # What does not fit is told by the other cut, which depends on the budget less.
+    cut = _Cut(root)
+    cut.refine_all(budget_bytes, depth)
     return cut.layout
 
 
@@ -229,6 +236,18 @@ class _Cut:
         self.names = {id(module): name for name, module in root.named_modules()}
         least = _tree_bytes(root) * _SMALL_SHARE
         self.layout = self._lay_out(_blocks(root, least))
+
+    def fits(self, budget_bytes: int) -> bool:
+        """Say whether the units can be streamed one at a time."""
+        largest = max((unit.nbytes for unit in self.layout.units), default=0)
+        return self.layout.fixed_bytes + largest <= budget_bytes
+
+    def refine_all(self, budget_bytes: int, depth: int | None) -> None:
+        """Refine as long as that helps."""
+        # Where the usual number does not fit, one at a time may.
+        for beside in (_USUAL_DEPTH, 1) if depth is None else (depth,):
+            while self.refine(budget_bytes, beside, must_fit=depth is not None):
+                pass
 
     def even_out(self, budget_bytes: int) -> None:
         """Split units that are larger than most, if only a few of them fit beside each other."""
@@ -409,8 +428,8 @@ def _parts(module: nn.Module) -> list[nn.Module]:
     own = sum(tensor.nbytes for tensor in _own_tensors(module))
     parts = _callable(module)
     # torch.nn.MultiheadAttention computes with its children's weights, and does not call them; what
-    # is compiled has to stay one graph.
-    is_compiled = module._compiled_call_impl is not None
+    # is compiled, by its method or by torch.compile, has to stay one graph.
+    is_compiled = module._compiled_call_impl is not None or "_orig_mod" in module._modules
     if not parts or is_compiled or own > _OWN_SHARE * _tree_bytes(module):
         return [module]
     return parts

@@ -33,14 +33,17 @@ class CallOrder:
         self._trace = []
 
     def enter(self, unit: int) -> bool:
-        """Note that a unit is called; return whether it is its turn."""
+        """Note that a unit is called; return whether it comes behind the one before, as expected.
+
+        Nothing comes before the first one of a pass.
+        """
         self._trace.append(unit)
         count = len(self.expected)
         for ahead in range(count):
             at = (self._position + ahead) % count
             if self.expected[at] == unit:
                 self._position = at + 1
-                return not ahead
+                return not ahead and len(self._trace) > 1
         return False
 
     def closes(self, unit: int) -> bool:

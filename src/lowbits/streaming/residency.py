@@ -43,6 +43,7 @@ class _Home:
         is_present: whether its bytes are there, or will be when `load` is done.
         version: of the unit's master when the copy was asked for.
         load: the last copy.
+        has_arrived: whether compute has waited for it: who comes later need not.
         users: forwards that are using it now.
         freed: event behind its last use; None: copies are behind it already, or it had none.
         tensors: by place; made at the first use.
@@ -54,6 +55,7 @@ class _Home:
         self.is_present = False
         self.version = 0
         self.load: Load | None = None
+        self.has_arrived = False
         self.users = 0
         self.freed: Any = None
         self._flat: Tensor | None = None
@@ -192,6 +194,10 @@ class Residency:
         """Say whether a unit's bytes are on the device, or on their way."""
         return self._is_fresh(self._homes[number])
 
+    def has_arrived(self, number: int) -> bool:
+        """Say whether a unit's bytes are on the device for sure, so that compute need not wait."""
+        return self._homes[number].has_arrived and self.holds(number)
+
     def is_streamed(self, number: int) -> bool:
         """Say whether a unit's bytes may be overwritten after its use."""
         return number in self._streamed
@@ -215,6 +221,7 @@ class Residency:
             home.is_present = False  # asked for again at the next use
             self.forget_unfinished()
             raise
+        home.has_arrived = True
         home.users += 1
         self._held[number] = home
         return self._tensors(home)
@@ -307,7 +314,7 @@ class Residency:
             freed.append(self._ops.mark_computed())
         # First: whatever is raised from here on, the old bytes count as overwritten.
         for each in overwritten:
-            each.is_present = False
+            each.is_present = each.has_arrived = False
         home.version = entry.master.version
         home.load = self._transfer.start(entry.unit.name, entry.master, home.flat(), freed)
         # Copies are made in order: what this one waits for, no later one has to wait for.

@@ -371,18 +371,17 @@ class Stage:
             self._see_pass(number)
             residency = self._residency or residency
         is_due, is_held = self._order.enter(number), residency.holds(number)
-        is_ready = self._is_warm and is_held
         if self._is_warm and self.method == "async" and not is_held:
             entry.misses += 1
+        # An event costs the host microseconds: none where there is nothing to wait for.
+        has_arrived = residency.has_arrived(number)
         tensors = residency.acquire(number)
-        # What is there to stay is not waited for, and an event costs the host microseconds.
-        is_there = is_ready and not residency.is_streamed(number)
-        started = called if is_there else self._ops.mark_computed()
+        started = called if has_arrived else self._ops.mark_computed()
         entry.begin_use(tensors)
         version = residency.version(number) if entry.has_buffers else 0
         try:
-            if not (is_ready and is_due):  # else all was asked for when the last unit was done
-                self._prefetch()
+            if not (self._is_warm and is_held and is_due):
+                self._prefetch()  # else all was asked for when the unit before was done
             with reread_for_backward(entry, tensors if residency.is_streamed(number) else ()):
                 result = forward()
             if entry.has_buffers and residency.version(number) != version:

@@ -59,8 +59,11 @@ class Stored:
             StreamedTensor(place, master, device, self._count_miss) for place in unit.places
         ]
         self._holders = list(unit.holders())
-        # The same, for the loops that run at every use: modules keep their dictionaries for good.
-        self._spots = [(holder.slots, holder.name, number) for holder, number in self._holders]
+        # The same, for the loops that run at every use.
+        self._spots = [
+            (holder.module.__dict__, holder.kind, holder.name, number)
+            for holder, number in self._holders
+        ]
         self.has_buffers = any(not place.holders[0].is_parameter for place in unit.places)
         self._uses = 0
         # Originals at first: `hide` takes them away.
@@ -94,7 +97,8 @@ class Stored:
         What somebody else has put there stays there: see `check`.
         """
         held = self._held
-        for slots, name, number in self._spots:
+        for module, kind, name, number in self._spots:
+            slots = module[kind]
             if slots.get(name) is held[number]:
                 slots[name] = tensors[number]
         self._held = tensors
@@ -138,16 +142,12 @@ class Stored:
             return
         seen, self._seen = self._seen, []
         held = self._held
-        changed = [
-            spot
-            for spot, (slots, name, number) in enumerate(self._spots)
-            if slots.get(name) is not held[number]
-        ]
-        for spot in changed:
-            holder, number = self._holders[spot]
+        if all(module[kind].get(name) is held[n] for module, kind, name, n in self._spots):
+            return
+        for holder, number in self._holders:
             found = holder.slots.get(holder.name)
             if found is self._held[number]:
-                continue  # tied to one that was taken over just now
+                continue
             is_elsewhere = found is not None and found.device != self._outside[number].device
             if at_end or is_elsewhere or any(found is tensor for tensor in seen):
                 self._take_over(number)
