@@ -121,15 +121,20 @@ def test_late_copies(name: str, location: str, method: str, run_beside: Callable
     run_beside(passes_are_right, name, location, method)
 
 
+RING: dict[str, Any] = {"location": "shared", "depth": 3}
+
+
+def ring_budget(model: torch.nn.Module, share: float) -> int:
+    """Return what a ring takes, and a share of the model above it."""
+    with ThreadedOps() as ops:
+        return needed(model, ops, **RING) + int(share * unit_bytes(model))
+
+
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
 def test_a_pass_takes_few_orders(share: float) -> None:
     """Each costs the host microseconds: a device that computes quickly waits for them."""
-    model, x, options = Net([64] * 12), torch.randn(3, 16), {"location": "shared", "depth": 3}
-    with ThreadedOps() as asked:
-        least = needed(model, asked, **options)
-    ops = ThreadedOps()
-    budget = least + int(share * unit_bytes(model))
-    with streamed(model, ops, budget, **options) as streamer:
+    model, x, ops = Net([64] * 12), torch.randn(3, 16), ThreadedOps()
+    with streamed(model, ops, ring_budget(model, share), **RING) as streamer:
         for _ in range(5):  # the plan is made anew from what two have taken
             ops.log.clear()
             model(x)
@@ -144,10 +149,8 @@ def test_a_pass_takes_few_orders(share: float) -> None:
 
 
 def test_a_wait_for_a_resident_that_was_written_is_not_compute() -> None:
-    model, x, options = Net([64] * 12), torch.randn(3, 16), {"location": "shared", "depth": 3}
-    with ThreadedOps() as asked:
-        budget = needed(model, asked, **options) + unit_bytes(model) // 2
-    with streamed(model, ThreadedOps(delay=lambda _: 0.03), budget, **options) as streamer:
+    model, x, ops = Net([64] * 12), torch.randn(3, 16), ThreadedOps(delay=lambda _: 0.03)
+    with streamed(model, ops, ring_budget(model, 0.5), **RING) as streamer:
         for _ in range(5):
             model(x)
         units = {unit.name: unit for unit in streamer.stats().units}

@@ -7,7 +7,7 @@ from collections import OrderedDict
 from typing import TYPE_CHECKING, Any, Final, Protocol, final
 
 from lowbits.core.guards import allow_methods, guard_methods
-from lowbits.core.interception import interceptor_of
+from lowbits.core.interception import intercepted_part
 from lowbits.core.packed import PackedLayer, read_weight
 from lowbits.core.surgery import Journal, journal_of, take_back, verify_sources
 from lowbits.errors import AlreadyPatchedError, NotPatchedError
@@ -279,13 +279,11 @@ class Handle:
     def _require_unstreamed(self) -> None:
         """Raise where somebody else streams a component: originals would be streamed no more."""
         for name, component in self.components.items():
-            for path, module in component.named_modules():
-                if interceptor_of(module) is not None:
-                    raise AlreadyPatchedError(
-                        f"cannot restore {name or type(component).__name__}: its "
-                        f"{path or type(module).__name__} is streamed by a LayerStreamer: call "
-                        "that one's detach() first"
-                    )
+            if (part := intercepted_part(component)) is not None:
+                raise AlreadyPatchedError(
+                    f"cannot restore {name or type(component).__name__}: its {part} is streamed by "
+                    "a LayerStreamer: call that one's detach() first"
+                )
 
     def __enter__(self) -> Handle:
         return self

@@ -181,6 +181,14 @@ def interceptor_of(module: nn.Module) -> Interceptor | None:
     return found
 
 
+def intercepted_part(root: nn.Module) -> str | None:
+    """Return the name of a module's first part whose calls are intercepted; None without one."""
+    for name, module in root.named_modules():
+        if interceptor_of(module) is not None:
+            return name or type(root).__name__
+    return None
+
+
 def _in_front(mixin: type[nn.Module], base: type[nn.Module]) -> type[nn.Module]:
     """Return the same class each time, for compilers."""
     return _made(cast("Any", mixin), cast("Any", base), id(base))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, final
 import torch
 from torch import nn
 
-from lowbits.core.interception import Interceptor, intercept, interceptor_of, release
+from lowbits.core.interception import Interceptor, intercept, intercepted_part, release
 from lowbits.errors import AlreadyPatchedError, PatchError, StreamError
 from lowbits.streaming.component import Component
 from lowbits.streaming.foreign import HookGuard, has_cache_hook, refuse_foreign, refuse_hook
@@ -319,12 +319,11 @@ def refuse_streamed(root: nn.Module) -> None:
     Raises:
         AlreadyPatchedError: naming the part.
     """
-    for name, module in root.named_modules():
-        if interceptor_of(module) is not None:
-            raise AlreadyPatchedError(
-                f"{name or type(root).__name__} is streamed already: call its LayerStreamer's "
-                "detach(), or lowbits.restore on what was applied, first"
-            )
+    if (part := intercepted_part(root)) is not None:
+        raise AlreadyPatchedError(
+            f"{part} is streamed already: call its LayerStreamer's detach(), or lowbits.restore on "
+            "what was applied, first"
+        )
     for holder, tensor in held_tensors(root):
         if isinstance(tensor, StreamedTensor) or getattr(tensor, "is_streamed", False):
             raise AlreadyPatchedError(

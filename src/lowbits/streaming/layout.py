@@ -253,12 +253,15 @@ class _Cut:
         """Split units that are larger than most, if only a few of them fit beside each other."""
         sizes = sorted((unit.nbytes for unit in self.layout.units), reverse=True)
         room = budget_bytes - self.layout.fixed_bytes
-        if 0 < room < sum(sizes[:_LARGE_BESIDE]) and budget_bytes < self.layout.nbytes:
-            least = max(room // _LARGE_BESIDE, int(_LARGE * median(sizes))) + 1
-            layout = self._lay_out(self._split(least))
-            # What a block owns itself would stay on the device for good.
-            if layout.fixed_bytes - self.layout.fixed_bytes <= _LITTLE * room:
-                self.layout = layout
+        if not 0 < room < sum(sizes[:_LARGE_BESIDE]) or budget_bytes >= self.layout.nbytes:
+            return
+        least = max(room // _LARGE_BESIDE, int(_LARGE * median(sizes))) + 1
+        if sizes[0] < least:
+            return
+        layout = self._lay_out(self._split(least))
+        # What a block owns itself would stay on the device for good.
+        if layout.fixed_bytes - self.layout.fixed_bytes <= _LITTLE * room:
+            self.layout = layout
 
     def refine(self, budget_bytes: int, depth: int, *, must_fit: bool) -> bool:
         """Make the largest units smaller, or else the base; return False where nothing helps."""

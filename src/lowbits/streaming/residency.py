@@ -195,8 +195,8 @@ class Residency:
         return self._is_fresh(self._homes[number])
 
     def has_arrived(self, number: int) -> bool:
-        """Say whether a unit's bytes are on the device for sure, so that compute need not wait."""
-        return self._homes[number].has_arrived and self.holds(number)
+        """Say whether compute has waited before for the bytes of a unit that it `holds`."""
+        return self._homes[number].has_arrived
 
     def is_streamed(self, number: int) -> bool:
         """Say whether a unit's bytes may be overwritten after its use."""

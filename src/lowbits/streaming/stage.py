@@ -374,7 +374,7 @@ class Stage:
         if self._is_warm and self.method == "async" and not is_held:
             entry.misses += 1
         # An event costs the host microseconds: none where there is nothing to wait for.
-        has_arrived = residency.has_arrived(number)
+        has_arrived = is_held and residency.has_arrived(number)
         tensors = residency.acquire(number)
         started = called if has_arrived else self._ops.mark_computed()
         entry.begin_use(tensors)

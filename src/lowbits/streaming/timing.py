@@ -65,11 +65,14 @@ class Timing:
         self._copy_s *= 1 - _NEWEST
         is_known = is_over and self._last_use is not None
         end = self._last_use if is_known else self._ops.mark_computed()
-        self._marks.append((None, self._begin, None, end))
+        self._marks.append((None, self._begin, self._begin, end))
         self.resolve()
 
     def note(self, entry: Stored, called: Any, started: Any, done: Any) -> None:
-        """Note a use of a unit: when it was called, had its bytes, and was done."""
+        """Note a use of a unit: when it was called, had its bytes, and was done.
+
+        Where it has not waited for them, the first two are one event.
+        """
         self._last_use = done
         self._marks.append((entry, called, started, done))
 
@@ -96,8 +99,7 @@ class Timing:
         while self._marks:
             entry, called, started, done = self._marks[0]
             total = self._ops.seconds(called, done)
-            has_waited = entry is not None and started is not called
-            stall = self._ops.seconds(called, started) if has_waited else 0.0
+            stall = 0.0 if started is called else self._ops.seconds(called, started)
             if total is None or stall is None:
                 break
             self._marks.popleft()
