@@ -162,7 +162,7 @@ def test_a_root_that_is_never_called_has_passes_too() -> None:
         for _ in range(20):
             model.encode(inputs())
         stage = stage_of(streamer)
-        assert len(stage.timing._marks) <= 2 * COUNT
+        assert len(stage.timing._spans) <= 2 * COUNT
         assert len(stage._order._trace) <= 2 * COUNT
         assert stage._order.expected == tuple(reversed(range(COUNT)))
         assert streamer.stats().passes > 0

@@ -78,6 +78,13 @@ class DeviceOps(ABC):
         """Wait, on the host, for an event."""
 
     @abstractmethod
+    def has_happened(self, event: Any) -> bool:
+        """Say whether an event has happened, so that nobody has to wait for it.
+
+        False where something went wrong before it: waiting raises that.
+        """
+
+    @abstractmethod
     def seconds(self, start: Any, end: Any) -> float | None:
         """Return the seconds between two events of `mark_computed`, or of `mark_copied`.
 
@@ -101,6 +108,10 @@ class SynchronousOps(DeviceOps):
     """A device without streams: whoever copies waits, so that every event is a time gone by."""
 
     has_streams = False
+
+    def has_happened(self, event: Any) -> bool:  # noqa: ARG002 - all have
+        """Say yes."""
+        return True
 
     def seconds(self, start: float, end: float) -> float:
         """Return the difference."""
@@ -194,6 +205,10 @@ class AcceleratorOps(DeviceOps):
         event = torch.Event(self.device, enable_timing=True)
         event.record(stream)
         return event
+
+    def has_happened(self, event: torch.Event) -> bool:
+        """Ask the device."""
+        return event.query()
 
     def seconds(self, start: torch.Event, end: torch.Event) -> float | None:
         """Ask the device, if it has come past both."""

@@ -43,9 +43,10 @@ class _Home:
         is_present: whether its bytes are there, or will be when `load` is done.
         version: of the unit's master when the copy was asked for.
         load: the last copy.
-        has_arrived: whether compute has waited for it: who comes later need not.
+        has_arrived: whether that copy is known to be over.
         users: forwards that are using it now.
-        freed: event behind its last use; None: copies are behind it already, or it had none.
+        freed: event behind its last use; None: copies are behind it already, it had none, or it
+            is a resident's.
         tensors: by place; made at the first use.
         rivals: the other homes whose bytes this one's overwrite.
     """
@@ -179,8 +180,7 @@ class Residency:
     def forget_unfinished(self) -> None:
         """Ask again for copies that failed, or are under way: whoever made them may be gone."""
         for home in self._homes:
-            load = home.load
-            if load is not None and (load.error or self._transfer.seconds(load) is None):
+            if home.load is not None and not self._transfer.is_over(home.load):
                 home.is_present = False
                 home.load = None
 
@@ -195,8 +195,11 @@ class Residency:
         return self._is_fresh(self._homes[number])
 
     def has_arrived(self, number: int) -> bool:
-        """Say whether compute has waited before for the bytes of a unit that it `holds`."""
-        return self._homes[number].has_arrived
+        """Say whether nobody has to wait for the bytes of a unit that it `holds`."""
+        home = self._homes[number]
+        if not home.has_arrived and home.load is not None:
+            home.has_arrived = self._transfer.is_over(home.load)
+        return home.has_arrived
 
     def is_streamed(self, number: int) -> bool:
         """Say whether a unit's bytes may be overwritten after its use."""
@@ -214,6 +217,13 @@ class Residency:
             home = self._spare(home)
         if not self._is_fresh(home):
             self._start(home)
+        if not home.has_arrived:
+            self._wait(home)
+        home.users += 1
+        self._held[number] = home
+        return self._tensors(home)
+
+    def _wait(self, home: _Home) -> None:
         assert home.load
         try:
             self._transfer.wait(home.load)
@@ -221,10 +231,6 @@ class Residency:
             home.is_present = False  # asked for again at the next use
             self.forget_unfinished()
             raise
-        home.has_arrived = True
-        home.users += 1
-        self._held[number] = home
-        return self._tensors(home)
 
     def detached(self, number: int, result: Any) -> Any:
         """Return what a forward returned, with copies in place of views of a slot.
@@ -259,7 +265,7 @@ class Residency:
 
         Args:
             number: of the unit.
-            freed: event behind it.
+            freed: event behind it; None where the unit is a resident.
         """
         if number not in self._held:
             return
@@ -308,9 +314,12 @@ class Residency:
         entry, slot = self._stored[home.number], home.slot
         overwritten = (home, *home.rivals)
         freed = [each.freed for each in overwritten if each.freed is not None]
-        if slot.buffer is None:
+        is_new = slot.buffer is None
+        if is_new:
             self._make_buffer(slot, entry)
-            # Whoever had this memory before may be computing with it still.
+        if is_new or home.number not in self._streamed:
+            # Whoever had this memory before may be computing with it still, or who used this
+            # resident last: such uses are not marked.
             freed.append(self._ops.mark_computed())
         # First: whatever is raised from here on, the old bytes count as overwritten.
         for each in overwritten:
@@ -321,7 +330,8 @@ class Residency:
         for each in overwritten:
             each.freed = None
         home.is_present = True
-        self._under_way.append((entry.unit.nbytes, home.load))
+        if self._transfer.is_timed:
+            self._under_way.append((entry.unit.nbytes, home.load))
         entry.copies += 1
         self.copied_bytes += entry.unit.nbytes
 

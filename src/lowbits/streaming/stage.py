@@ -295,8 +295,13 @@ class Stage:
         if len(self.components) > 1 and self._order.is_under_way:
             self.end_pass(is_over=True)
         self._order.begin()
-        self.timing.begin_pass()
+        self._begin_timing(has_end=len(self.components) == 1)
         self._is_in_pass = True
+
+    def _begin_timing(self, *, has_end: bool) -> None:
+        self.timing.begin_pass(has_end=has_end)
+        if self._transfer is not None:
+            self._transfer.is_timed = self.timing.times_uses
 
     def finish_pass(self) -> None:
         """End a pass of one model, which was completed."""
@@ -366,15 +371,16 @@ class Stage:
         residency, number = self._residency, self._numbers[id(entry)]
         assert residency is not None
         entry.check()
-        called = self._ops.mark_computed()
         if not self._is_in_pass:
             self._see_pass(number)
             residency = self._residency or residency
         is_due, is_held = self._order.enter(number), residency.holds(number)
         if self._is_warm and self.method == "async" and not is_held:
             entry.misses += 1
-        # An event costs the host microseconds: none where there is nothing to wait for.
+        # An event costs the host microseconds: none that nobody needs.
         has_arrived = is_held and residency.has_arrived(number)
+        is_timed = self.timing.times_uses
+        called = self._ops.mark_computed() if is_timed or not has_arrived else None
         tensors = residency.acquire(number)
         started = called if has_arrived else self._ops.mark_computed()
         entry.begin_use(tensors)
@@ -395,9 +401,12 @@ class Stage:
             del tensors
             entry.end_use()
             # Another one where a model that was called inside has made this one give way.
-            done = self._ops.mark_computed()
-            (self._residency or residency).release(number, done)
-            self.timing.note(entry, called, started, done)
+            residency = self._residency or residency
+            is_marked = is_timed or residency.is_streamed(number)
+            done = self._ops.mark_computed() if is_marked else None
+            residency.release(number, done)
+            if called is not None:
+                self.timing.note(entry, called, started, done if is_timed else None)
             self._prefetch()
 
     def _see_pass(self, number: int) -> None:
@@ -405,7 +414,7 @@ class Stage:
         if self._order.closes(number):
             self.end_pass(is_over=True)
         if not self._order.is_under_way:
-            self.timing.begin_pass()
+            self._begin_timing(has_end=False)
 
     def _keep_buffers(self, entry: Stored, number: int, residency: Residency) -> None:
         """Write to the master what a forward wrote into its buffers: statistics, counters."""

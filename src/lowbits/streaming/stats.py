@@ -31,7 +31,8 @@ class UnitStats:
         copies: how often it was copied to the device.
         stall_s: seconds that compute has waited for it.
         misses: how often its bytes were not on their way when they were needed.
-        compute_s: seconds of its forward, a running mean.
+        compute_s: seconds of its forward, a running mean of the passes that were measured: the
+            first four, and every eighth.
     """
 
     name: str

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from statistics import median
-from typing import TYPE_CHECKING, Any, Final, final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, final
 
 if TYPE_CHECKING:
     from lowbits.streaming.device_ops import DeviceOps
@@ -21,8 +21,31 @@ _SPILL_FACTOR: Final = 3.0
 
 _KEPT_PASSES: Final = 32
 
+#: Passes that are measured unit by unit: the first ones, and every so many later on. An event costs
+#: the host, and the device, microseconds: too much where a unit takes hundreds.
+_MEASURED_FIRST: Final = 4
+_MEASURED_EVERY: Final = 8
+
 #: Methods of the passes of a trial; the first one is traced, and does not count.
 _TRIAL: Final = ("async", "async", "async", "queue", "queue")
+
+
+class _Span(NamedTuple):
+    """A use of a unit, or a pass: the events that it began with, had its bytes at, and ended with.
+
+    Attributes:
+        entry: the unit; None: a pass.
+        called: the first event.
+        started: the same one where nothing was waited for.
+        done: the last one; None where only the wait was measured.
+        is_timed: of a pass, whether its units' uses were measured.
+    """
+
+    entry: Stored | None
+    called: Any
+    started: Any
+    done: Any
+    is_timed: bool = True
 
 
 @final
@@ -35,6 +58,7 @@ class Timing:
         walls: seconds of the last passes.
         bandwidth: bytes that were copied per second.
         outside_s: seconds of a pass that are no unit's, a running mean; 0 until a pass was timed.
+        times_uses: whether uses of units are to be measured now, and not only waits.
     """
 
     def __init__(self, ops: DeviceOps) -> None:
@@ -47,10 +71,17 @@ class Timing:
         self._begin: Any = None
         self._last_use: Any = None
         # Uses of units, and passes behind the uses that they are made of.
-        self._marks: deque[tuple[Stored | None, Any, Any, Any]] = deque()
+        self._spans: deque[_Span] = deque()
+        self.times_uses = True
 
-    def begin_pass(self) -> None:
-        """Note the beginning of a pass."""
+    def begin_pass(self, *, has_end: bool) -> None:
+        """Note the beginning of a pass.
+
+        Args:
+            has_end: somebody will say when it is over; else its last use tells when it was.
+        """
+        is_due = self.passes < _MEASURED_FIRST or self.passes % _MEASURED_EVERY == 0
+        self.times_uses = is_due or not has_end
         self._begin = self._ops.mark_computed()
 
     def end_pass(self, *, is_over: bool = False) -> None:
@@ -65,16 +96,17 @@ class Timing:
         self._copy_s *= 1 - _NEWEST
         is_known = is_over and self._last_use is not None
         end = self._last_use if is_known else self._ops.mark_computed()
-        self._marks.append((None, self._begin, self._begin, end))
+        self._spans.append(_Span(None, self._begin, self._begin, end, self.times_uses))
         self.resolve()
 
     def note(self, entry: Stored, called: Any, started: Any, done: Any) -> None:
         """Note a use of a unit: when it was called, had its bytes, and was done.
 
-        Where it has not waited for them, the first two are one event.
+        Where it has not waited for them, the first two are one event; where only that is known, the
+        last one is None.
         """
         self._last_use = done
-        self._marks.append((entry, called, started, done))
+        self._spans.append(_Span(entry, called, started, done))
 
     def note_copy(self, nbytes: int, seconds: float) -> None:
         """Note a copy."""
@@ -86,7 +118,7 @@ class Timing:
     def forget_marks(self) -> None:
         """Forget events that nobody will look at any more."""
         self.resolve()
-        self._marks.clear()
+        self._spans.clear()
 
     def resolve(self, *, wait: bool = False) -> None:
         """Read the events that have happened, the oldest first.
@@ -94,27 +126,30 @@ class Timing:
         Args:
             wait: for the last pass to end.
         """
-        if wait and self._marks:
-            self._ops.host_after(self._marks[-1][3])
-        while self._marks:
-            entry, called, started, done = self._marks[0]
-            total = self._ops.seconds(called, done)
-            stall = 0.0 if started is called else self._ops.seconds(called, started)
+        if wait and self._spans:
+            self._ops.host_after(self._spans[-1].done)
+        while self._spans:
+            span = self._spans[0]
+            is_waiting = span.started is not span.called
+            stall = self._ops.seconds(span.called, span.started) if is_waiting else 0.0
+            total = stall if span.done is None else self._ops.seconds(span.called, span.done)
             if total is None or stall is None:
                 break
-            self._marks.popleft()
-            if entry is None:
-                self._note_pass(total)
-            else:
+            self._spans.popleft()
+            if span.entry is None:
+                self._note_pass(total, is_timed=span.is_timed)
+                continue
+            span.entry.stall_s += stall
+            if span.done is not None:
                 self._inside_s += total
-                entry.stall_s += stall
-                entry.compute_s = _mean(entry.compute_s, total - stall)
+                span.entry.compute_s = _mean(span.entry.compute_s, total - stall)
 
-    def _note_pass(self, wall_s: float) -> None:
+    def _note_pass(self, wall_s: float, *, is_timed: bool) -> None:
         if len(self.walls) > 2 and wall_s > _SPILL_FACTOR * median(self.walls):
             self.slow_passes += 1
         self.walls.append(wall_s)
-        self.outside_s = _mean(self.outside_s, max(0.0, wall_s - self._inside_s))
+        if is_timed:
+            self.outside_s = _mean(self.outside_s, max(0.0, wall_s - self._inside_s))
         self._inside_s = 0.0
 
 

@@ -10,7 +10,7 @@ import time
 import weakref
 from abc import ABC, abstractmethod
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, final
 
 import torch
@@ -50,6 +50,7 @@ class Load:
             went wrong there.
         error: what went wrong.
         seconds: that the thread which copied was busy.
+        issued: set once the thread that copies has given it to the device; None: it was at once.
     """
 
     unit: str
@@ -57,7 +58,12 @@ class Load:
     ready: Sequence[Any] = ()
     error: BaseException | None = None
     seconds: float = 0.0
-    issued: threading.Event = field(default_factory=threading.Event)
+    issued: threading.Event | None = None
+
+    @property
+    def is_issued(self) -> bool:
+        """Whether all of it was given to the device, or something went wrong before."""
+        return self.issued is None or self.issued.is_set()
 
 
 class Transfer(ABC):
@@ -65,6 +71,11 @@ class Transfer(ABC):
 
     #: Bytes of page-locked memory, and of other host memory, that it takes for itself.
     staging_bytes: int = 0
+    #: Whether copies are timed from now on.
+    is_timed: bool = True
+
+    def __init__(self, ops: DeviceOps) -> None:
+        self._ops = ops
 
     @abstractmethod
     def start(self, unit: str, master: Master, target: Tensor, freed: Sequence[Any]) -> Load:
@@ -85,9 +96,13 @@ class Transfer(ABC):
     def settle(self, load: Load) -> None:
         """Wait, on the host, until a copy is over, however it ends."""
 
+    def is_over(self, load: Load) -> bool:
+        """Say whether a copy is done, so that nobody has to wait for it; a failed one never is."""
+        return load.is_issued and not load.error and all(map(self._ops.has_happened, load.ready))
+
     def seconds(self, load: Load) -> float | None:
-        """Return what a copy took, waiting for its slot not counted; None while it is under way."""
-        return load.seconds if load.issued.is_set() and load.error is None else None
+        """Return what a timed copy took, its slot not waited for; None while it is under way."""
+        return load.seconds if load.is_issued and load.error is None else None
 
     @abstractmethod
     def close(self) -> None:
@@ -98,15 +113,12 @@ class Transfer(ABC):
 class DirectTransfer(Transfer):
     """From page-locked memory straight to the device: the host only gives orders."""
 
-    def __init__(self, ops: DeviceOps) -> None:
-        self._ops = ops
-
     def start(self, unit: str, master: Master, target: Tensor, freed: Sequence[Any]) -> Load:
         """Put a copy on the device's copy stream, behind the slot's last use."""
         source: HostMaster = master  # type: ignore[assignment] # pinned masters are host masters
         for event in freed:
             self._ops.copy_after(event)
-        begun = self._ops.mark_copied()
+        begun = self._ops.mark_copied() if self.is_timed else None
         parts = torch.split(target, _CHUNK_BYTES), torch.split(source.flat, _CHUNK_BYTES)
         self._ops.copy_parts(zip(*parts, strict=True))
         return Load(unit, begun, (self._ops.mark_copied(),))
@@ -132,6 +144,7 @@ class InlineTransfer(Transfer):
     """In the thread that asks: copy, then compute."""
 
     def __init__(self, ops: DeviceOps) -> None:
+        super().__init__(ops)
         self._filler = _Filler(ops)
         self.staging_bytes = self._filler.staging_bytes
 
@@ -144,16 +157,15 @@ class InlineTransfer(Transfer):
         except Exception as error:
             raise _failed(load, error) from error
         load.seconds = time.perf_counter() - begin
-        load.issued.set()
         return load
 
     def wait(self, load: Load) -> None:
         """Make compute wait for the last parts of the copy."""
-        _compute_after(self._filler.ops, load)
+        _compute_after(self._ops, load)
 
     def settle(self, load: Load) -> None:
         """Wait for the events behind the last parts."""
-        _settle(self._filler.ops, load)
+        _settle(self._ops, load)
 
     def close(self) -> None:
         """Nothing to stop."""
@@ -167,6 +179,7 @@ class ThreadTransfer(Transfer):
     """
 
     def __init__(self, ops: DeviceOps) -> None:
+        super().__init__(ops)
         self._filler = _Filler(ops)
         self.staging_bytes = self._filler.staging_bytes
         self._work = _Work()
@@ -178,7 +191,7 @@ class ThreadTransfer(Transfer):
         """Hand a copy to the thread, behind those that it was handed before."""
         if self._thread is None or not self._thread.is_alive():  # a forked process has none
             self._begin()
-        load = Load(unit)
+        load = Load(unit, issued=threading.Event())
         filler, stopped = self._filler, self._work.stopped
 
         def fill() -> None:
@@ -189,21 +202,22 @@ class ThreadTransfer(Transfer):
 
     def wait(self, load: Load) -> None:
         """Wait until the copy was given to the device, then make compute wait for it."""
-        if not self._is_over(load):
+        if not self._is_given(load):
             raise StreamError(
                 f"the thread that copies {load.unit!r} has died", load.unit, "loading"
             )
         if load.error is not None:
             raise _failed(load, load.error) from load.error
-        _compute_after(self._filler.ops, load)
+        _compute_after(self._ops, load)
 
     def settle(self, load: Load) -> None:
         """Wait until the thread is done with it, and the device too."""
-        self._is_over(load)
-        _settle(self._filler.ops, load)
+        self._is_given(load)
+        _settle(self._ops, load)
 
-    def _is_over(self, load: Load) -> bool:
+    def _is_given(self, load: Load) -> bool:
         """Wait until the thread is done with a copy; return False where it never will be."""
+        assert load.issued
         while not load.issued.wait(_PATIENCE_S):
             if self._thread is None or not self._thread.is_alive():
                 return False
@@ -269,6 +283,7 @@ class _Work:
             except BaseException as error:  # noqa: BLE001 - raised again by `Transfer.wait`
                 load.error = error
             load.seconds = time.perf_counter() - begin
+            assert load.issued
             load.issued.set()
             del job, fill  # else the last unit's buffers live as long as the thread waits
 

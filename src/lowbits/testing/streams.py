@@ -108,8 +108,12 @@ class StreamEvent:
         self._happened.set()
 
     def has_happened(self) -> bool:
-        """Say whether `wait` would return at once."""
+        """Say whether `wait` would return, or raise, at once."""
         return self._happened.is_set()
+
+    def has_failed(self) -> bool:
+        """Say whether `wait` would raise at once."""
+        return self._happened.is_set() and self._error is not None
 
     def wait(self) -> None:
         """Block until the stream is past this point.
@@ -282,6 +286,11 @@ class ThreadedOps(_CountedOps):
         if event is not None:
             event.wait()
 
+    def has_happened(self, event: StreamEvent) -> bool:
+        """Say whether `host_after` would return at once, without an error."""
+        self.log.append(Step("has_happened"))
+        return event.has_happened() and not event.has_failed()
+
     def seconds(self, start: StreamEvent, end: StreamEvent) -> float | None:
         """Return the difference, if both have happened."""
         return end.at_s - start.at_s if start.has_happened() and end.has_happened() else None
@@ -391,6 +400,10 @@ class VirtualOps(_CountedOps):
     def host_after(self, event: float | None) -> None:
         """Advance the host's clock."""
         self.host_s = max(self.host_s, event or 0.0)
+
+    def has_happened(self, event: float) -> bool:
+        """Say whether the host's clock is past it."""
+        return event <= self.host_s
 
     def seconds(self, start: float, end: float) -> float:
         """Return the difference: every event knows its time at once."""
