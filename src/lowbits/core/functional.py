@@ -41,8 +41,8 @@ def linear(
     """
 
     def multiply(x: Tensor, dtype: torch.dtype) -> Tensor:
-        inputs = x.to(dtype)
-        added = bias if bias is None else bias.to(dtype)
+        inputs = _in_dtype(x, dtype)
+        added = bias if bias is None else _in_dtype(bias, dtype)
         if is_transformed() or (needs_plain_ops() and _wants_grad(inputs, added)):
             # Not backend.linear: rounded activations have no derivative, kernels of others no rule.
             return functional.linear(inputs, backend.unpack(packed, dtype), added)
@@ -76,8 +76,8 @@ def convolution(
     """
 
     def compute(x: Tensor, dtype: torch.dtype) -> Tensor:
-        inputs = x.to(dtype)
-        added = bias if bias is None else bias.to(dtype)
+        inputs = _in_dtype(x, dtype)
+        added = bias if bias is None else _in_dtype(bias, dtype)
         # Autograd would keep the scratch, which the next layer overwrites.
         is_kept = needs_plain_ops() or _wants_grad(inputs, added) or x.device.type != "cpu"
         out = None if is_kept else scratch("weight", packed.shape, dtype)
@@ -99,9 +99,14 @@ def computed(
     device_type = x.device.type
     is_left_alone = not _has_autocast(device_type) or x.dtype == torch.float64
     if is_left_alone or not torch.is_autocast_enabled(device_type):
-        return function(x, dtype).to(x.dtype)
+        return _in_dtype(function(x, dtype), x.dtype)
     with torch.autocast(device_type, enabled=False):
         return function(x, dtype).to(torch.get_autocast_dtype(device_type))
+
+
+def _in_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    # A `to` that changes nothing costs the host a tenth of what it takes to give a layer's orders.
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

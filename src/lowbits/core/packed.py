@@ -30,7 +30,7 @@ from lowbits.core.proxy import WeightProxy
 from lowbits.errors import FormatError, PatchError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Mapping
 
 LAYOUT_VERSION: Final = 1
 
@@ -210,21 +210,14 @@ def packed_weight(layer: PackedLayer, name: str = "weight") -> Packed:
 
 
 def _packed_in(parameters: Mapping[str, Any], layout: Layout) -> Packed:
-    tensors = []
+    """Return stored tensors in the dtypes that their values have."""
+    values = {}
     for field in layout.fields:
         tensor = parameters[field.parameter]
         if tensor.dtype != field.storage_dtype:
             raise FormatError(_cast_message(layout, field, tensor))
-        tensors.append(tensor)
-    return _reinterpreted(layout, tensors)
-
-
-def _reinterpreted(layout: Layout, tensors: Sequence[Tensor]) -> Packed:
-    """Return stored tensors in the dtypes that their values have."""
-    values = {
-        field.name: tensor if tensor.dtype == field.dtype else tensor.view(field.dtype)
-        for field, tensor in zip(layout.fields, tensors, strict=True)
-    }
+        is_stored_so = field.dtype == field.storage_dtype
+        values[field.name] = tensor if is_stored_so else tensor.view(field.dtype)
     return Packed(layout.scheme, layout.rows, values, layout.row_sliceable)
 
 
