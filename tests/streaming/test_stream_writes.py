@@ -337,3 +337,20 @@ def test_a_packed_model_is_not_restored_while_it_is_streamed(share: float) -> No
                 handle.restore()
     handle.restore()
     assert same(model(inputs(64)), expected)
+
+
+@pytest.mark.parametrize("part", ["0", "0.down"])
+def test_a_packed_part_is_not_restored_while_the_whole_is_streamed(part: str) -> None:
+    """Not even one inside a unit, whose own calls nobody intercepts."""
+    model = nn.Sequential(*(Block(64, 128) for _ in range(6))).eval()
+    expected = model(inputs(64))
+    layer = model.get_submodule(part)
+    handle = lowbits.quantize(layer, "float8-e4m3fn", rules={"*": "float8-e4m3fn"})
+    packed = model(inputs(64))
+    with streamer_of(model):
+        for _ in range(2):
+            assert same(model(inputs(64)), packed)
+            with pytest.raises(AlreadyPatchedError, match=r"streamed by a LayerStreamer.*detach"):
+                handle.restore()
+    handle.restore()
+    assert same(model(inputs(64)), expected)

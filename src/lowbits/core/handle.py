@@ -7,7 +7,7 @@ from collections import OrderedDict
 from typing import TYPE_CHECKING, Any, Final, Protocol, final
 
 from lowbits.core.guards import allow_methods, guard_methods
-from lowbits.core.interception import intercepted_part
+from lowbits.core.interception import streamed_part
 from lowbits.core.packed import PackedLayer, read_weight
 from lowbits.core.surgery import Journal, journal_of, take_back, verify_sources
 from lowbits.errors import AlreadyPatchedError, NotPatchedError
@@ -279,7 +279,7 @@ class Handle:
     def _require_unstreamed(self) -> None:
         """Raise where somebody else streams a component: originals would be streamed no more."""
         for name, component in self.components.items():
-            if (part := intercepted_part(component)) is not None:
+            if (part := streamed_part(component)) is not None:
                 raise AlreadyPatchedError(
                     f"cannot restore {name or type(component).__name__}: its {part} is streamed by "
                     "a LayerStreamer: call that one's detach() first"

@@ -181,10 +181,16 @@ def interceptor_of(module: nn.Module) -> Interceptor | None:
     return found
 
 
-def intercepted_part(root: nn.Module) -> str | None:
-    """Return the name of a module's first part whose calls are intercepted; None without one."""
+def streamed_part(root: nn.Module) -> str | None:
+    """Return the name of a module's first part that is streamed; None without one.
+
+    Its calls are intercepted; or, inside a part of something larger that is streamed as a whole,
+    its tensors say so, by an attribute ``is_streamed``.
+    """
     for name, module in root.named_modules():
-        if interceptor_of(module) is not None:
+        held = (*module._parameters.values(), *module._buffers.values())
+        is_held = any(getattr(tensor, "is_streamed", False) for tensor in held)
+        if is_held or interceptor_of(module) is not None:
             return name or type(root).__name__
     return None
 

@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING, Any, Final, final
 import torch
 from torch import nn
 
-from lowbits.core.interception import Interceptor, intercept, intercepted_part, release
+from lowbits.core.interception import Interceptor, intercept, release, streamed_part
 from lowbits.errors import AlreadyPatchedError, PatchError, StreamError
 from lowbits.streaming.component import Component
 from lowbits.streaming.foreign import HookGuard, has_cache_hook, refuse_foreign, refuse_hook
 from lowbits.streaming.layout import UNCALLED, ModelLayout, held_tensors, lay_out
 from lowbits.streaming.plan import UnitCost, make_plan
-from lowbits.streaming.proxy import StreamedTensor
 from lowbits.streaming.stats import StreamStats, make_stats
 from lowbits.streaming.tiers import Tier
 
@@ -319,17 +318,11 @@ def refuse_streamed(root: nn.Module) -> None:
     Raises:
         AlreadyPatchedError: naming the part.
     """
-    if (part := intercepted_part(root)) is not None:
+    if (part := streamed_part(root)) is not None:
         raise AlreadyPatchedError(
-            f"{part} is streamed already: call its LayerStreamer's detach(), or lowbits.restore on "
-            "what was applied, first"
+            f"{part} is streamed already, alone or with what it is a part of: call its "
+            "LayerStreamer's detach(), or lowbits.restore on what was applied, first"
         )
-    for holder, tensor in held_tensors(root):
-        if isinstance(tensor, StreamedTensor) or getattr(tensor, "is_streamed", False):
-            raise AlreadyPatchedError(
-                f"{holder.fqn} is streamed already, with the model that it is a part of: detach "
-                "that streamer, or restore its handle, first"
-            )
 
 
 def _require_streamable(root: nn.Module) -> None:

@@ -31,8 +31,13 @@ _NO_META: Final = (
 
 @final
 class StreamedTensor(torch.Tensor):
-    """A streamed Parameter or buffer, as it is seen between two uses of its unit."""
+    """A streamed Parameter or buffer, as it is seen between two uses of its unit.
 
+    Attributes:
+        is_streamed: as of the tensors on the device that it stands for.
+    """
+
+    is_streamed = True
     _place: Place
     _master: Master
     _count_read: Callable[[], None]
