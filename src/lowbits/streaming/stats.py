@@ -32,7 +32,7 @@ class UnitStats:
         stall_s: seconds that compute has waited for it.
         misses: how often its bytes were not on their way when they were needed.
         compute_s: seconds of its forward, a running mean of the passes that were measured: the
-            first four, and every eighth.
+            first four, and every seventh.
     """
 
     name: str

@@ -21,10 +21,11 @@ _SPILL_FACTOR: Final = 3.0
 
 _KEPT_PASSES: Final = 32
 
-#: Passes that are measured unit by unit: the first ones, and every so many later on. An event costs
-#: the host, and the device, microseconds: too much where a unit takes hundreds.
+#: Passes that are measured unit by unit: the first ones, and every so many later on; an odd number,
+#: since guidance calls a model twice a step. An event costs the host, and the device, microseconds:
+#: too much where a unit takes hundreds.
 _MEASURED_FIRST: Final = 4
-_MEASURED_EVERY: Final = 8
+_MEASURED_EVERY: Final = 7
 
 #: Methods of the passes of a trial; the first one is traced, and does not count.
 _TRIAL: Final = ("async", "async", "async", "queue", "queue")
