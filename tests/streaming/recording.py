@@ -50,6 +50,8 @@ class RecordedOps(DeviceOps):
         recorded: the same, as they were at `freeze`.
         expected: the right results, in order; `launch` computes them while `is_eager`.
         ignored: names of methods that shall be forgotten, to see that that is found out.
+        is_written_to: whether the masters that are copied from are written to in between.
+        tells_time: whether `seconds` says something.
     """
 
     has_streams: ClassVar[bool] = True
@@ -62,6 +64,8 @@ class RecordedOps(DeviceOps):
         self.expected: list[Tensor] = []
         self.is_eager = True
         self.ignored = ignored
+        self.is_written_to = False
+        self.tells_time = False
         self._results = itertools.count()
         self._freed: deque[Tensor] = deque()
 
@@ -107,16 +111,18 @@ class RecordedOps(DeviceOps):
         """Write down two steps, for a copy can be seen half done; behind what filled source."""
         steps = self.processes[COPY]
         steps.append(Event(FILL, len(self.processes[FILL])))
+        if self.is_written_to:
+            source = source.clone()  # what is written to it later is for later copies
         steps += (
             lambda: _done(target.fill_(_POISON)),
             lambda: _done(target.copy_(source)),
         )
 
-    def mark_computed(self) -> Event:
+    def mark_computed(self, *, is_timed: bool = True) -> Event:
         """Return an event."""
         return Event(COMPUTE, len(self.processes[COMPUTE]))
 
-    def mark_copied(self) -> Event:
+    def mark_copied(self, *, is_timed: bool = True) -> Event:
         """Return an event."""
         return Event(COPY, len(self.processes[COPY]))
 
@@ -136,12 +142,13 @@ class RecordedOps(DeviceOps):
         if event is not None and name not in self.ignored:
             self.processes[process].append(event)
 
-    def has_happened(self, event: Event) -> bool:
-        """Say no, as `seconds` does."""
-        return False
+    def has_happened(self, event: Event | None) -> bool:
+        """Say no."""
+        return event is None
 
     def seconds(self, start: Event, end: Event) -> float | None:
-        """Know nothing: nothing has happened."""
+        """Tell nothing, for nothing has happened; or a second for each step."""
+        return float(end.steps - start.steps) if self.tells_time else None
 
     def free_bytes(self) -> int | None:
         """Know nothing."""

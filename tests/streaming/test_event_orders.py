@@ -23,12 +23,12 @@ from streaming.devices import PlainSlab, faked
 from streaming.recording import Chain, RecordedOps, Search, TrackedSlab, Wrong
 
 from lowbits import LayerStreamer
-from lowbits.streaming import transfer
+from lowbits.streaming import timing, transfer
 from lowbits.streaming.masters import HostMaster
 from lowbits.streaming.residency import _Home
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from torch import Tensor
 
@@ -66,15 +66,28 @@ def search(
     *,
     prepare: Callable[[], Any] | None = None,
     chunk_bytes: int = 256,
+    writes: Mapping[int, Sequence[int]] | None = None,
     **options: Any,
 ) -> Found:
-    """Stream a model for some passes, each in some order, and look for a wrong result."""
+    """Stream a model for some passes, each in some order, and look for a wrong result.
+
+    Args:
+        model: its results are computed before.
+        passes: numbers of blocks.
+        prepare: called before the first pass.
+        chunk_bytes: of a staging buffer.
+        writes: numbers of blocks whose weights are written to, by the pass that comes after it.
+        options: of the streamer.
+    """
     ops = model.ops
+    ops.is_written_to = bool(writes)
     inputs = [torch.randn(16) for _ in passes]
+    originals = [parameter.detach().clone() for parameter in model.parameters()]
     if prepare is not None:
         prepare()
-    for x, order in zip(inputs, passes, strict=True):
-        model(x, order)
+    run(model, inputs, passes, writes)
+    for parameter, original in zip(model.parameters(), originals, strict=True):
+        parameter.data.copy_(original)
     ops.is_eager = False
     is_staged = options.get("location") == "cpu"
     slab = partial(TrackedSlab, ops) if is_staged else PlainSlab
@@ -86,12 +99,24 @@ def search(
         stack.callback(streamer.detach)
         if prepare is not None:
             prepare()
-        with torch.no_grad():
-            for x, order in zip(inputs, passes, strict=True):
-                model(x, order)
+        run(model, inputs, passes, writes)
         ops.freeze()
         found = Search(ops)
         return Found(found.first_wrong(), found.steps, streamer.stats())
+
+
+@torch.no_grad()
+def run(
+    model: Chain,
+    inputs: Sequence[Tensor],
+    passes: Sequence[Sequence[int]],
+    writes: Mapping[int, Sequence[int]] | None,
+) -> None:
+    blocks: Any = model.blocks
+    for index, (x, order) in enumerate(zip(inputs, passes, strict=True)):
+        for number in (writes or {}).get(index, ()):
+            blocks[number].weight.add_(1.0)
+        model(x, order)
 
 
 @pytest.mark.parametrize("method", ["async", "queue"])
@@ -152,6 +177,26 @@ def test_a_unit_that_calls_another(outer: int, inner: int, location: str) -> Non
     order = [number for number in range(4) if number != inner]
     found = search(model, [order] * 2, budget=256 + 1024, depth=2, location=location)
     assert found.wrong is None
+
+
+@pytest.mark.parametrize("is_measured", [True, False])
+@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("residents", [1, 2])
+@pytest.mark.parametrize("written", [(0,), (1, 2), (3,), range(4)])
+def test_weights_that_are_written_to_between_passes(
+    written: Sequence[int], residents: int, depth: int, *, is_measured: bool
+) -> None:
+    """Those that stay on the device too, whose uses nobody marks."""
+    ops = RecordedOps()
+    ops.tells_time = not is_measured  # what has no time yet is measured
+    with mock.patch.object(timing, "_MEASURED_FIRST", 5 if is_measured else 1):
+        found = search(
+            Chain(ops, [512] * 4), [range(4)] * 3, writes={2: written},
+            budget=256 + 512 * (depth + residents), depth=depth, location="shared",
+        )  # fmt: skip
+    assert found.wrong is None
+    resident = sum(unit.is_resident for unit in found.stats.units if not unit.is_base)
+    assert resident in (residents, 4)
 
 
 @pytest.mark.parametrize("location", ["shared", "cpu"])

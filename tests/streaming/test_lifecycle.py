@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import threading
 import time
@@ -30,6 +31,7 @@ from lowbits.errors import (
     PatchError,
     StreamError,
 )
+from lowbits.streaming.proxy import StreamedTensor
 from lowbits.streaming.stored import Stored
 from lowbits.streaming.streamer import LayerStreamer
 from lowbits.streaming.transfer import ThreadTransfer
@@ -37,6 +39,8 @@ from lowbits.streaming.transfer import ThreadTransfer
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
+
+    from torch import Tensor
 
 LOCATIONS = ("cpu", "disk")
 
@@ -137,6 +141,38 @@ def test_a_streamer_on_a_part_stands_in_the_way_of_the_whole(part: str) -> None:
         assert same(model(inputs()), expected)
         with pytest.raises(AlreadyPatchedError):
             LayerStreamer(model, device="cpu", budget=10**6).attach()
+        assert same(model(inputs()), expected)
+
+
+class Nested(nn.Module):
+    """A norm with buffers, which is no child of the root, and is called by nobody from outside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = nn.ModuleDict({"norm": nn.BatchNorm1d(WIDTH)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.parts["norm"](x.flatten(0, -2))
+        return out.view(x.shape)
+
+
+def test_a_copy_of_what_is_streamed_is_nobodys() -> None:
+    """As adapter libraries make of modules that they train: it goes on when streaming ends."""
+    model: Any = Stack(4).eval()
+    model.stem = Nested().eval()
+    norm = model.stem.parts["norm"]
+    with streamer_of(model, budget=10**6):
+        expected = model(inputs())
+        assert not isinstance(norm.running_mean, StreamedTensor)
+        copied = copy.deepcopy(norm)
+        with streamer_of(copied, budget=10**6):
+            assert same(copied(torch.ones(1, WIDTH)), norm(torch.ones(1, WIDTH)))
+        with pytest.raises(AlreadyPatchedError):
+            LayerStreamer(norm, device="cpu", budget=10**6).attach()
+        borrowed = norm.running_mean
+    model.stem.parts["other"] = copied
+    norm.register_buffer("borrowed", borrowed)
+    with streamer_of(model, budget=10**6):
         assert same(model(inputs()), expected)
 
 

@@ -168,6 +168,23 @@ def test_a_root_that_is_never_called_has_passes_too() -> None:
         assert streamer.stats().passes > 0
 
 
+def test_a_root_that_is_never_called_and_a_part_that_is_called_once() -> None:
+    """As a VAE that encodes one picture, and decodes from then on: its passes end, too."""
+    model, x = Ordered(), inputs()
+    with streamer_of(model, depth=2) as streamer:
+        model.blocks[0](x)
+        model.order = range(1, COUNT)
+        expected = model.encode(x)
+        for _ in range(60):
+            assert same(model.encode(x), expected)
+        stage = stage_of(streamer)
+        assert len(stage.timing._spans) <= 9 * COUNT
+        assert len(stage._order._trace) <= 9 * COUNT
+        assert stage._residency is not None
+        assert len(stage._residency._under_way) <= 9 * COUNT
+        assert streamer.stats().passes > 0
+
+
 class Nesting(nn.Module):
     """A unit that calls another one in its own forward, and is called in it again."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, replace
 from statistics import mean
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
 import torch
@@ -16,6 +16,7 @@ from torch import nn
 
 from lowbits import LayerStreamer
 from lowbits.errors import InsufficientMemoryError
+from lowbits.streaming.timing import MethodTrial, Timing
 from lowbits.testing.streams import VirtualOps
 
 if TYPE_CHECKING:
@@ -30,15 +31,31 @@ BANDWIDTH = 1e9
 
 
 class Timed(nn.Module):
-    """A block that computes for some virtual seconds."""
+    """A block that computes for some virtual seconds; the host takes some to say so."""
 
-    def __init__(self, nbytes: int, seconds: Callable[[], float], ops: VirtualOps) -> None:
+    def __init__(
+        self, nbytes: int, seconds: Callable[[], float], ops: VirtualOps, host_s: float = 0.0
+    ) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(nbytes, dtype=torch.uint8), requires_grad=False)
-        self.seconds, self.ops = seconds, ops
+        self.seconds, self.ops, self.host_s = seconds, ops, host_s
 
     def forward(self, x: Tensor) -> Tensor:
+        self.ops.work(self.host_s)
         self.ops.compute(self.seconds())
+        return x
+
+
+class Some(nn.Module):
+    """Blocks, of which each pass calls some."""
+
+    def __init__(self, blocks: nn.ModuleList) -> None:
+        super().__init__()
+        self.blocks = blocks
+
+    def forward(self, x: Tensor, numbers: Sequence[int]) -> Tensor:
+        for number in numbers:
+            x = self.blocks[number](x)
         return x
 
 
@@ -275,11 +292,13 @@ def test_slow_passes_are_counted(slow: tuple[int, ...], counted: int) -> None:
     assert found.slow_passes == counted
 
 
-def test_every_wait_is_counted_and_every_seventh_pass_measured() -> None:
+@pytest.mark.parametrize("host", [0.0, 0.5, 1.5])
+def test_every_wait_is_counted_and_every_seventh_pass_measured(host: float) -> None:
     """Between them, a unit that takes longer than before is not noticed."""
     ops, factor = VirtualOps(bandwidth=BANDWIDTH), 1.0
     seconds = 5 * PAGE / BANDWIDTH
-    model = nn.Sequential(*(Timed(10 * PAGE, lambda: seconds * factor, ops) for _ in range(8)))
+    times: tuple[Any, ...] = (lambda: seconds * factor, ops, host * seconds)
+    model = nn.Sequential(*(Timed(10 * PAGE, *times) for _ in range(8)))
     streamer = LayerStreamer(
         model, device="cpu", budget=30 * PAGE, method="async", depth=3, location="shared"
     )
@@ -293,8 +312,37 @@ def test_every_wait_is_counted_and_every_seventh_pass_measured() -> None:
             assert ops.stall_s - stats.stall_s == pytest.approx(before, abs=1e-12) or not index
             means.append(stats.units[0].compute_s)
     assert stats.stall_s > 10 * seconds
-    assert means[:7] == pytest.approx([seconds] * 7)
-    assert means[7:] == pytest.approx([1.25 * seconds] * 7 + [1.375 * seconds] * 2)
+    factors = [1.0] * 7 + [1.25] * 7 + [1.375] * 2
+    assert means == pytest.approx([means[0] * factor for factor in factors])
+
+
+def test_passes_of_a_trial_are_measured_alike() -> None:
+    """Else the method that comes last has less to do."""
+    timing, trial = Timing(VirtualOps(bandwidth=BANDWIDTH)), MethodTrial()
+    measured = []
+    for _ in range(22):
+        timing.begin_pass(has_end=True)
+        measured.append(timing.times_uses)
+        timing.end_pass()
+        if not trial.is_over:
+            trial.next(1.0)
+            assert timing.times_uses
+    assert [index for index, is_so in enumerate(measured) if is_so] == [0, 1, 2, 3, 4, 7, 14, 21]
+
+
+@pytest.mark.parametrize("known", [3, 6, 9])
+def test_units_that_are_called_late_are_measured_at_once(known: int) -> None:
+    """The plan for the order that has them is made in the second pass of it."""
+    ops, seconds = VirtualOps(bandwidth=BANDWIDTH), 5 * PAGE / BANDWIDTH
+    blocks = (Timed(10 * PAGE, lambda: seconds, ops) for _ in range(24))
+    model = Some(nn.ModuleList(blocks))
+    streamer = LayerStreamer(model, device="cpu", budget=140 * PAGE, location="shared")
+    with faked(ops), streamer:
+        for index in range(known + 6):
+            model(torch.zeros(1), range(8 if index < known else 24))
+        stats, plan = streamer.stats(), plan_of(streamer)
+    assert plan.compute_s == pytest.approx(24 * seconds)
+    assert stats.predicted_s == pytest.approx(stats.actual_s) == pytest.approx(24 * seconds)
 
 
 def test_one_byte_less_is_refused() -> None:

@@ -17,7 +17,10 @@ from torch import nn
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
+    from torch import Tensor
+
 _KEY: Final = "_lowbits_interceptor"
+_MARK: Final = "_lowbits_streamed"
 
 
 class Interceptor(ABC):
@@ -184,15 +187,29 @@ def interceptor_of(module: nn.Module) -> Interceptor | None:
 def streamed_part(root: nn.Module) -> str | None:
     """Return the name of a module's first part that is streamed; None without one.
 
-    Its calls are intercepted; or, inside a part of something larger that is streamed as a whole,
-    its tensors say so, by an attribute ``is_streamed``.
+    Its calls are intercepted, or, inside a part of something larger that is streamed as a whole,
+    its tensors are marked.
     """
     for name, module in root.named_modules():
         held = (*module._parameters.values(), *module._buffers.values())
-        is_held = any(getattr(tensor, "is_streamed", False) for tensor in held)
-        if is_held or interceptor_of(module) is not None:
+        if interceptor_of(module) is not None or any(map(_is_marked, held)):
             return name or type(root).__name__
     return None
+
+
+def mark_streamed(tensor: Tensor) -> None:
+    """Mark a tensor as a streamer's, or as its stand-in, until `unmark_streamed`."""
+    # By its identity: copies take attributes over, and are nobody's.
+    tensor.__dict__[_MARK] = id(tensor)
+
+
+def unmark_streamed(tensor: Tensor) -> None:
+    """Say that a tensor is no streamer's any more."""
+    tensor.__dict__.pop(_MARK, None)
+
+
+def _is_marked(tensor: Tensor | None) -> bool:
+    return tensor is not None and tensor.__dict__.get(_MARK) == id(tensor)
 
 
 def _in_front(mixin: type[nn.Module], base: type[nn.Module]) -> type[nn.Module]:

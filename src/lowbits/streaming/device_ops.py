@@ -3,8 +3,13 @@
 [Note: stream order]
 Copies run on one stream of their own, in the order in which they were asked for. A slot is written
 only after an event that was recorded on the compute stream behind its last use (`copy_after`), and
-read only after an event that was recorded behind the copy (`compute_after`). Buffers live as long
-as the streamer, so that no allocator has to know about the second stream.
+read only after an event that was recorded behind the copy (`compute_after`), or once the host has
+seen that one happen (`has_happened`). Buffers live as long as the streamer, so that no allocator
+has to know about the second stream.
+
+The uses of what stays on the device are not marked one by one: when it is copied anew, because
+somebody wrote to it, an event on the stream that is current then stands for them. Who writes to a
+weight that another stream is still reading has to order the two, as for any tensor.
 """
 
 from __future__ import annotations
@@ -58,12 +63,16 @@ class DeviceOps(ABC):
             self.copy(target, source)
 
     @abstractmethod
-    def mark_computed(self) -> Any:
-        """Return an event behind everything that the current compute stream was given."""
+    def mark_computed(self, *, is_timed: bool = True) -> Any:
+        """Return an event behind everything that the current compute stream was given.
+
+        Args:
+            is_timed: whether `seconds` will be asked about it, which costs the device time.
+        """
 
     @abstractmethod
-    def mark_copied(self) -> Any:
-        """Return an event behind every copy so far."""
+    def mark_copied(self, *, is_timed: bool = True) -> Any:
+        """Return an event behind every copy so far; as `mark_computed`."""
 
     @abstractmethod
     def copy_after(self, event: Any) -> None:
@@ -81,7 +90,7 @@ class DeviceOps(ABC):
     def has_happened(self, event: Any) -> bool:
         """Say whether an event has happened, so that nobody has to wait for it.
 
-        False where something went wrong before it: waiting raises that.
+        Where something went wrong before it, False, and waiting raises that, or it is raised here.
         """
 
     @abstractmethod
@@ -121,11 +130,11 @@ class SynchronousOps(DeviceOps):
         """Copy, and return when it is done."""
         target.copy_(source)
 
-    def mark_computed(self) -> float:
+    def mark_computed(self, *, is_timed: bool = True) -> float:  # noqa: ARG002 - it costs nothing
         """Return the time."""
         return time.perf_counter()
 
-    def mark_copied(self) -> float:
+    def mark_copied(self, *, is_timed: bool = True) -> float:  # noqa: ARG002 - it costs nothing
         """Return the time."""
         return time.perf_counter()
 
@@ -193,22 +202,22 @@ class AcceleratorOps(DeviceOps):
                 # Else the host would wait; `mark_copied` orders the readers instead.
                 target.copy_(source, non_blocking=True)
 
-    def mark_computed(self) -> torch.Event:
+    def mark_computed(self, *, is_timed: bool = True) -> torch.Event:
         """Record an event on the compute stream."""
-        return self._record(torch.accelerator.current_stream(self._index))
+        return self._record(torch.accelerator.current_stream(self._index), is_timed=is_timed)
 
-    def mark_copied(self) -> torch.Event:
+    def mark_copied(self, *, is_timed: bool = True) -> torch.Event:
         """Record an event on the copy stream."""
-        return self._record(self._stream)
+        return self._record(self._stream, is_timed=is_timed)
 
-    def _record(self, stream: torch.Stream) -> torch.Event:
-        event = torch.Event(self.device, enable_timing=True)
+    def _record(self, stream: torch.Stream, *, is_timed: bool) -> torch.Event:
+        event = torch.Event(self.device, enable_timing=is_timed)
         event.record(stream)
         return event
 
-    def has_happened(self, event: torch.Event) -> bool:
+    def has_happened(self, event: torch.Event | None) -> bool:
         """Ask the device."""
-        return event.query()
+        return event is None or event.query()
 
     def seconds(self, start: torch.Event, end: torch.Event) -> float | None:
         """Ask the device, if it has come past both."""

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from lowbits.core.interception import mark_streamed
 from lowbits.core.proxy import STORAGE, describe_call, is_metadata, read_only, written_argument
 from lowbits.errors import PatchError, StreamError
 from lowbits.streaming.layout import Place
@@ -31,13 +32,8 @@ _NO_META: Final = (
 
 @final
 class StreamedTensor(torch.Tensor):
-    """A streamed Parameter or buffer, as it is seen between two uses of its unit.
+    """A streamed Parameter or buffer, as it is seen between two uses of its unit."""
 
-    Attributes:
-        is_streamed: as of the tensors on the device that it stands for.
-    """
-
-    is_streamed = True
     _place: Place
     _master: Master
     _count_read: Callable[[], None]
@@ -77,6 +73,7 @@ class StreamedTensor(torch.Tensor):
             requires_grad=original.requires_grad,
         )
         proxy._place, proxy._master, proxy._count_read = place, master, count_read
+        mark_streamed(proxy)
         if isinstance(original, nn.Parameter):
             proxy._is_param = True  # isinstance(proxy, nn.Parameter), as what it stands for
         return proxy

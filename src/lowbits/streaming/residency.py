@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
+from lowbits.core.interception import mark_streamed, unmark_streamed
 from lowbits.errors import StreamError
 
 if TYPE_CHECKING:
@@ -82,6 +83,8 @@ class _Home:
 
     def forget(self) -> None:
         """Let go of all that holds the slot's memory."""
+        for tensor in self.tensors or ():
+            unmark_streamed(tensor)
         self._flat = self.tensors = self.load = None
 
     def go(self) -> None:
@@ -173,7 +176,9 @@ class Residency:
 
     def finished_copies(self) -> list[tuple[int, float]]:
         """Return bytes and seconds of the copies that were finished since the last call."""
-        timed = [(n, load, self._transfer.seconds(load)) for n, load in self._under_way]
+        timed = [
+            (n, load, self._transfer.seconds(load)) for n, load in self._under_way if not load.error
+        ]
         self._under_way = [(n, load) for n, load, seconds in timed if seconds is None]
         return [(n, seconds) for n, _, seconds in timed if seconds is not None]
 
@@ -265,7 +270,7 @@ class Residency:
 
         Args:
             number: of the unit.
-            freed: event behind it; None where the unit is a resident.
+            freed: event behind it; None where it is a resident, or none is needed.
         """
         if number not in self._held:
             return
@@ -320,7 +325,7 @@ class Residency:
         if is_new or home.number not in self._streamed:
             # Whoever had this memory before may be computing with it still, or who used this
             # resident last: such uses are not marked.
-            freed.append(self._ops.mark_computed())
+            freed.append(self._ops.mark_computed(is_timed=False))
         # First: whatever is raised from here on, the old bytes count as overwritten.
         for each in overwritten:
             each.is_present = each.has_arrived = False
@@ -378,5 +383,5 @@ def _like(original: Tensor, view: Tensor, *, is_frozen: bool) -> Tensor:
     """Return a Parameter, or a plain tensor, as the original is, that says whose it is."""
     if isinstance(original, nn.Parameter):
         view = nn.Parameter(view, requires_grad=original.requires_grad and not is_frozen)
-    view.is_streamed = True  # type: ignore[attr-defined]
+    mark_streamed(view)
     return view

@@ -233,7 +233,7 @@ class Stage:
         self._note_peak()
         for component in self.components:
             component.base.hide()
-            residency.release(self._numbers[id(component.base)], self._ops.mark_computed())
+            residency.release(self._numbers[id(component.base)], None)
         residency.drain()
         residency.let_go()
         self._parked_bytes += residency.copied_bytes
@@ -379,7 +379,7 @@ class Stage:
             entry.misses += 1
         # An event costs the host microseconds: none that nobody needs.
         has_arrived = is_held and residency.has_arrived(number)
-        is_timed = self.timing.times_uses
+        is_timed = self.timing.times_uses or not entry.compute_s
         called = self._ops.mark_computed() if is_timed or not has_arrived else None
         tensors = residency.acquire(number)
         started = called if has_arrived else self._ops.mark_computed()
@@ -402,9 +402,9 @@ class Stage:
             entry.end_use()
             # Another one where a model that was called inside has made this one give way.
             residency = self._residency or residency
-            is_marked = is_timed or residency.is_streamed(number)
-            done = self._ops.mark_computed() if is_marked else None
-            residency.release(number, done)
+            is_freed = residency.is_streamed(number)
+            done = self._ops.mark_computed(is_timed=is_timed) if is_timed or is_freed else None
+            residency.release(number, done if is_freed else None)
             if called is not None:
                 self.timing.note(entry, called, started, done if is_timed else None)
             self._prefetch()

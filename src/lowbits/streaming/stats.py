@@ -31,8 +31,9 @@ class UnitStats:
         copies: how often it was copied to the device.
         stall_s: seconds that compute has waited for it.
         misses: how often its bytes were not on their way when they were needed.
-        compute_s: seconds of its forward, a running mean of the passes that were measured: the
-            first four, and every seventh.
+        compute_s: seconds of its forward, a running mean; on a device with streams of the passes
+            that were measured: the first five, and every seventh, where the model itself is called
+            and shares its ring with none.
     """
 
     name: str

@@ -21,14 +21,14 @@ _SPILL_FACTOR: Final = 3.0
 
 _KEPT_PASSES: Final = 32
 
-#: Passes that are measured unit by unit: the first ones, and every so many later on; an odd number,
-#: since guidance calls a model twice a step. An event costs the host, and the device, microseconds:
-#: too much where a unit takes hundreds.
-_MEASURED_FIRST: Final = 4
-_MEASURED_EVERY: Final = 7
-
 #: Methods of the passes of a trial; the first one is traced, and does not count.
 _TRIAL: Final = ("async", "async", "async", "queue", "queue")
+
+#: Passes that are measured unit by unit on a device with streams: the first ones, those of a trial
+#: alike, and every so many later on; an odd number, since guidance calls a model twice a step. An
+#: event costs the host, and the device, microseconds: too much where a unit takes hundreds.
+_MEASURED_FIRST: Final = len(_TRIAL)
+_MEASURED_EVERY: Final = 7
 
 
 class _Span(NamedTuple):
@@ -82,7 +82,7 @@ class Timing:
             has_end: somebody will say when it is over; else its last use tells when it was.
         """
         is_due = self.passes < _MEASURED_FIRST or self.passes % _MEASURED_EVERY == 0
-        self.times_uses = is_due or not has_end
+        self.times_uses = is_due or not has_end or not self._ops.has_streams
         self._begin = self._ops.mark_computed()
 
     def end_pass(self, *, is_over: bool = False) -> None:

@@ -121,7 +121,7 @@ class DirectTransfer(Transfer):
         begun = self._ops.mark_copied() if self.is_timed else None
         parts = torch.split(target, _CHUNK_BYTES), torch.split(source.flat, _CHUNK_BYTES)
         self._ops.copy_parts(zip(*parts, strict=True))
-        return Load(unit, begun, (self._ops.mark_copied(),))
+        return Load(unit, begun, (self._ops.mark_copied(is_timed=self.is_timed),))
 
     def wait(self, load: Load) -> None:
         """Put an order to wait on the compute stream; the host goes on."""
@@ -330,7 +330,7 @@ class _Filler:
             staged = self._staging[which][: stop - start]
             master.read(start, staged, should_stop)
             self.ops.copy(target[start:stop], staged)
-            self._left[which] = self.ops.mark_copied()
+            self._left[which] = self.ops.mark_copied(is_timed=False)
             copied.append(self._left[which])
         return tuple(copied)
 

@@ -254,7 +254,7 @@ class ThreadedOps(_CountedOps):
         late = self._delay(nbytes) if self._delay else 0.0
         return late + (nbytes / self._bandwidth if self._bandwidth else 0.0)
 
-    def mark_computed(self) -> StreamEvent:
+    def mark_computed(self, *, is_timed: bool = True) -> StreamEvent:  # noqa: ARG002 - all are
         """Return an event that happens after the compute delay, and after those before it."""
         self.log.append(Step("mark_computed"))
         if self._compute_delay is not None:
@@ -262,7 +262,7 @@ class ThreadedOps(_CountedOps):
             self._compute_stream.submit(lambda: time.sleep(seconds))
         return self._compute_stream.record()
 
-    def mark_copied(self) -> StreamEvent:
+    def mark_copied(self, *, is_timed: bool = True) -> StreamEvent:  # noqa: ARG002 - all are
         """Return an event behind every copy so far; it carries the error of one that failed."""
         self.log.append(Step("mark_copied"))
         return self._copy_stream.record()
@@ -286,10 +286,10 @@ class ThreadedOps(_CountedOps):
         if event is not None:
             event.wait()
 
-    def has_happened(self, event: StreamEvent) -> bool:
+    def has_happened(self, event: StreamEvent | None) -> bool:
         """Say whether `host_after` would return at once, without an error."""
         self.log.append(Step("has_happened"))
-        return event.has_happened() and not event.has_failed()
+        return event is None or (event.has_happened() and not event.has_failed())
 
     def seconds(self, start: StreamEvent, end: StreamEvent) -> float | None:
         """Return the difference, if both have happened."""
@@ -379,11 +379,11 @@ class VirtualOps(_CountedOps):
         self.copy_s = max(self.copy_s, self.host_s) + seconds
         self.copy_busy_s += seconds
 
-    def mark_computed(self) -> float:
+    def mark_computed(self, *, is_timed: bool = True) -> float:  # noqa: ARG002 - all are
         """Return when compute is done."""
         return max(self.compute_s, self.host_s)
 
-    def mark_copied(self) -> float:
+    def mark_copied(self, *, is_timed: bool = True) -> float:  # noqa: ARG002 - all are
         """Return when the copies so far are done."""
         return max(self.copy_s, self.host_s)
 
@@ -401,9 +401,9 @@ class VirtualOps(_CountedOps):
         """Advance the host's clock."""
         self.host_s = max(self.host_s, event or 0.0)
 
-    def has_happened(self, event: float) -> bool:
+    def has_happened(self, event: float | None) -> bool:
         """Say whether the host's clock is past it."""
-        return event <= self.host_s
+        return event is None or event <= self.host_s
 
     def seconds(self, start: float, end: float) -> float:
         """Return the difference: every event knows its time at once."""
