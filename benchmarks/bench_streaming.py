@@ -165,7 +165,7 @@ def options() -> argparse.Namespace:
     made.add_argument("--width", type=int, help="of the stack, instead of the preset's")
     made.add_argument("--tokens", type=int, default=64, help="of a pass")
     made.add_argument("--core", type=int, help="that computes; the other ones read")
-    made.add_argument("--ways", type=lambda text: text.split("+"), default=list(WAYS))
+    made.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="one or more")
     made.add_argument("--schemes", type=split, default=["float8-e4m3fn", "bnb-nf4"], help="of FLUX")
     made.add_argument("--budgets", type=split, default=["2GB", "4GB", "6GB", "8GB", "12GB"])
     given = made.parse_args()
