@@ -88,13 +88,18 @@ class Transfer(ABC):
             freed: events behind the last uses of what target held before.
         """
 
-    @abstractmethod
     def wait(self, load: Load) -> None:
-        """Make compute wait for a copy; raise what went wrong with it."""
+        """Make compute wait for a copy that was given to the device; raise what went wrong."""
+        for event in load.ready:
+            self._ops.compute_after(event)
 
-    @abstractmethod
     def settle(self, load: Load) -> None:
-        """Wait, on the host, until a copy is over, however it ends."""
+        """Wait, on the host, until a copy is over; what went wrong is for who uses its bytes."""
+        for event in load.ready:
+            try:
+                self._ops.host_after(event)
+            except Exception as error:  # noqa: BLE001 - whatever a device raises
+                logger.debug("the copy of %r had failed: %s", load.unit, str(error))
 
     def is_over(self, load: Load) -> bool:
         """Say whether a copy is done, so that nobody has to wait for it; a failed one never is."""
@@ -104,8 +109,7 @@ class Transfer(ABC):
         """Return what a timed copy took, its slot not waited for; None while it is under way."""
         return load.seconds if load.is_issued and load.error is None else None
 
-    @abstractmethod
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 - only a thread has something to stop
         """Stop; copies under way are given up."""
 
 
@@ -123,20 +127,9 @@ class DirectTransfer(Transfer):
         self._ops.copy_parts(zip(*parts, strict=True))
         return Load(unit, begun, (self._ops.mark_copied(is_timed=self.is_timed),))
 
-    def wait(self, load: Load) -> None:
-        """Put an order to wait on the compute stream; the host goes on."""
-        _compute_after(self._ops, load)
-
-    def settle(self, load: Load) -> None:
-        """Wait for the event."""
-        _settle(self._ops, load)
-
     def seconds(self, load: Load) -> float | None:
         """Ask the device."""
         return self._ops.seconds(load.begun, load.ready[-1])
-
-    def close(self) -> None:
-        """Nothing to stop."""
 
 
 @final
@@ -158,17 +151,6 @@ class InlineTransfer(Transfer):
             raise _failed(load, error) from error
         load.seconds = time.perf_counter() - begin
         return load
-
-    def wait(self, load: Load) -> None:
-        """Make compute wait for the last parts of the copy."""
-        _compute_after(self._ops, load)
-
-    def settle(self, load: Load) -> None:
-        """Wait for the events behind the last parts."""
-        _settle(self._ops, load)
-
-    def close(self) -> None:
-        """Nothing to stop."""
 
 
 @final
@@ -208,12 +190,12 @@ class ThreadTransfer(Transfer):
             )
         if load.error is not None:
             raise _failed(load, load.error) from load.error
-        _compute_after(self._ops, load)
+        super().wait(load)
 
     def settle(self, load: Load) -> None:
         """Wait until the thread is done with it, and the device too."""
         self._is_given(load)
-        _settle(self._ops, load)
+        super().settle(load)
 
     def _is_given(self, load: Load) -> bool:
         """Wait until the thread is done with a copy; return False where it never will be."""
@@ -238,20 +220,6 @@ class ThreadTransfer(Transfer):
         if self._thread is not None and self._pid == os.getpid():
             self._thread.join()
         self._thread = None
-
-
-def _compute_after(ops: DeviceOps, load: Load) -> None:
-    for event in load.ready:
-        ops.compute_after(event)
-
-
-def _settle(ops: DeviceOps, load: Load) -> None:
-    """Wait until the device is done with a copy; what went wrong is for who uses its bytes."""
-    for event in load.ready:
-        try:
-            ops.host_after(event)
-        except Exception as error:  # noqa: BLE001 - whatever a device raises
-            logger.debug("the copy of %r had failed: %s", load.unit, str(error))
 
 
 def _failed(load: Load, error: BaseException) -> BaseException:
