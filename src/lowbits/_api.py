@@ -281,7 +281,7 @@ def _apply(
         for module, _ in homes:
             module.to(device)
         placed.attach()
-        report = conversion.report.noting((*notes, *placed.notes))
+        report = conversion.report.noting((*notes, *placed.stats().notes))
         target = _Target(modules, config, device)
         adapters = Adapters(config.lora)
         parts = modules if placed.is_streamed else touched or modules

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 
 _SIZE: Final = re.compile(r"(\d+(?:\.\d+)?)\s*(?:([kKMGT])(i?))?B?")
 
+#: How streamed weights are copied, and where they wait: the last two are names of other projects.
+SWAPS: Final = ("auto", "queue", "async")
+LOCATIONS: Final = ("auto", "cpu", "shared", "disk", "pageable", "pinned")
+
 #: What Forge appends to an entry of its menu where LoRA adapters stay beside the weights.
 FP16_LORA: Final = " (fp16 LoRA)"
 
@@ -62,12 +66,12 @@ class LowbitsConfig:
     swap: str = _option(
         "auto",
         "how streamed weights are copied: one by one, or ahead of their use",
-        ("auto", "queue", "async"),
+        SWAPS,
     )
     location: str = _option(
         "auto",
         "where streamed weights wait: host memory, page-locked host memory, or a file",
-        ("auto", "cpu", "shared", "disk", "pageable", "pinned"),
+        LOCATIONS,
     )
     lora: str = _option(
         "auto",
@@ -97,7 +101,11 @@ class LowbitsConfig:
 
     def __post_init__(self) -> None:
         for item in fields(self):
-            _require_choice(item.name, getattr(self, item.name), item.metadata["choices"])
+            if choices := item.metadata["choices"]:
+                value = getattr(self, item.name)
+                is_one = isinstance(value, str) or not isinstance(value, Collection)
+                for one in (value,) if is_one or item.default != () else value:
+                    require_choice(item.name, one, choices)
         for option, words in (("gpu_weights", ("auto", "all")), ("reserve", ("auto",))):
             value = getattr(self, option)
             if value not in words:
@@ -112,14 +120,12 @@ class LowbitsConfig:
             raise ConfigError(f"compute_dtype: got {self.compute_dtype}, expected a floating dtype")
 
 
-def _require_choice(option: str, value: Any, choices: Sequence[str]) -> None:
-    """Raise where a value, or one of several, is not among the choices, if there are any."""
-    given = (value,) if isinstance(value, str) or not isinstance(value, Collection) else value
-    wrong = next((one for one in given if choices and one not in choices), None)
-    if wrong is not None:
+def require_choice(option: str, value: Any, choices: Sequence[str]) -> None:
+    """Raise `ConfigError` where a value is not among the choices."""
+    if value not in choices:
         raise ConfigError(
-            f"{option}: got {wrong!r}, expected one of {', '.join(choices)}"
-            f"{suggestion(str(wrong), choices)}"
+            f"{option}: got {value!r}, expected one of {', '.join(choices)}"
+            f"{suggestion(str(value), choices)}"
         )
 
 

@@ -70,7 +70,7 @@ class Arbiter:
         self._shared = shared
         if shared:
             shared.join(self)
-        self._stages: dict[int, Stage] = {}
+        self._stages: dict[Component, Stage] = {}
         self._turns: deque[tuple[Stage, int]] = deque(maxlen=_TURNS)
 
     @property
@@ -80,7 +80,7 @@ class Arbiter:
 
     def add(self, component: Component) -> None:
         """Let a component take part; it is attached."""
-        self._stages[id(component)] = self._stage(component)
+        self._stages[component] = self._stage(component)
 
     def _stage(self, *components: Component) -> Stage:
         return Stage(components, self.ops, self.method, self.depth, self._note_peak)
@@ -110,14 +110,14 @@ class Arbiter:
         """Take a component off the device for good; others of its stage stay as they are."""
         stage = self.stage_of(component)
         stage.close()
-        del self._stages[id(component)]
+        del self._stages[component]
         rest = [other for other in stage.components if other is not component]
         for other in rest:
             self.add(other)
 
     def stage_of(self, component: Component) -> Stage:
         """Return the stage that a component belongs to."""
-        return self._stages[id(component)]
+        return self._stages[component]
 
     def enter(self, component: Component) -> Stage:
         """Bring a component's stage to the device, and return it; others may give way.
@@ -131,15 +131,15 @@ class Arbiter:
         if stage.plan is None:
             stage = self._join(stage)
         others = [other for other in self.stages() if other is not stage]
-        wanted = stage.wanted_bytes if stage.plan is None else stage.reserved_bytes
-        wanted += sum(other.reserved_bytes for other in others)
+        own = stage.wanted_bytes if stage.plan is None else stage.reserved_bytes
+        wanted = own + sum(other.reserved_bytes for other in others)
         budget = self._budget_now(wanted)
         if wanted > budget:
             for other in others:
                 if not other.uses:  # else it is its forward that calls this one
                     other.park()
         room = budget - sum(other.reserved_bytes for other in others)
-        if stage.plan is None or stage.reserved_bytes > room:
+        if stage.plan is None or own > room:
             callers = [other for other in others if other.uses]
             if callers and room < stage.minimum_bytes:
                 room = self._share(stage, callers, budget)
@@ -176,14 +176,9 @@ class Arbiter:
         self.ops.release_cached()
         return budget - apart - sum(caller.reserved_bytes for caller in callers)
 
-    def shrink(self, stage: Stage) -> None:
-        """Make a stage take less of the device from now on, and give cached memory back."""
-        stage.shrink()
-        self.ops.release_cached()
-
     def stages(self) -> list[Stage]:
         """Return the stages, each once."""
-        return list({id(stage): stage for stage in self._stages.values()}.values())
+        return list(dict.fromkeys(self._stages.values()))
 
     def _join(self, stage: Stage) -> Stage:
         """Note whose turn it is; make one stage of two whose turns are short and alternate."""
@@ -201,6 +196,6 @@ class Arbiter:
         for old in (a, b):
             old.close()
         for component in joined.components:
-            self._stages[id(component)] = joined
+            self._stages[component] = joined
         self._turns.clear()
         return joined

@@ -11,8 +11,6 @@ import torch
 from lowbits.config import parse_size
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from lowbits.streaming.arbiter import Arbiter
 
 
@@ -33,25 +31,18 @@ class DeviceBudget:
         """Make one without pipelines; the device is not touched."""
         self.budget_bytes, self.peak_bytes = budget_bytes, 0
         self.lock = threading.RLock()
-        self._arbiters: list[weakref.ref[Arbiter]] = []
+        # In the order in which their pipelines were called last.
+        self._arbiters: weakref.WeakKeyDictionary[Arbiter, None] = weakref.WeakKeyDictionary()
 
     @property
     def device_bytes(self) -> int:
         """Weight bytes on the device now."""
-        return sum(arbiter.device_bytes for arbiter in self._live())
-
-    def _live(self) -> Iterator[Arbiter]:
-        """Yield the arbiters, that of the pipeline called longest ago first."""
-        self._arbiters = [reference for reference in self._arbiters if reference() is not None]
-        for reference in self._arbiters:
-            arbiter = reference()
-            if arbiter is not None:
-                yield arbiter
+        return sum(arbiter.device_bytes for arbiter in list(self._arbiters))
 
     def join(self, arbiter: Arbiter) -> None:
         """Let the models of one pipeline take part, from now on as those called last."""
-        others = [weakref.ref(other) for other in self._live() if other is not arbiter]
-        self._arbiters = [*others, weakref.ref(arbiter)]
+        self._arbiters.pop(arbiter, None)
+        self._arbiters[arbiter] = None
 
     def make_room(self, arbiter: Arbiter, wanted_bytes: int) -> int:
         """Let other pipelines give way to one that is called; return what it may have.
@@ -61,7 +52,7 @@ class DeviceBudget:
             wanted_bytes: that it would like to have, what it has included.
         """
         self.join(arbiter)
-        others = [other for other in self._live() if other is not arbiter]
+        others = [other for other in self._arbiters if other is not arbiter]
         for other in others:
             if self._left(others) >= wanted_bytes:
                 break

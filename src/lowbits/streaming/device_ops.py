@@ -4,8 +4,9 @@
 Copies run on one stream of their own, in the order in which they were asked for. A slot is written
 only after an event that was recorded on the compute stream behind its last use (`copy_after`), and
 read only after an event that was recorded behind the copy (`compute_after`), or once the host has
-seen that one happen (`has_happened`). Buffers live as long as the streamer, so that no allocator
-has to know about the second stream.
+seen that one happen (`has_happened`). No allocator knows about the second stream: copies into a
+buffer are waited for before it is let go, and the first one into a new buffer waits for whatever
+the compute stream was given before.
 
 The uses of what stays on the device are not marked one by one: when it is copied anew, because
 somebody wrote to it, an event on the stream that is current then stands for them. Who writes to a

@@ -75,7 +75,7 @@ class Engine:
             name: for messages.
             root: is changed in place.
             arbiter: has the device's budget.
-            location: one of `lowbits.streaming.tiers.LOCATIONS`.
+            location: one of `lowbits.config.LOCATIONS`.
             locate: says which file a tensor comes from, for masters on the disk.
             is_ring_only: whether no unit may stay on the device.
         """
@@ -169,7 +169,7 @@ class Engine:
             # Here the traceback is gone, and with it what the frames of the failed pass held, but
             # for what refers to itself.
             gc.collect()
-            self._arbiter.shrink(stage)
+            stage.shrink()
             self.recoveries += 1
 
     def _enter(self) -> Stage:

@@ -63,11 +63,7 @@ def refuse_hook(module: nn.Module, what: str) -> None:
 
 def has_cache_hook(model: nn.Module) -> bool:
     """Say whether a hook of diffusers remembers results of earlier passes."""
-    return any(
-        name not in _HOOKS and "cache" in name
-        for module in model.modules()
-        for name in _hooks_of(module)
-    )
+    return any("cache" in name for module in model.modules() for name in _hooks_of(module))
 
 
 def _hooks_of(module: nn.Module) -> tuple[str, ...]:

@@ -1,7 +1,7 @@
 """What is asked of the operating system: aligned and page-locked memory, and file reads.
 
-The one file that knows which system it runs on. Windows and macOS lack `os.preadv`, ``O_DIRECT``
-or `os.posix_fadvise`: where a call is missing, a portable one takes its place.
+Windows and macOS lack `os.preadv`, ``O_DIRECT`` or `os.posix_fadvise`: where a call is missing, a
+portable one takes its place.
 """
 
 from __future__ import annotations

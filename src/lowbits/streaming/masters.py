@@ -1,6 +1,7 @@
 """The bytes of a unit as they are kept for good, on the host or in a file.
 
-Masters are only read while a model runs: what the device holds is a copy, and is never copied back.
+Masters are only read while a model runs: what the device holds is a copy, of which only what was
+written there is copied back: by a forward into buffers, by others into what no unit holds.
 """
 
 from __future__ import annotations
@@ -31,11 +32,12 @@ class Master(ABC):
 
     host_bytes: int = 0
     is_pinned: bool = False
+    _writes: int = 0
 
     @property
-    @abstractmethod
     def version(self) -> int:
         """Changes with every write: copies of another version are stale."""
+        return self._writes
 
     @abstractmethod
     def read(self, start: int, out: Tensor, should_stop: Callable[[], bool] | None = None) -> None:
@@ -68,7 +70,6 @@ class HostMaster(Master):
         """
         self.flat, self._slab = flat, slab
         self.host_bytes, self.is_pinned = flat.nbytes, slab is not None
-        self._writes = 0
         self._tensors: dict[int, Tensor] = {}
         for place in unit.places:
             place.write(place.bytes_in(flat), place.original.detach())
@@ -134,12 +135,6 @@ class FileMaster(Master):
             files: reads them, and takes what is written.
         """
         self._pieces, self._files = list(pieces), files
-        self._writes = 0
-
-    @property
-    def version(self) -> int:
-        """Count writes."""
-        return self._writes
 
     def read(self, start: int, out: Tensor, should_stop: Callable[[], bool] | None = None) -> None:
         """Read the runs of bytes that the asked one touches."""

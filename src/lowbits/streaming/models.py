@@ -17,7 +17,7 @@ from lowbits.streaming.engine import Engine, require_fit
 from lowbits.streaming.stats import StreamStats, make_stats, resident_stats
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterable, Mapping
 
     import torch
     from torch import Tensor, nn
@@ -40,8 +40,8 @@ class Placement:
         device: that computes.
         gpu_weights: ``"auto"``, ``"all"``, or bytes.
         reserve: left free by ``"auto"``: ``"auto"``, or bytes.
-        method: one of `lowbits.streaming.streamer.METHODS`.
-        location: one of `lowbits.streaming.tiers.LOCATIONS`.
+        method: one of `lowbits.config.SWAPS`.
+        location: one of `lowbits.config.LOCATIONS`.
         ring_only: names of models none of whose units stay on the device.
         shared: what all pipelines may take on the device together, if there is such a cap.
     """
@@ -124,11 +124,6 @@ class PlacedModels(ABC):
     def detach(self) -> None:
         """Leave them where they were."""
 
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """Why something is another way than it was asked for."""
-        return self.stats().notes
-
 
 @final
 class ResidentModels(PlacedModels):
@@ -197,7 +192,7 @@ class StreamedModels(PlacedModels):
             ops, self._budget_bytes, method=where.method, depth=None, shared=where.shared
         )
         unique = {id(module): (name, module) for name, module in self._modules.items()}
-        _require_all_fit([module for _, module in unique.values()], self._arbiter)
+        _require_all_fit(unique.values(), where.ring_only, self._arbiter)
         try:
             for name, module in unique.values():
                 locate = partial(self._source.locate, name) if self._source else None
@@ -226,12 +221,14 @@ class StreamedModels(PlacedModels):
         return make_stats(list(self._engines.values()), self._arbiter)
 
 
-def _require_all_fit(modules: Sequence[nn.Module], arbiter: Arbiter) -> None:
+def _require_all_fit(
+    models: Iterable[tuple[str, nn.Module]], ring_only: Collection[str], arbiter: Arbiter
+) -> None:
     """Raise for the model that needs most, so that what it says will do for all of them."""
     worst: InsufficientMemoryError | None = None
-    for module in modules:
+    for name, module in models:
         try:
-            require_fit(module, arbiter)
+            require_fit(module, arbiter, is_ring_only=name in ring_only)
         except InsufficientMemoryError as error:
             if worst is None or error.needed_bytes > worst.needed_bytes:
                 worst = error

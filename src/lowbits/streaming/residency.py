@@ -34,7 +34,7 @@ class _Slot:
 
 @final
 class _Home:
-    """Where the bytes of one unit lie when they are on the device, always at the same address.
+    """Where the bytes of one unit lie when they are on the device.
 
     Attributes:
         number: of the unit.
@@ -98,7 +98,8 @@ class _Home:
 class Residency:
     """The device's buffers, as a plan lays them out.
 
-    Every unit has one home, so that its device tensors are made once.
+    Every unit has one home, so that its device tensors are made once; where its place is in use by
+    the unit that calls it, another one for as long as that takes.
     """
 
     def __init__(

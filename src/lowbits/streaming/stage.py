@@ -35,8 +35,7 @@ class Stage:
 
     Attributes:
         components: the models.
-        plan: what is resident and what is streamed; None while nothing is on the device.
-        last_plan: the same, while nothing is on the device too.
+        last_plan: what is resident and what is streamed, or was when something was on the device.
         method: ``"queue"`` or ``"async"``.
         timing: what was measured.
         uses: forwards of its models that are under way.
@@ -60,7 +59,6 @@ class Stage:
             note_peak: called whenever more is on the device than before.
         """
         self.components = tuple(components)
-        self.plan: StreamPlan | None = None
         self.last_plan: StreamPlan | None = None
         self.timing = Timing(ops)
         self.uses = 0
@@ -78,13 +76,17 @@ class Stage:
         self._transfer: Transfer | None = None
         self._residency: Residency | None = None
         self._number_entries()
-        self._order = CallOrder(range(self._n_units))
+        self._order = CallOrder(range(len(self._units)))
 
     def _number_entries(self) -> None:
-        units = [entry for component in self.components for entry in component.units]
-        self._entries: list[Stored] = [*units, *(c.base for c in self.components)]
-        self._numbers = {id(entry): number for number, entry in enumerate(self._entries)}
-        self._n_units = len(units)
+        self._units = [entry for component in self.components for entry in component.units]
+        self._entries: list[Stored] = [*self._units, *(c.base for c in self.components)]
+        self._numbers = {entry: number for number, entry in enumerate(self._entries)}
+
+    @property
+    def plan(self) -> StreamPlan | None:
+        """What is resident and what is streamed; None while nothing is on the device."""
+        return self.last_plan if self._residency else None
 
     @property
     def fixed_bytes(self) -> int:
@@ -96,7 +98,7 @@ class Stage:
     @property
     def nbytes(self) -> int:
         """Bytes of everything."""
-        return self.fixed_bytes + sum(e.unit.nbytes for e in self._entries[: self._n_units])
+        return self.fixed_bytes + sum(e.unit.nbytes for e in self._units)
 
     @property
     def wanted_bytes(self) -> int:
@@ -127,10 +129,10 @@ class Stage:
         """Bytes of host memory that copies pass through."""
         return self._transfer.staging_bytes if self._transfer else 0
 
-    def slots_of(self, component: Component) -> set[int]:
+    def streamed_of(self, component: Component) -> set[int]:
         """Return which of a component's units are streamed, by their numbers there."""
         slot_of = self.last_plan.slot_of if self.last_plan else {}
-        return {n for n, e in enumerate(component.units) if self._numbers[id(e)] in slot_of}
+        return {n for n, e in enumerate(component.units) if self._numbers[e] in slot_of}
 
     def is_begun_by(self, component: Component) -> bool:
         """Note that a component was called; say whether a pass begins with that.
@@ -149,12 +151,13 @@ class Stage:
         return self.plan is not None and self.plan.device_bytes > self.minimum_bytes
 
     def shrink(self) -> None:
-        """Halve what is above the smallest budget, for good; the residents that go are let go."""
+        """Halve what is above the smallest budget, for good; what goes returns to the device."""
         assert self.plan
         above = self.plan.device_bytes - self.minimum_bytes
         self._budget_bytes = self._limit_bytes = self.minimum_bytes + above // 2
         self._depth = None
         self.replan()
+        self._ops.release_cached()
 
     def give_way(self, budget_bytes: int) -> None:
         """Take less of the device from now on, inside a forward; not below `busy_bytes`."""
@@ -165,13 +168,13 @@ class Stage:
     @property
     def busy_bytes(self) -> int:
         """The smallest budget that the stage can go on in, with the units that are in use now."""
-        used = self._residency.used_bytes(range(self._n_units)) if self._residency else 0
+        used = self._residency.used_bytes(range(len(self._units))) if self._residency else 0
         return max(self.minimum_bytes, self.fixed_bytes + used)
 
     @property
     def minimum_bytes(self) -> int:
         """The smallest budget that the stage can run in."""
-        largest = max((e.unit.nbytes for e in self._entries[: self._n_units]), default=0)
+        largest = max((e.unit.nbytes for e in self._units), default=0)
         return self.fixed_bytes + largest
 
     def activate(self, budget_bytes: int) -> None:
@@ -187,7 +190,7 @@ class Stage:
         if self._transfer is None:
             self._transfer = self._make_transfer()
         return make_plan(
-            [UnitCost(e.unit.nbytes, e.compute_s) for e in self._entries[: self._n_units]],
+            [UnitCost(e.unit.nbytes, e.compute_s) for e in self._units],
             self._order.expected,
             bandwidth=self.timing.bandwidth,
             budget_bytes=min(self._budget_bytes, self.wanted_bytes),
@@ -212,8 +215,7 @@ class Stage:
             residency.inherit(self._residency)
         is_new = self._residency is None
         self._is_warm = False
-        self.plan = self.last_plan = plan
-        self._residency = residency
+        self.last_plan, self._residency = plan, residency
         if is_new:
             try:
                 self._show_bases(residency)
@@ -226,18 +228,18 @@ class Stage:
         for component in self.components:
             base = component.base
             base.check(at_end=True)
-            base.show(residency.acquire(self._numbers[id(base)]))
+            base.show(residency.acquire(self._numbers[base]))
 
     def _leave(self, residency: Residency) -> None:
         """Take everything off the device."""
         self._note_peak()
         for component in self.components:
             component.base.hide()
-            residency.release(self._numbers[id(component.base)], None)
+            residency.release(self._numbers[component.base], None)
         residency.drain()
         residency.let_go()
         self._parked_bytes += residency.copied_bytes
-        self._residency = self.plan = None
+        self._residency = None
         self._is_warm = False
 
     def park(self) -> None:
@@ -293,7 +295,7 @@ class Stage:
         A pass of several models ends where the next one begins.
         """
         if len(self.components) > 1 and self._order.is_under_way:
-            self.end_pass(is_over=True)
+            self.end_pass()
         self._order.begin()
         self._begin_timing(has_end=len(self.components) == 1)
         self._is_in_pass = True
@@ -314,15 +316,11 @@ class Stage:
             self._is_in_pass = False
             self._order.begin()
 
-    def end_pass(self, *, is_over: bool = False) -> None:
-        """End a pass; see whether another plan is better now.
-
-        Args:
-            is_over: it ended with the last use of a unit, and nothing said so then.
-        """
+    def end_pass(self) -> None:
+        """End a pass; see whether another plan is better now."""
         self._is_in_pass = False
         is_other_order = self._order.end()
-        self.timing.end_pass(is_over=is_over)
+        self.timing.end_pass()
         self._is_warm = True
         assert self._residency
         for nbytes, seconds in self._residency.finished_copies():
@@ -345,8 +343,8 @@ class Stage:
     def _improve(self) -> None:
         """Plan again with what was measured, where that is worth moving residents."""
         assert self.plan
-        costs = [entry.compute_s for entry in self._entries[: self._n_units]]
-        loads = [e.unit.nbytes / self.timing.bandwidth for e in self._entries[: self._n_units]]
+        costs = [entry.compute_s for entry in self._units]
+        loads = [e.unit.nbytes / self.timing.bandwidth for e in self._units]
         now = self.plan.simulate(
             self._order.expected, costs, loads, prefetch=self.method == "async"
         )
@@ -355,7 +353,7 @@ class Stage:
             self._use_plan(better)
         elif any(costs):
             # The same units in the same slots, but what was predicted is known better now.
-            self.plan = self.last_plan = replace(
+            self.last_plan = replace(
                 self.plan,
                 predicted_s=now.wall_s,
                 compute_s=better.compute_s,
@@ -368,7 +366,7 @@ class Stage:
 
     def run_unit(self, entry: Stored, forward: Callable[[], Any]) -> Any:
         """Run a unit's forward with its bytes on the device."""
-        residency, number = self._residency, self._numbers[id(entry)]
+        residency, number = self._residency, self._numbers[entry]
         assert residency is not None
         entry.check()
         if not self._is_in_pass:
@@ -412,17 +410,18 @@ class Stage:
     def _see_pass(self, number: int) -> None:
         """See where a pass ends and begins, where the model itself is never called."""
         if self._order.closes(number):
-            self.end_pass(is_over=True)
+            self.end_pass()
         if not self._order.is_under_way:
             self._begin_timing(has_end=False)
 
     def _keep_buffers(self, entry: Stored, number: int, residency: Residency) -> None:
         """Write to the master what a forward wrote into its buffers: statistics, counters."""
-        if entry.keep_changes(buffers_only=True):
+        if entry.keep_changes():
             residency.keep(number)
 
     def _prefetch(self) -> None:
+        if self.method != "async" or self._residency is None or self.last_plan is None:
+            return
         # Where nothing is streamed, all of it is there after the first pass.
-        has_more = not self._is_warm or (self.plan is not None and bool(self.plan.slot_bytes))
-        if self.method == "async" and self._residency is not None and has_more:
+        if self.last_plan.slot_bytes or not self._is_warm:
             self._residency.prefetch(self._order.upcoming())

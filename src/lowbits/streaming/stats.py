@@ -129,9 +129,7 @@ def resident_stats(device: str, modules: Sequence[nn.Module]) -> StreamStats:
 def make_stats(engines: Sequence[Engine], arbiter: Arbiter) -> StreamStats:
     """Gather what is known of some streamed models; the caller holds no lock."""
     with arbiter.lock:
-        stages = {
-            id(stage): stage for stage in (arbiter.stage_of(engine.component) for engine in engines)
-        }.values()
+        stages = list(dict.fromkeys(arbiter.stage_of(engine.component) for engine in engines))
         tiers = [engine.component.tier for engine in engines]
         for stage in stages:
             stage.timing.resolve()
@@ -168,7 +166,7 @@ def make_stats(engines: Sequence[Engine], arbiter: Arbiter) -> StreamStats:
 def _units_of(engine: Engine, arbiter: Arbiter) -> list[UnitStats]:
     component = engine.component
     stage = arbiter.stage_of(component)
-    streamed = stage.slots_of(component)
+    streamed = stage.streamed_of(component)
     return [
         UnitStats(
             name=".".join(part for part in (component.name, entry.unit.name) if part),

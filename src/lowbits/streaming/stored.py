@@ -9,7 +9,7 @@ the model is parked; a unit's do so during its own forward. At all other times t
 from __future__ import annotations
 
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, final
+from typing import TYPE_CHECKING, Final, final
 
 import torch
 
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
     from lowbits.streaming.layout import Holder, Place, Unit
     from lowbits.streaming.masters import Master
+
+#: Of tensors that are compared on the device, at once.
+_PIECE_BYTES: Final = 16 << 20
 
 
 @final
@@ -58,11 +61,10 @@ class Stored:
         self._outside = [
             StreamedTensor(place, master, device, self._count_miss) for place in unit.places
         ]
-        self._holders = list(unit.holders())
-        # The same, for the loops that run at every use.
+        # The unit's holders, for the loops that run at every use.
         self._spots = [
             (holder.module.__dict__, holder.kind, holder.name, number)
-            for holder, number in self._holders
+            for holder, number in unit.holders()
         ]
         self.has_buffers = any(not place.holders[0].is_parameter for place in unit.places)
         self._uses = 0
@@ -144,7 +146,7 @@ class Stored:
         held = self._held
         if all(module[kind].get(name) is held[n] for module, kind, name, n in self._spots):
             return
-        for holder, number in self._holders:
+        for holder, number in self.unit.holders():
             found = holder.slots.get(holder.name)
             if found is self._held[number]:
                 continue
@@ -163,7 +165,7 @@ class Stored:
             value = holder.slots.get(holder.name)
             self._require_alike(holder, value, place)
             found.append(value)  # type: ignore[arg-type] # it is there, and alike
-            if found[-1] is not found[0] and not torch.equal(_bits(found[-1]), _bits(found[0])):
+            if not _is_same(found[-1], found[0]):
                 raise self._replaced(holder, "but not where it is tied to")
         first = found[0]
         self.master.write(place, first.detach())
@@ -189,7 +191,7 @@ class Stored:
             "replaced",
         )
 
-    def keep_changes(self, *, buffers_only: bool = False) -> bool:
+    def keep_changes(self) -> bool:
         """Write to the master what was changed in the device's tensors; return whether any was.
 
         The base's are in the open: whoever merges an adapter writes into them; a unit's own forward
@@ -201,10 +203,9 @@ class Stored:
             is_buffer = not place.holders[0].is_parameter
             if self.is_base and held.requires_grad != place.original.requires_grad:
                 place.original.requires_grad_(held.requires_grad)
-            if isinstance(held, StreamedTensor) or (buffers_only and not is_buffer):
+            if isinstance(held, StreamedTensor) or not (self.is_base or is_buffer):
                 continue
-            before = self.master.tensor(place).to(held.device)
-            if not torch.equal(_bits(held), _bits(before)):
+            if not _is_same(held, self.master.tensor(place)):
                 self.master.write(place, held.detach())
                 has_changed = True
         return has_changed
@@ -221,6 +222,17 @@ class Stored:
         return any(place.original.requires_grad for place in self.unit.places)
 
 
-def _bits(tensor: Tensor) -> Tensor:
-    """Return a tensor's bytes, so that NaN equals itself."""
-    return tensor.detach().contiguous().view(-1).view(torch.uint8)
+def _is_same(tensor: Tensor, other: Tensor) -> bool:
+    """Compare two tensors alike bit for bit, so that NaN equals itself, where the first one is.
+
+    In pieces: what the other one takes there for a moment is in nobody's budget.
+    """
+    if tensor is other:
+        return True
+    pieces = zip(_bits(tensor), _bits(other), strict=True)
+    return all(torch.equal(mine, theirs.to(mine.device)) for mine, theirs in pieces)
+
+
+def _bits(tensor: Tensor) -> Sequence[Tensor]:
+    """Return a tensor's bytes in pieces."""
+    return torch.split(tensor.detach().contiguous().view(-1).view(torch.uint8), _PIECE_BYTES)

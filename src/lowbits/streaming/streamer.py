@@ -7,26 +7,22 @@ from typing import TYPE_CHECKING, Final, Self, final
 
 import torch
 
-from lowbits.config import parse_size
+from lowbits.config import LOCATIONS, SWAPS, parse_size, require_choice
 from lowbits.core.source import SourceFiles
-from lowbits.errors import AlreadyPatchedError, ConfigError, NotPatchedError, suggestion
+from lowbits.errors import AlreadyPatchedError, ConfigError, NotPatchedError
 from lowbits.streaming.arbiter import Arbiter
 from lowbits.streaming.budget import BUDGETS
 from lowbits.streaming.device_ops import DeviceOps, device_ops
 from lowbits.streaming.engine import Engine
 from lowbits.streaming.plan import DEEPEST
-from lowbits.streaming.tiers import LOCATIONS
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
     from pathlib import Path
     from types import TracebackType
 
     from torch import nn
 
     from lowbits.streaming.stats import StreamStats
-
-METHODS: Final = ("auto", "queue", "async")
 
 #: Left free by ``budget="auto"``: of the free memory, and at least so many bytes.
 _RESERVE_SHARE: Final = 0.1
@@ -38,9 +34,9 @@ class LayerStreamer:
     """Runs a module whose weights do not fit on the device: they are copied there as it runs.
 
     Works on any `torch.nn.Module`, in place: packed or not, on any device that torch knows. Blocks
-    of `ModuleList` and `Sequential` are moved one at a time; those that fit stay. Results are
-    bit-equal to the module's own. Until `attach` nothing is touched; `detach` gives every Parameter
-    back, the same object with the same bits.
+    of `ModuleList`, `ModuleDict` and `Sequential` are moved one at a time; those that fit stay.
+    Results are bit-equal to the module's own. Until `attach` nothing is touched; `detach` gives
+    every Parameter back, the same object with the same bits.
 
     While it is attached, weights outside the forward of their block read as stand-ins: right dtype,
     device and shape at once, values from the master; what is written into them reaches the master.
@@ -93,8 +89,9 @@ class LayerStreamer:
         self.module = module
         self.device = torch.device(device)
         self._budget = budget if budget == "auto" else parse_size(budget, "budget")
-        self._method = _choice("method", method, METHODS)
-        self._location = _choice("location", location, LOCATIONS)
+        require_choice("method", method, SWAPS)
+        require_choice("location", location, LOCATIONS)
+        self._method, self._location = method, location
         self._depth = _depth(depth)
         self._source = None if source is None else SourceFiles(source)
         self._engine: Engine | None = None
@@ -182,15 +179,6 @@ def free_budget(ops: DeviceOps) -> int:
     if free is None:
         raise ConfigError(f"budget: {ops.device} does not say what is free; give a size")
     return max(0, free - max(_RESERVE_BYTES, int(_RESERVE_SHARE * free)))
-
-
-def _choice(field: str, value: str, allowed: Sequence[str]) -> str:
-    if value not in allowed:
-        raise ConfigError(
-            f"{field}: got {value!r}, expected one of {', '.join(allowed)}"
-            f"{suggestion(str(value), allowed)}"
-        )
-    return value
 
 
 def _depth(value: int | str) -> int | None:

@@ -9,7 +9,7 @@ import torch
 
 from lowbits.core.memory import available_host_bytes
 from lowbits.core.report import format_bytes
-from lowbits.errors import ConfigError, InsufficientMemoryError, suggestion
+from lowbits.errors import InsufficientMemoryError
 from lowbits.streaming.host import (
     Reader,
     file_is_larger_than_memory,
@@ -32,16 +32,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("lowbits.streaming")
 
-#: Names of places, and what people call them elsewhere.
-_LOCATIONS: Final = {
-    "auto": "auto",
-    "cpu": "cpu",
-    "pageable": "cpu",
-    "shared": "shared",
-    "pinned": "shared",
-    "disk": "disk",
-}
-LOCATIONS: Final = tuple(_LOCATIONS)
+#: What people call places elsewhere.
+_ALIASES: Final = {"pageable": "cpu", "pinned": "shared"}
 
 #: What page-locked memory may take of the host's: the system cannot swap it out.
 _PINNED_SHARE: Final = 0.4
@@ -62,18 +54,13 @@ class Tier:
         """Choose the place.
 
         Args:
-            location: one of `LOCATIONS`.
+            location: one of `lowbits.config.LOCATIONS`.
             nbytes: that masters will take.
             ops: the device that they will be copied to.
             locate: says which file a tensor is proven to come from; it is read there, not copied.
         """
-        if location not in _LOCATIONS:
-            raise ConfigError(
-                f"location: got {location!r}, expected one of {', '.join(LOCATIONS)}"
-                f"{suggestion(str(location), LOCATIONS)}"
-            )
         self.notes: list[str] = []
-        self.name = self._choose(_LOCATIONS[location], nbytes, ops)
+        self.name = self._choose(_ALIASES.get(location, location), nbytes, ops)
         self._scratch_file: ScratchFile | None = None
         self._locate = locate
         logger.info("%s of weights will wait in %r", format_bytes(nbytes), self.name)

@@ -70,6 +70,7 @@ class Timing:
         self._ops = ops
         self.outside_s = self._inside_s = 0.0
         self._begin: Any = None
+        self._has_end = True
         self._last_use: Any = None
         # Uses of units, and passes behind the uses that they are made of.
         self._spans: deque[_Span] = deque()
@@ -83,20 +84,17 @@ class Timing:
         """
         is_due = self.passes < _MEASURED_FIRST or self.passes % _MEASURED_EVERY == 0
         self.times_uses = is_due or not has_end or not self._ops.has_streams
-        self._begin = self._ops.mark_computed()
+        self._begin, self._has_end = self._ops.mark_computed(), has_end
 
-    def end_pass(self, *, is_over: bool = False) -> None:
-        """Note the end of a completed pass, and look at what has happened meanwhile.
-
-        Args:
-            is_over: it ended with the last use of a unit: what came since is no part of it.
-        """
+    def end_pass(self) -> None:
+        """Note the end of a completed pass, and look at what has happened meanwhile."""
         self.passes += 1
         # What was copied long ago counts less and less.
         self._copied_bytes *= 1 - _NEWEST
         self._copy_s *= 1 - _NEWEST
-        is_known = is_over and self._last_use is not None
-        end = self._last_use if is_known else self._ops.mark_computed()
+        # What came since the last use is no part of a pass whose end nobody says.
+        is_now = self._has_end or self._last_use is None
+        end = self._ops.mark_computed() if is_now else self._last_use
         self._spans.append(_Span(None, self._begin, self._begin, end, self.times_uses))
         self.resolve()
 
