@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+from contextlib import ExitStack
 from itertools import product
 from typing import Any
 
@@ -12,7 +14,9 @@ from schemes import LAYOUTS
 from streaming.models import Snapshot, Stack, same
 
 import lowbits
-from lowbits.errors import InsufficientMemoryError
+import lowbits.streaming.streamer as streamers
+from lowbits.errors import InsufficientMemoryError, StreamError
+from lowbits.streaming.device_ops import device_ops
 from lowbits.streaming.streamer import LayerStreamer
 
 pytestmark = [
@@ -98,6 +102,51 @@ def test_gradients_of_inputs() -> None:
         assert inputs.grad is not None
         grads.append(inputs.grad)
     assert torch.equal(*grads)
+
+
+@torch.no_grad()
+def test_copies_for_a_model_that_was_dropped_reach_nobody_else() -> None:
+    """The next pass's are under way: the allocator must not give their memory to others yet."""
+    model, x, _ = make()
+    sizes = [tensor.nbytes for tensor in model.state_dict().values()]
+    streamer = LayerStreamer(
+        model, device=DEVICE, budget=least(model), location="shared", depth=3
+    ).attach()
+    model(x)
+    del streamer, model
+    gc.collect()
+    later = [torch.zeros(nbytes, dtype=torch.uint8, device=DEVICE) for nbytes in sizes]
+    torch.accelerator.synchronize()
+    assert not any(tensor.any() for tensor in later)
+
+
+@torch.no_grad()
+def test_models_of_one_pipeline_copy_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each from a thread of its own, and on one stream; its object remembers one caller."""
+    stream, ops = torch.Stream(DEVICE), device_ops(DEVICE)
+    monkeypatch.setattr(streamers, "device_ops", lambda _: ops)
+    found = [make() for _ in range(2)]
+    options: dict[str, Any] = {"location": "cpu", "depth": 3}
+    with ExitStack() as stack:
+        for model, _, _ in found:
+            budget = least(model, **options)
+            stack.enter_context(LayerStreamer(model, device=DEVICE, budget=budget, **options))
+        with stream:
+            for _ in range(5):
+                for model, x, expected in found:
+                    assert torch.equal(model(x), expected)
+                    assert torch.accelerator.current_stream() == stream
+
+
+@torch.no_grad()
+def test_a_graph_is_refused() -> None:
+    if DEVICE.type != "cuda":
+        pytest.skip("needs CUDA graphs")
+    model, x, expected = make()
+    with LayerStreamer(model, device=DEVICE, budget=least(model), location="shared"):
+        with pytest.raises(StreamError, match="captured"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+            model(x)
+        assert torch.equal(model(x), expected)
 
 
 @torch.no_grad()

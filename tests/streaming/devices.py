@@ -28,7 +28,7 @@ PINNED = ("lowbits.streaming.tiers.pinned_empty", "lowbits.streaming.transfer.pi
 class PlainSlab:
     """Host memory that is page-locked as far as the streamer knows."""
 
-    def __init__(self, nbytes: int) -> None:
+    def __init__(self, nbytes: int, settle: Callable[[], None] | None = None) -> None:
         with torch.inference_mode(mode=False):
             self.tensor = torch.empty(nbytes, dtype=torch.uint8)
 
@@ -37,7 +37,7 @@ class PlainSlab:
 
 
 @contextmanager
-def faked(ops: DeviceOps, slab: Callable[[int], Any] = PlainSlab) -> Iterator[None]:
+def faked(ops: DeviceOps, slab: Callable[..., Any] = PlainSlab) -> Iterator[None]:
     """Let the streamer use these operations, and page-lock memory without a driver."""
     with ExitStack() as stack:
         for place in PLACES:

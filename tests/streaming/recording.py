@@ -300,7 +300,7 @@ class Chain(nn.Module):
 class TrackedSlab:
     """A staging buffer."""
 
-    def __init__(self, ops: RecordedOps, nbytes: int) -> None:
+    def __init__(self, ops: RecordedOps, nbytes: int, _settle: Callable[[], None]) -> None:
         self.tensor = ops.track(torch.zeros(nbytes, dtype=torch.uint8))
 
     def release(self) -> None:

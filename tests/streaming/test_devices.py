@@ -6,15 +6,17 @@ What registers the fake accelerator runs beside.
 from __future__ import annotations
 
 import copy
+import gc
 import itertools
 import random
+import weakref
 from collections import Counter
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from streaming.devices import Net, faked, unit_bytes
+from streaming.devices import Net, PlainSlab, faked, unit_bytes
 
 from lowbits import LayerStreamer
 from lowbits.errors import InsufficientMemoryError, StreamError
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from torch import Tensor
+
+    from lowbits.testing.streams import StreamEvent
 
 SIZES = [64, 24, 80, 64, 24, 24, 64]
 CPU = torch.device("cpu")
@@ -167,6 +171,44 @@ def test_a_wait_for_a_resident_that_was_written_is_not_compute() -> None:
     assert after.copies == units[resident].copies + 1
     assert after.stall_s >= units[resident].stall_s + 0.01
     assert after.compute_s < 0.01
+
+
+def test_memory_is_unlocked_when_no_copy_reads_it_although_nobody_detaches() -> None:
+    ops, model = ThreadedOps(delay=lambda _: 0.01), Net(SIZES)
+    pending: list[StreamEvent] = []
+    unlocked: list[bool] = []
+
+    def slab(nbytes: int, settle: Callable[[], None]) -> PlainSlab:
+        def unlock() -> None:
+            settle()
+            unlocked.append(all(event.has_happened() for event in pending))
+
+        made = PlainSlab(nbytes)
+        weakref.finalize(made, unlock)
+        return made
+
+    with ops, faked(ops, slab), torch.no_grad():
+        budget = ring_budget(model, 0.5)
+        streamer = LayerStreamer(model, device="cpu", budget=budget, location="shared").attach()
+        model(torch.randn(3, 16))
+        pending.append(ops.mark_copied())
+        assert not pending[0].has_happened()  # what the next pass begins with is under way
+        count = len(streamer.stats().units)
+        del streamer, model
+        gc.collect()
+        assert unlocked == [True] * count
+
+
+def test_a_graph_is_refused_before_anything_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = Net(SIZES), torch.randn(3, 16)
+    expected = expected_of(model, x)
+    with streamed(model, late_ops(CPU), 40_000) as streamer:
+        monkeypatch.setattr(ThreadedOps, "is_capturing", True)
+        with pytest.raises(StreamError, match="cannot be captured into a CUDA graph"):
+            model(x)
+        assert not streamer.stats().copied_bytes
+        monkeypatch.undo()
+        assert torch.equal(model(x), expected)
 
 
 def mixed_devices_are_refused() -> None:

@@ -67,10 +67,24 @@ def test_registered_memory_is_unregistered_with_its_slab(cudart: FakeCudart) -> 
     assert [name for name, *_ in cudart.calls] == ["register", "unregister"]
 
 
+@pytest.mark.parametrize("error", [None, RuntimeError("the device is gone")])
+def test_copies_are_waited_for_before_memory_is_unregistered(
+    cudart: FakeCudart, caplog: pytest.LogCaptureFixture, error: RuntimeError | None
+) -> None:
+    def settle() -> None:
+        cudart.calls.append(("settle",))
+        if error is not None:
+            raise error
+
+    host.pinned_empty(1, settle).release()
+    assert [name for name, *_ in cudart.calls] == ["register", "settle", "unregister"]
+    assert ("the device is gone" in caplog.text) is (error is not None)
+
+
 def test_a_forked_child_does_not_unregister(
     cudart: FakeCudart, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    slab = host.pinned_empty(1)
+    slab = host.pinned_empty(1, lambda: pytest.fail("it has no device to wait for"))
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
     slab.release()
     assert [name for name, *_ in cudart.calls] == ["register"]

@@ -247,15 +247,16 @@ class _Tree:
 
     def _look(self) -> None:
         modules = list(self._root.modules())
-        self._children = [module._modules for module in modules]
-        self._counted: list[dict[str, Any]] = [*self._children]
+        children = [module._modules for module in modules]
+        self._parents = [found for found in children if found]  # the others are counted
+        self._counted: list[dict[str, Any]] = [*children]
         for module in modules:
             self._counted += (module._parameters, module._buffers)
         self._seen = self._now()
 
     def _now(self) -> tuple[list[nn.Module | None], list[int]]:
         """Return every module's children, and how many children and tensors each has."""
-        children = chain.from_iterable(modules.values() for modules in self._children)
+        children = chain.from_iterable(map(dict.values, self._parents))
         return list(children), list(map(len, self._counted))
 
     def has_changed(self) -> bool:

@@ -4,9 +4,10 @@
 Copies run on one stream of their own, in the order in which they were asked for. A slot is written
 only after an event that was recorded on the compute stream behind its last use (`copy_after`), and
 read only after an event that was recorded behind the copy (`compute_after`), or once the host has
-seen that one happen (`has_happened`). No allocator knows about the second stream: copies into a
-buffer are waited for before it is let go, and the first one into a new buffer waits for whatever
-the compute stream was given before.
+seen that one happen (`has_happened`). The first copy into a new buffer waits for whatever the
+compute stream was given before. A streamer waits for copies before it lets their buffers go; one
+that is dropped does not, so the allocator knows about the second stream too: told once for each
+buffer, not at each use.
 
 The uses of what stays on the device are not marked one by one: when it is copied anew, because
 somebody wrote to it, an event on the stream that is current then stands for them. Who writes to a
@@ -42,6 +43,11 @@ class DeviceOps(ABC):
     has_streams: ClassVar[bool]
     #: Whether a thread of its own may copy to the device while another one computes on it.
     copies_in_threads: ClassVar[bool] = True
+
+    @property
+    def is_capturing(self) -> bool:
+        """Whether what the compute stream is given now goes into a graph, and is not run."""
+        return False
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -86,6 +92,10 @@ class DeviceOps(ABC):
     @abstractmethod
     def host_after(self, event: Any) -> None:
         """Wait, on the host, for an event."""
+
+    def finish_copies(self) -> None:
+        """Wait, on the host, until every copy so far is over."""
+        self.host_after(self.mark_copied(is_timed=False))
 
     @abstractmethod
     def has_happened(self, event: Any) -> bool:
@@ -188,6 +198,17 @@ class AcceleratorOps(DeviceOps):
         # By number: torch asks a device which accelerator there is, each time.
         self._index = self._stream.device.index
 
+    @property
+    def is_capturing(self) -> bool:
+        """Ask CUDA, or ROCm: others have no graphs."""
+        return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+    def empty(self, nbytes: int) -> Tensor:
+        """Return memory that nobody else is given before the copies to it are over."""
+        buffer = super().empty(nbytes)
+        buffer.record_stream(self._stream)
+        return buffer
+
     def copy(self, target: Tensor, source: Tensor) -> None:
         """Copy on the copy stream.
 
@@ -198,7 +219,13 @@ class AcceleratorOps(DeviceOps):
 
     def copy_parts(self, parts: Iterable[tuple[Tensor, Tensor]]) -> None:
         """Copy as `copy` does; changing the stream once: each time costs as much as a copy does."""
-        with self._stream:
+        # A name of its own for the stream: the object remembers which one was current before, and
+        # threads of several models would each find the other's.
+        with torch.Stream(
+            stream_id=self._stream.stream_id,
+            device_index=self._stream.device_index,
+            device_type=self._stream.device_type,
+        ):
             for target, source in parts:
                 # Else the host would wait; `mark_copied` orders the readers instead.
                 target.copy_(source, non_blocking=True)

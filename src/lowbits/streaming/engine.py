@@ -38,6 +38,12 @@ _WHOLE_COMPILE: Final = (
     "before streaming begins, so that no block is cut into smaller parts"
 )
 
+_CAPTURE: Final = (
+    "a streamed model cannot be captured into a CUDA graph: its blocks are copied as it runs. Undo "
+    "the streaming first (lowbits.restore, LayerStreamer.detach), or compile its blocks one by one "
+    "instead of capturing the model"
+)
+
 
 def _outside_of_graphs(method: Callable[..., Any]) -> Callable[..., Any]:
     """Keep a method, and what it calls, out of graphs, but for what is compiled by itself."""
@@ -173,6 +179,8 @@ class Engine:
             self.recoveries += 1
 
     def _enter(self) -> Stage:
+        if self._arbiter.ops.is_capturing:
+            raise StreamError(_CAPTURE)
         refuse_foreign(self.root, self.name or type(self.root).__name__)
         self._guard.install()
         stage = self._arbiter.enter(self.component)

@@ -275,8 +275,8 @@ class PinnedSlab:
     """Page-locked host memory: an accelerator copies it while the program goes on.
 
     Costs host memory that cannot be swapped out, until `release`, or until the slab is collected.
-    Whoever holds the slab waits for copies first: memory that is no longer locked must not be in
-    use by one. Views of the tensor stay valid as ordinary memory.
+    Memory that is no longer locked must not be in use by a copy: see `pinned_empty`. Views of the
+    tensor stay valid as ordinary memory.
 
     Attributes:
         tensor: uint8 on the CPU, uninitialised; gone after `release`.
@@ -294,18 +294,23 @@ class PinnedSlab:
         self.__dict__.pop("tensor", None)
 
 
-def pinned_empty(nbytes: int) -> PinnedSlab:
+def pinned_empty(nbytes: int, settle: Callable[[], None] | None = None) -> PinnedSlab:
     """Return page-locked host memory, uninitialised.
 
     With CUDA and ROCm, once the device is initialised, it costs `nbytes` rounded up to a page.
     Elsewhere, and where registering fails, torch's allocator makes it: that rounds up to a power
     of two, and keeps the memory for the next request.
 
+    Args:
+        nbytes: its size.
+        settle: waits until no copy reads it; called before it is unlocked. None: whoever holds the
+            slab has waited.
+
     Raises:
         InsufficientMemoryError: nothing here can lock memory, or not that much.
     """
     try:
-        slab = _registered(nbytes) if nbytes and _cuda.is_initialized() else None
+        slab = _registered(nbytes, settle) if nbytes and _cuda.is_initialized() else None
         with torch.inference_mode(mode=False):
             return slab or PinnedSlab(
                 torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=True)
@@ -316,7 +321,7 @@ def pinned_empty(nbytes: int) -> PinnedSlab:
         ) from error
 
 
-def _registered(nbytes: int) -> PinnedSlab | None:
+def _registered(nbytes: int, settle: Callable[[], None] | None) -> PinnedSlab | None:
     """Lock memory of this size, or return None."""
     # Shared, as mmap's default is: of a private page that the program writes to after a fork it
     # gets a copy, and the device goes on with the other.
@@ -327,13 +332,19 @@ def _registered(nbytes: int) -> PinnedSlab | None:
     if not _succeeds("cudaHostRegister", address, nbytes, 0):
         return None
     # The mapping goes along: locked memory must not be unmapped.
-    return PinnedSlab(tensor, partial(_unregister, address, memory))
+    return PinnedSlab(tensor, partial(_unregister, address, memory, settle))
 
 
-def _unregister(address: int, _mapping: mmap.mmap) -> None:
+def _unregister(address: int, _mapping: mmap.mmap, settle: Callable[[], None] | None) -> None:
     # Not in a forked child, which has neither the device nor the lock.
-    if _cuda.is_initialized():
-        _succeeds("cudaHostUnregister", address)
+    if not _cuda.is_initialized():
+        return
+    try:
+        if settle is not None:
+            settle()
+    except RuntimeError as error:
+        _logger.warning("a copy from page-locked memory had failed: %s", error)
+    _succeeds("cudaHostUnregister", address)
 
 
 def _succeeds(name: str, *args: int) -> bool:

@@ -405,7 +405,8 @@ class Stage:
             residency.release(number, done if is_freed else None)
             if called is not None:
                 self.timing.note(entry, called, started, done if is_timed else None)
-            self._prefetch()
+            if is_freed or not (self._is_warm and is_held and is_due):
+                self._prefetch()  # behind a resident nothing has become free
 
     def _see_pass(self, number: int) -> None:
         """See where a pass ends and begins, where the model itself is never called."""

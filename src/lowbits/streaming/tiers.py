@@ -62,7 +62,7 @@ class Tier:
         self.notes: list[str] = []
         self.name = self._choose(_ALIASES.get(location, location), nbytes, ops)
         self._scratch_file: ScratchFile | None = None
-        self._locate = locate
+        self._locate, self._settle = locate, ops.finish_copies
         logger.info("%s of weights will wait in %r", format_bytes(nbytes), self.name)
         is_direct = file_is_larger_than_memory(nbytes)
         # Units are appended to the scratch file while it is read; others' files must stay as is.
@@ -102,7 +102,7 @@ class Tier:
             return self._store_in_files(unit)
         if self.name == "shared":
             try:
-                slab = pinned_empty(unit.nbytes)
+                slab = pinned_empty(unit.nbytes, self._settle)
             except InsufficientMemoryError as error:
                 self._note(str(error))
                 self.name = "cpu"

@@ -316,7 +316,7 @@ class _Filler:
         """Return memory that copies to the device run fastest from; plain where none can be had."""
         if self.ops.has_streams:
             try:
-                self._slabs.append(pinned_empty(_CHUNK_BYTES))
+                self._slabs.append(pinned_empty(_CHUNK_BYTES, self.ops.finish_copies))
             except InsufficientMemoryError as error:
                 logger.warning("copies to %s will wait: %s", self.ops.device, error)
             else:
