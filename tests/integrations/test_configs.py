@@ -150,6 +150,11 @@ def test_bitsandbytes_without_a_scheme_is_refused() -> None:
 def test_options_are_checked() -> None:
     with pytest.raises(errors.ConfigError, match="keep_source: got 'ram', expected one of auto"):
         lowbits.LowbitsConfig(keep_source="ram")
+    swaps: Any = ["queue"]
+    with pytest.raises(errors.ConfigError, match=r"swap: got \['queue'\], expected one of auto"):
+        lowbits.LowbitsConfig(swap=swaps)
+    with pytest.raises(errors.ConfigError, match="never_oom: got 'unet', expected one of denoiser"):
+        lowbits.LowbitsConfig(never_oom=("vae", "unet"))
     with pytest.raises(errors.ConfigError, match="skip: got the string"):
         lowbits.LowbitsConfig(skip="proj_out")
     with pytest.raises(errors.ConfigError, match="compute_dtype: got torch.int8"):

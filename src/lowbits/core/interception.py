@@ -148,6 +148,10 @@ class _StandIn(type):
     def __hash__(cls) -> int:
         return hash(cls.__mro__[2])
 
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        """Make one of its own class: a slice of a `Sequential` is a new one of the same type."""
+        return cls.__mro__[2](*args, **kwargs)
+
 
 def put_in_front(module: nn.Module, mixin: type[nn.Module]) -> None:
     """Let a mix-in's methods come before a module's own; its class keeps its name."""

@@ -29,6 +29,8 @@ _DEVICE_PARTS: Final = 4
 #: Weights of a part that is multiplied at once, at most: 64 MB of float32.
 PRODUCT_WEIGHTS: Final = 1 << 24
 
+_COMPARED_BYTES: Final = 1 << 24
+
 _scratch = threading.local()
 
 
@@ -96,6 +98,25 @@ def bytes_of(tensor: Tensor) -> memoryview:
     if not tensor.nbytes:
         return memoryview(bytearray())
     return memoryview((ctypes.c_ubyte * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")
+
+
+def same_bits(tensor: Tensor, other: Tensor) -> bool:
+    """Say whether two tensors of one shape have the same bits, so that NaN equals itself.
+
+    They are compared on the first one's device, and in its dtype, part by part: what a copy of the
+    other one takes there for a moment stays small.
+    """
+    step = _COMPARED_BYTES // tensor.itemsize
+    pairs = (torch.split(_line(each), step) for each in (tensor, other))
+    for mine, theirs in zip(*pairs, strict=True):
+        moved = theirs.to(mine.device, mine.dtype)
+        if not torch.equal(mine.view(torch.uint8), moved.view(torch.uint8)):
+            return False
+    return True
+
+
+def _line(tensor: Tensor) -> Tensor:
+    return tensor.detach().resolve_conj().resolve_neg().reshape(-1)
 
 
 def return_freed_memory() -> None:

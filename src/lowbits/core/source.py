@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import weakref
 from abc import ABC, abstractmethod
 from collections import defaultdict
@@ -11,14 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Final, final
 
-import torch
 from safetensors import safe_open
 from torch import nn
 
-from lowbits.core.memory import bytes_of
+from lowbits.core.memory import bytes_of, same_bits
 from lowbits.errors import ConfigError, SourceUnavailableError
 
 if TYPE_CHECKING:
+    import io
     from collections.abc import Iterator, Mapping, Sequence
 
     from torch import Tensor
@@ -27,8 +28,6 @@ KEEP_SOURCE: Final = ("auto", "memory", "file", "none")
 
 #: What ``keep_source="auto"`` may fill of the free host memory with originals and packed weights.
 AUTO_MEMORY_SHARE: Final = 0.6
-
-_COMPARE_BYTES: Final = 1 << 24
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,7 +249,7 @@ class SourceFiles:
         """Yield each file that holds a tensor's bits, converted if need be, and what it holds."""
         for file in self._files(component).get(fqn, ()):
             stored = read_tensor(file, fqn)
-            if stored.shape == tensor.shape and _same_bits(stored, tensor.detach()):
+            if stored.shape == tensor.shape and same_bits(tensor, stored):
                 yield file, stored
 
     def _files(self, component: str) -> Mapping[str, Sequence[Path]]:
@@ -289,7 +288,13 @@ def extent_of(path: Path, key: str) -> Extent:
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         start, stop = json.loads(file.read(length))[key]["data_offsets"]
-    return Extent(path, 8 + length + start, stop - start)
+        return Extent(path, 8 + length + start, stop - start, stamp_of(file))
+
+
+def stamp_of(file: io.BufferedReader | io.FileIO) -> tuple[int, int, int]:
+    """Return what tells a file from one that takes its place: time, size and inode."""
+    status = os.fstat(file.fileno())
+    return status.st_mtime_ns, status.st_size, status.st_ino
 
 
 def digest(tensor: Tensor) -> bytes:
@@ -297,15 +302,3 @@ def digest(tensor: Tensor) -> bytes:
     # Named: the view does not keep what it shows.
     tensor = tensor.contiguous()
     return hashlib.blake2b(bytes_of(tensor), digest_size=16).digest()
-
-
-def _same_bits(stored: Tensor, weight: Tensor) -> bool:
-    """Compare part by part: the converted copy stays small."""
-    stored, weight = stored.reshape(-1), weight.reshape(-1)
-    step = _COMPARE_BYTES // weight.element_size()
-    for start in range(0, weight.numel(), step):
-        part = weight[start : start + step].cpu()
-        other = stored[start : start + step].to(part.dtype)
-        if not torch.equal(part.view(torch.uint8), other.view(torch.uint8)):
-            return False
-    return True

@@ -10,7 +10,7 @@ import struct
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, final
 
-from lowbits.core.source import Extent
+from lowbits.core.source import Extent, stamp_of
 from lowbits.errors import FormatError
 from lowbits.files.gguf_values import (
     ARRAY,
@@ -21,7 +21,7 @@ from lowbits.files.gguf_values import (
     ValueType,
     decode,
 )
-from lowbits.files.weights import open_file, stamp_of
+from lowbits.files.weights import open_file
 
 if TYPE_CHECKING:
     from pathlib import Path

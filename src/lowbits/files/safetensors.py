@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeGuard, final
 
 import torch
 
-from lowbits.core.source import Extent
+from lowbits.core.source import Extent, stamp_of
 from lowbits.errors import FormatError
-from lowbits.files.weights import StoredTensor, open_file, stamp_of
+from lowbits.files.weights import StoredTensor, open_file
 
 if TYPE_CHECKING:
     import io

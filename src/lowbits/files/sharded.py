@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any, Final, final
 
+from lowbits.core.source import stamp_of
 from lowbits.errors import FormatError
 from lowbits.files.safetensors import MAX_HEADER_BYTES, parse_json, read_safetensors
-from lowbits.files.weights import open_file, stamp_of
+from lowbits.files.weights import open_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, final
 import torch
 
 from lowbits.core.memory import bytes_of
+from lowbits.core.source import stamp_of
 from lowbits.errors import FormatError
 
 if TYPE_CHECKING:
@@ -96,12 +97,6 @@ def open_file(path: Path) -> io.BufferedReader:
         OSError: it is missing, a folder, or may not be read.
     """
     return io.BufferedReader(_open_raw(path))
-
-
-def stamp_of(file: io.BufferedReader | io.FileIO) -> tuple[int, int, int]:
-    """Return what tells a file from one that takes its place: time, size and inode."""
-    status = os.fstat(file.fileno())
-    return status.st_mtime_ns, status.st_size, status.st_ino
 
 
 def read_into(out: Tensor, extent: Extent, name: str = "") -> None:

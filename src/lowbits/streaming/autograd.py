@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, Any, NamedTuple, final
 
 import torch
 from torch.utils._pytree import tree_map_only
@@ -33,6 +33,8 @@ class _Saved:
     dtype: torch.dtype
     device: torch.device
     version: int
+    is_conj: bool
+    is_neg: bool
 
     def read(self) -> Tensor:
         """Return the same view of a new copy.
@@ -40,46 +42,84 @@ class _Saved:
         Raises:
             RuntimeError: the weight was written since, as torch says of any saved tensor.
         """
-        if self.version != self.entry.master.version:
-            raise RuntimeError(
-                f"a weight of {self.entry.unit.name!r} that the backward pass needs was changed "
-                "after the forward pass"
-            )
+        if self.version != self.entry.master.version_of(self.place):
+            raise _changed(self.entry)
         # Moved as bytes: of a tensor with holes, a device would make one without.
         run = self.place.run_of(self.entry.master.copy(self.place)).to(self.device)
-        return run.view(self.dtype).as_strided(self.shape, self.stride, self.offset)
+        read = run.view(self.dtype).as_strided(self.shape, self.stride, self.offset)
+        # Both are marks on a view; the bytes are those of what it is a view of.
+        read = torch.conj(read) if self.is_conj else read
+        return torch._neg_view(read) if self.is_neg else read
 
 
-def reread_for_backward(entry: Stored, tensors: Sequence[Tensor]) -> AbstractContextManager[Any]:
+class _Kept(NamedTuple):
+    """A view of a resident's tensor, and how often it had been written."""
+
+    tensor: Tensor
+    version: int
+
+
+def reread_for_backward(
+    entry: Stored, tensors: Sequence[Tensor], *, is_streamed: bool
+) -> AbstractContextManager[Any]:
     """Let autograd keep the name of a unit's tensor in place of its bytes.
 
     The slot holds another unit by the time of the backward pass, which reads the master instead.
+    What is no weight is left to the hooks of whoever calls: checkpoints count what is saved, and
+    run the unit once more, which may be streamed then and was not, or the other way round.
 
     Args:
         entry: the unit.
-        tensors: its tensors on the device, by place, where they will be overwritten; else none.
+        tensors: its tensors on the device, by place.
+        is_streamed: whether they will be overwritten.
     """
     if not (tensors and torch.is_grad_enabled()):
         return nullcontext()
+    hooks: Any = torch._C._autograd
+    outer = hooks._top_saved_tensors_default_hooks(False)
+    if outer is None and not is_streamed:
+        return nullcontext()
+    pack_other, unpack_other = outer or (_as_it_is, _as_it_is)
     first = tensors[0]
     storage = first.untyped_storage().data_ptr()
     # The first place begins where the unit does.
     begin = first.storage_offset() * first.itemsize - entry.unit.places[0].offset
 
-    def pack(tensor: Tensor) -> Tensor | _Saved:
-        if tensor.untyped_storage().data_ptr() != storage:
-            return tensor
+    def pack(tensor: Tensor) -> Any:
+        if not tensor.numel() or tensor.untyped_storage().data_ptr() != storage:
+            return pack_other(tensor)
+        if not is_streamed:
+            return _Kept(tensor, tensor._version)
         at = tensor.storage_offset() * tensor.itemsize - begin
         place = next(p for p in entry.unit.places if p.offset <= at < p.offset + p.nbytes)
         return _Saved(
             entry, place, tensor.shape, tensor.stride(), (at - place.offset) // tensor.itemsize,
-            tensor.dtype, tensor.device, entry.master.version,
+            tensor.dtype, tensor.device, entry.master.version_of(place),
+            tensor.is_conj(), tensor.is_neg(),
         )  # fmt: skip
 
-    def unpack(saved: Tensor | _Saved) -> Tensor:
-        return saved.read() if isinstance(saved, _Saved) else saved
+    def unpack(saved: Any) -> Tensor:
+        if isinstance(saved, _Saved):
+            return saved.read()
+        if not isinstance(saved, _Kept):
+            other: Tensor = unpack_other(saved)
+            return other
+        if saved.tensor._version != saved.version:
+            raise _changed(entry)
+        return saved.tensor
 
     return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+
+
+def _as_it_is(saved: Any) -> Any:
+    return saved
+
+
+def _changed(entry: Stored) -> RuntimeError:
+    return RuntimeError(
+        f"a weight of {entry.unit.name!r} that the backward pass needs was changed after the "
+        "forward pass"
+    )
 
 
 def refuse_training(entry: Stored, result: Any) -> Any:

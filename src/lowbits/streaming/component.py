@@ -103,7 +103,7 @@ class Component:
         done: list[Stored] = []
         try:
             for entry in self.entries:
-                entry.check(at_end=True)
+                entry.accept_all()
             for entry in self.entries:
                 done.append(entry)
                 entry.take_back()
@@ -204,6 +204,7 @@ class _Loose:
 
     def __init__(self, holder: Holder, tensor: Tensor) -> None:
         self.holder, self.tensor, self._device = holder, tensor, tensor.device
+        self._shown = tensor  # what the module was given: another one where that cannot be moved
 
     def held(self) -> Tensor | None:
         """Return the tensor that the module has now."""
@@ -221,20 +222,27 @@ class _Loose:
             self._set(held.detach().to(dtype))
 
     def give_back(self) -> None:
-        """Move it back to where it was."""
-        if self.holder.slots.get(self.holder.name) is not self.tensor:
+        """Move it back to where it was, or what somebody has put in its place since."""
+        held = self.held()
+        if held is None:
+            return  # taken away since
+        if held is self._shown or isinstance(held, StreamedTensor):
+            if self._shown is not self.tensor:
+                self.tensor.data = self._shown.detach().to(self._device)
             self.holder.slots[self.holder.name] = self.tensor
-        elif self.tensor.device != self._device:
-            self.tensor.data = self.tensor.data.to(self._device)
+        else:
+            self.tensor = held
+        self._shown = self.tensor
+        if self.tensor.device != self._device:
+            self._set(self.tensor.detach().to(self._device))
 
     def _set(self, value: Tensor) -> None:
         if torch._has_compatible_shallow_copy_type(self.tensor, value):
             self.tensor.data = value
-        elif isinstance(self.tensor, nn.Parameter):
-            grad = self.tensor.requires_grad
-            self.holder.slots[self.holder.name] = nn.Parameter(value, requires_grad=grad)
-        else:
-            self.holder.slots[self.holder.name] = value
+            return
+        if isinstance(self.tensor, nn.Parameter):
+            value = nn.Parameter(value, requires_grad=self.tensor.requires_grad)
+        self.holder.slots[self.holder.name] = self._shown = value
 
 
 @final

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Final, Self, final
 import torch
 
 from lowbits.core.memory import available_host_bytes, bytes_of
+from lowbits.core.source import stamp_of
 from lowbits.errors import (
     CancelledError,
     ConfigError,
@@ -124,7 +125,7 @@ class Reader:
         Raises:
             CancelledError: `should_stop` said so.
             FormatError: the file cannot be read, ends before the extent does, or has another size
-                or date than when it was opened.
+                or date than when it was opened, or than the extent says.
             ConfigError: `out` is not such a tensor.
         """
         if out.dtype != torch.uint8 or out.nbytes != extent.nbytes:
@@ -134,6 +135,8 @@ class Reader:
         what = f"{extent.nbytes} bytes at offset {extent.offset} of {extent.path}"
         try:
             file = self._file(extent.path)
+            if extent.stamp is not None and extent.stamp != file.first_stamp:
+                raise FormatError(f"{extent.path} was changed, or replaced, since it was compared")
             got = self._fill(file, out, extent.offset, should_stop)
             if got < extent.nbytes:
                 raise FormatError(f"expected {what}, got {got}: it was truncated, or is another")
@@ -236,10 +239,9 @@ class _File:
         self._leave_direct()
         return os.preadv(self._raw.fileno(), [view], offset)
 
-    def stamp(self) -> tuple[int, int]:
-        """Return what a write changes: the size, and the time of the last one in nanoseconds."""
-        status = os.fstat(self._raw.fileno())
-        return status.st_size, status.st_mtime_ns
+    def stamp(self) -> tuple[int, int, int]:
+        """Return what a write changes."""
+        return stamp_of(self._raw)
 
     def _leave_direct(self) -> None:
         """Read through the page cache from now on: some file systems refuse at the first read."""

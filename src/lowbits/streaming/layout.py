@@ -113,7 +113,7 @@ class Place:
         What is left takes no memory: whoever kept the object reads NaN, and cannot write into it.
         """
         with torch.inference_mode(self.is_inference):
-            poison = torch.full((self.dtype.itemsize,), 0xFF, dtype=torch.uint8)
+            poison = torch.full((self.dtype.itemsize,), 0xFF, dtype=torch.uint8, device="cpu")
             self.original.data = poison.view(self.dtype)[0].expand(self.shape)
 
     def adopt(self, tensor: Tensor) -> None:
@@ -147,7 +147,7 @@ class Place:
         """Return the bytes of values on the CPU, as they lie at this place; may share memory."""
         if values.stride() == self.stride and is_dense(values):
             return values.as_strided((values.numel(),), (1,)).cpu().view(torch.uint8)
-        run = torch.zeros(self.nbytes, dtype=torch.uint8)
+        run = torch.zeros(self.nbytes, dtype=torch.uint8, device="cpu")
         self.write(run, values)
         return run
 

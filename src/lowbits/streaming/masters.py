@@ -7,17 +7,17 @@ written there is copied back: by a forward into buffers, by others into what no 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol, final
 
 import torch
-
-from lowbits.core.source import Extent
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
     from torch import Tensor
 
+    from lowbits.core.source import Extent
     from lowbits.streaming.host import PinnedSlab
     from lowbits.streaming.layout import Place, Unit
 
@@ -32,12 +32,31 @@ class Master(ABC):
 
     host_bytes: int = 0
     is_pinned: bool = False
-    _writes: int = 0
+
+    def __init__(self) -> None:
+        self._writes = 0
+        self._writes_of: dict[int, int] = {}
 
     @property
     def version(self) -> int:
         """Changes with every write: copies of another version are stale."""
         return self._writes
+
+    def version_of(self, place: Place) -> int:
+        """Changes with every write to one tensor that torch would count, too."""
+        return self._writes_of.get(place.offset, 0)
+
+    def write(self, place: Place, value: Tensor, *, is_counted: bool = True) -> None:
+        """Replace one tensor, given in its shape and dtype.
+
+        Args:
+            place: of the tensor.
+            value: its new value.
+            is_counted: whether `version_of` changes.
+        """
+        self._put(place, value)
+        self._writes += 1
+        self._writes_of[place.offset] = self._writes_of.get(place.offset, 0) + is_counted
 
     @abstractmethod
     def read(self, start: int, out: Tensor, should_stop: Callable[[], bool] | None = None) -> None:
@@ -52,8 +71,8 @@ class Master(ABC):
         """Return one tensor in memory of its own, on the CPU."""
 
     @abstractmethod
-    def write(self, place: Place, value: Tensor) -> None:
-        """Replace one tensor, given in its shape and dtype."""
+    def _put(self, place: Place, value: Tensor) -> None:
+        """Do what `write` says."""
 
 
 @final
@@ -68,6 +87,7 @@ class HostMaster(Master):
             flat: 1-D uint8 CPU tensor of its size; kept, written.
             slab: locks that memory for as long as it lives; None: it is pageable.
         """
+        super().__init__()
         self.flat, self._slab = flat, slab
         self.host_bytes, self.is_pinned = flat.nbytes, slab is not None
         self._tensors: dict[int, Tensor] = {}
@@ -80,6 +100,11 @@ class HostMaster(Master):
         if not self._tensors:
             return self._writes
         return self._writes + sum(tensor._version for tensor in self._tensors.values())
+
+    def version_of(self, place: Place) -> int:
+        """Count writes to one tensor, those into it where it was handed out, too."""
+        handed = self._tensors.get(place.offset)
+        return super().version_of(place) + (handed._version if handed is not None else 0)
 
     def read(self, start: int, out: Tensor, should_stop: Callable[[], bool] | None = None) -> None:  # noqa: ARG002 - part of the interface
         """Copy."""
@@ -94,7 +119,7 @@ class HostMaster(Master):
             begin = self.flat.storage_offset() + place.offset
             storage = self.flat.untyped_storage()[begin : begin + place.nbytes]
             with torch.inference_mode(mode=False):
-                tensor = torch.empty(0, dtype=place.dtype)
+                tensor = torch.empty(0, dtype=place.dtype, device="cpu")
                 tensor.set_(storage, 0, place.shape, place.stride)
             self._tensors[place.offset] = tensor
         return self._tensors[place.offset]
@@ -103,10 +128,9 @@ class HostMaster(Master):
         """Return a clone of its bytes, holes included."""
         return place.tensor_of(place.bytes_in(self.flat).clone())
 
-    def write(self, place: Place, value: Tensor) -> None:
+    def _put(self, place: Place, value: Tensor) -> None:
         """Copy a value in."""
         place.write(place.bytes_in(self.flat), value)
-        self._writes += 1
 
 
 class Files(Protocol):
@@ -117,6 +141,9 @@ class Files(Protocol):
 
     def append(self, parts: Iterable[tuple[int, Tensor]], nbytes: int) -> Extent:
         """Write bytes that were not there before."""
+
+    def overwrite(self, extent: Extent, run: Tensor) -> None:
+        """Write bytes over those of an extent of `append`."""
 
 
 @final
@@ -134,21 +161,25 @@ class FileMaster(Master):
             pieces: where each run of the unit's bytes begins in the unit, and lies in a file.
             files: reads them, and takes what is written.
         """
+        super().__init__()
         self._pieces, self._files = list(pieces), files
+        # By offset: what was written since, and where that lay before.
+        self._newest: dict[int, Extent] = {}
+        self._spare: dict[int, Extent] = {}
 
     def read(self, start: int, out: Tensor, should_stop: Callable[[], bool] | None = None) -> None:
         """Read the runs of bytes that the asked one touches."""
         stop = start + out.numel()
-        for offset, extent in self._pieces:
+        for offset, extent in (*self._pieces, *self._newest.items()):  # the later ones count
             first, last = max(start, offset), min(stop, offset + extent.nbytes)
             if first < last:
-                part = Extent(extent.path, extent.offset + first - offset, last - first)
+                part = replace(extent, offset=extent.offset + first - offset, nbytes=last - first)
                 self._files.read(part, out[first - start : last - start], should_stop)
 
     def tensor(self, place: Place) -> Tensor:
         """Read one tensor into new memory."""
         with torch.inference_mode(mode=False):
-            run = torch.empty(place.nbytes, dtype=torch.uint8)
+            run = torch.empty(place.nbytes, dtype=torch.uint8, device="cpu")
         self.read(place.offset, run)
         return place.tensor_of(run)
 
@@ -156,9 +187,17 @@ class FileMaster(Master):
         """Read one tensor into new memory."""
         return self.tensor(place)
 
-    def write(self, place: Place, value: Tensor) -> None:
-        """Write one tensor to the scratch file; what it was read from stays as it is."""
-        extent = self._files.append([(0, place.run_of(value))], place.nbytes)
-        # Later pieces are read over earlier ones.
-        self._pieces.append((place.offset, extent))
-        self._writes += 1
+    def _put(self, place: Place, value: Tensor) -> None:
+        """Write one tensor to the scratch file; what it was read from stays as it is.
+
+        From the third time on over what was written the time before the last: some value is whole
+        at any time, and the file does not grow.
+        """
+        run, extent = place.run_of(value), self._spare.pop(place.offset, None)
+        if extent is None:
+            extent = self._files.append([(0, run)], place.nbytes)
+        else:
+            self._files.overwrite(extent, run)
+        if place.offset in self._newest:
+            self._spare[place.offset] = self._newest[place.offset]
+        self._newest[place.offset] = extent

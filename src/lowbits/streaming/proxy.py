@@ -8,6 +8,7 @@ hands every write to the master, so that the next copy has it.
 
 from __future__ import annotations
 
+import weakref
 from typing import TYPE_CHECKING, Any, Final, final
 
 import torch
@@ -15,6 +16,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lowbits.core.interception import mark_streamed
+from lowbits.core.memory import same_bits
 from lowbits.core.proxy import STORAGE, describe_call, is_metadata, read_only, written_argument
 from lowbits.errors import PatchError, StreamError
 from lowbits.streaming.layout import Place
@@ -35,8 +37,9 @@ class StreamedTensor(torch.Tensor):
     """A streamed Parameter or buffer, as it is seen between two uses of its unit."""
 
     _place: Place
-    _master: Master
+    _master: Master | None
     _count_read: Callable[[], None]
+    _guard: weakref.ref[StreamedTensor]
 
     @staticmethod
     def __new__(
@@ -72,7 +75,10 @@ class StreamedTensor(torch.Tensor):
             device=device,
             requires_grad=original.requires_grad,
         )
+        proxy.__dict__.update(original.__dict__)
         proxy._place, proxy._master, proxy._count_read = place, master, count_read
+        # torch.utils.swap_tensors asks no override, but refuses what is weakly referenced.
+        proxy._guard = weakref.ref(proxy)
         mark_streamed(proxy)
         if isinstance(original, nn.Parameter):
             proxy._is_param = True  # isinstance(proxy, nn.Parameter), as what it stands for
@@ -83,7 +89,7 @@ class StreamedTensor(torch.Tensor):
 
     def on_host(self) -> torch.Tensor:
         """Return the master's tensor, on the CPU; it may share the master's memory."""
-        return self._master.tensor(self._place)
+        return self._living().tensor(self._place)
 
     def on_device(self) -> torch.Tensor:
         """Return a copy of the master's tensor where the stand-in says that it is."""
@@ -91,6 +97,19 @@ class StreamedTensor(torch.Tensor):
             device = self.device
         self._count_read()
         return self.on_host().to(device, copy=True)
+
+    def retire(self) -> None:
+        """Stand for nothing any more: what is read, or written, from now on raises."""
+        self._master = None
+
+    def _living(self) -> Master:
+        if self._master is None:
+            raise StreamError(
+                f"{self._place.holders[0].fqn!r} was read from the model while it was streamed; it "
+                "is streamed otherwise now, or not any more: read it from the model again (an "
+                "optimizer has to be made anew)"
+            )
+        return self._master
 
     def store(self, value: torch.Tensor) -> None:
         """Replace the master's tensor."""
@@ -102,7 +121,7 @@ class StreamedTensor(torch.Tensor):
                 f"cannot set a streamed weight of {place.dtype} {tuple(place.shape)} to "
                 f"{value.dtype} {tuple(value.shape)}; detach the streamer first"
             )
-        self._master.write(place, value.detach())
+        self._living().write(place, value.detach())
 
     def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
         copied = self._plain(self.on_host().clone())
@@ -168,6 +187,11 @@ _ANSWERS: Final[dict[str, Callable[[StreamedTensor], Any]]] = {
 }
 
 
+#: Functions that write into what they are given, although nothing in their names says so:
+#: running statistics, and the rows that ``max_norm`` scales.
+_SECRET_WRITERS: Final = frozenset(("batch_norm", "instance_norm", "embedding", "embedding_bag"))
+
+
 def _compute(
     func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], *, writes: bool
 ) -> Any:
@@ -180,6 +204,8 @@ def _compute(
     result = func(*new_args, **new_kwargs)
     if isinstance(result, torch.Tensor) and result.is_meta:
         raise PatchError(_NO_META)
+    if describe_call(func)[0] in _SECRET_WRITERS:
+        targets = [leaf for leaf in leaves if not same_bits(values[id(leaf)], leaf.on_host())]
     for target in targets:
         target.store(values[id(target)])
     # An in-place function returns what it was called on.

@@ -49,6 +49,8 @@ class _Home:
         freed: event behind its last use; None: copies are behind it already, it had none, or it
             is a resident's.
         tensors: by place; made at the first use.
+        buffers: those of them that are no Parameters. Each has a count of writes of its own: a
+            forward that counts its calls does not write to the weights that autograd has saved.
         rivals: the other homes whose bytes this one's overwrite.
     """
 
@@ -62,6 +64,7 @@ class _Home:
         self.freed: Any = None
         self._flat: Tensor | None = None
         self.tensors: list[Tensor] | None = None
+        self.buffers: list[Tensor] = []
         self.rivals: list[_Home] = []
         for other in slot.homes:
             if other.start < self.stop and self.start < other.stop:
@@ -86,6 +89,7 @@ class _Home:
         for tensor in self.tensors or ():
             unmark_streamed(tensor)
         self._flat = self.tensors = self.load = None
+        self.buffers = []
 
     def go(self) -> None:
         """Leave the slot, which somebody else's home is in."""
@@ -258,13 +262,19 @@ class Residency:
 
         return own(result)
 
-    def version(self, number: int) -> int:
-        """Return how often the bytes of a unit in use were written by torch."""
-        return self._held[number].flat()._version
+    def versions(self, number: int) -> list[int]:
+        """Return how often the Parameters of a unit in use, and each buffer, were written."""
+        home = self._held[number]
+        return [home.flat()._version, *[buffer._version for buffer in home.buffers]]
 
     def keep(self, number: int) -> None:
-        """Say that the device has the newest bytes of a unit in use."""
-        self._held[number].version = self._stored[number].master.version
+        """Say that the tensors of a unit in use have the newest bytes."""
+        home = self._held[number]
+        address = home.flat().untyped_storage().data_ptr()
+        if all(t.untyped_storage().data_ptr() == address for t in home.tensors or ()):
+            home.version = self._stored[number].master.version
+        else:
+            home.tensors = None  # one was given other memory: all are made, and copied, anew
 
     def release(self, number: int, freed: Any) -> None:
         """Say that a unit's forward is over, or has failed; nothing where it was not acquired.
@@ -327,6 +337,9 @@ class Residency:
             # Whoever had this memory before may be computing with it still, or who used this
             # resident last: such uses are not marked.
             freed.append(self._ops.mark_computed(is_timed=False))
+            # A copy is a write to Parameters, which views of one buffer are; autograd may have
+            # saved others.
+            torch.autograd.graph.increment_version(home.buffers)
         # First: whatever is raised from here on, the old bytes count as overwritten.
         for each in overwritten:
             each.is_present = each.has_arrived = False
@@ -377,6 +390,8 @@ class Residency:
                     _like(place.original, place.view(home.flat()), is_frozen=not entry.is_base)
                     for place in entry.unit.places
                 ]
+                pairs = zip(entry.unit.places, home.tensors, strict=True)
+                home.buffers = [tensor for place, tensor in pairs if entry.is_buffer(place)]
         return home.tensors
 
 
@@ -384,5 +399,8 @@ def _like(original: Tensor, view: Tensor, *, is_frozen: bool) -> Tensor:
     """Return a Parameter, or a plain tensor, as the original is, that says whose it is."""
     if isinstance(original, nn.Parameter):
         view = nn.Parameter(view, requires_grad=original.requires_grad and not is_frozen)
+    else:
+        view = view.data
+    view.__dict__.update(original.__dict__)  # what others have hung there
     mark_streamed(view)
     return view

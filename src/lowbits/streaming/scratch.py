@@ -79,29 +79,45 @@ class ScratchFile:
         require_space(self.path.parent, end - self.nbytes)
         try:
             for offset, tensor in parts:
-                self._write(tensor, offset, nbytes)
+                self._write(tensor, offset, Extent(self.path, self.nbytes, nbytes))
             self._raw.truncate(end)
         except BaseException as error:
             self._raw.truncate(self.nbytes)
             if isinstance(error, OSError):
-                raise InsufficientMemoryError(
-                    f"cannot write {nbytes} bytes to {self.path}: {error}; set TMPDIR to a folder "
-                    "on a larger disk"
-                ) from error
+                raise self._refused(nbytes, error) from error
             raise
         extent = Extent(self.path, self.nbytes, nbytes)
         self.nbytes = end
         return extent
 
+    def overwrite(self, extent: Extent, tensor: Tensor) -> None:
+        """Write a tensor, contiguous on the CPU, over an extent of its size that nobody reads now.
+
+        Raises:
+            InsufficientMemoryError: the disk refused the write; the extent holds anything.
+        """
+        try:
+            self._write(tensor, 0, extent)
+        except OSError as error:
+            raise self._refused(extent.nbytes, error) from error
+
     def close(self) -> None:
         """Remove the file and its folder."""
         self._remove()
 
-    def _write(self, tensor: Tensor, offset: int, limit: int) -> None:
+    def _refused(self, nbytes: int, error: OSError) -> InsufficientMemoryError:
+        return InsufficientMemoryError(
+            f"cannot write {nbytes} bytes to {self.path}: {error}; set TMPDIR to a folder on a "
+            "larger disk"
+        )
+
+    def _write(self, tensor: Tensor, offset: int, extent: Extent) -> None:
         view, done = bytes_of(tensor), 0
-        if not 0 <= offset <= limit - len(view):
-            raise ConfigError(f"{len(view)} bytes at offset {offset} exceed a unit of {limit}")
-        self._raw.seek(self.nbytes + offset)
+        if not 0 <= offset <= extent.nbytes - len(view):
+            raise ConfigError(
+                f"{len(view)} bytes at offset {offset} exceed a unit of {extent.nbytes}"
+            )
+        self._raw.seek(extent.offset + offset)
         while done < len(view):
             done += self._raw.write(view[done : done + _CHUNK_BYTES])
 

@@ -63,6 +63,7 @@ class Stage:
         self.timing = Timing(ops)
         self.uses = 0
         self._is_in_pass = False
+        self._looks = 0
         self._last_called: Component | None = None
         self._pid = os.getpid()
         self._note_peak = note_peak
@@ -248,7 +249,7 @@ class Stage:
             return
         try:
             for component in self.components:
-                component.base.check(at_end=True)
+                component.base.accept_all()
                 component.base.keep_changes()
         except BaseException:
             # What keeps a base from being read may have kept the next pass's units from it too.
@@ -284,8 +285,9 @@ class Stage:
             self._pid = os.getpid()
             if self._residency is not None:
                 self._residency.forget_unfinished()
+        self._looks += 1
         for component in self.components:
-            component.base.check()
+            component.base.check(self._looks)
         if self.plan is not None and self.plan.fixed_bytes != self.fixed_bytes:
             self.replan()  # an adapter came, or went
 
@@ -368,7 +370,7 @@ class Stage:
         """Run a unit's forward with its bytes on the device."""
         residency, number = self._residency, self._numbers[entry]
         assert residency is not None
-        entry.check()
+        entry.check(self._looks)
         if not self._is_in_pass:
             self._see_pass(number)
             residency = self._residency or residency
@@ -382,14 +384,15 @@ class Stage:
         tensors = residency.acquire(number)
         started = called if has_arrived else self._ops.mark_computed()
         entry.begin_use(tensors)
-        version = residency.version(number) if entry.has_buffers else 0
+        versions = residency.versions(number)
         try:
             if not (self._is_warm and is_held and is_due):
                 self._prefetch()  # else all was asked for when the unit before was done
-            with reread_for_backward(entry, tensors if residency.is_streamed(number) else ()):
+            is_streamed = residency.is_streamed(number)
+            with reread_for_backward(entry, tensors, is_streamed=is_streamed):
                 result = forward()
-            if entry.has_buffers and residency.version(number) != version:
-                self._keep_buffers(entry, number, residency)
+            if entry.keep_writes(versions, residency.versions(number)):
+                residency.keep(number)
             return refuse_training(entry, residency.detached(number, result))
         except BaseException as error:
             error.add_note(f"lowbits: raised in {entry.unit.name!r}, while it was streamed")
@@ -414,11 +417,6 @@ class Stage:
             self.end_pass()
         if not self._order.is_under_way:
             self._begin_timing(has_end=False)
-
-    def _keep_buffers(self, entry: Stored, number: int, residency: Residency) -> None:
-        """Write to the master what a forward wrote into its buffers: statistics, counters."""
-        if entry.keep_changes():
-            residency.keep(number)
 
     def _prefetch(self) -> None:
         if self.method != "async" or self._residency is None or self.last_plan is None:

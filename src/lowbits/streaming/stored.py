@@ -9,10 +9,12 @@ the model is parked; a unit's do so during its own forward. At all other times t
 from __future__ import annotations
 
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Final, final
+from typing import TYPE_CHECKING, final
 
 import torch
+from torch import nn
 
+from lowbits.core.memory import same_bits
 from lowbits.errors import StreamError
 from lowbits.streaming.proxy import StreamedTensor
 
@@ -23,9 +25,6 @@ if TYPE_CHECKING:
 
     from lowbits.streaming.layout import Holder, Place, Unit
     from lowbits.streaming.masters import Master
-
-#: Of tensors that are compared on the device, at once.
-_PIECE_BYTES: Final = 16 << 20
 
 
 @final
@@ -66,11 +65,17 @@ class Stored:
             (holder.module.__dict__, holder.kind, holder.name, number)
             for holder, number in unit.holders()
         ]
-        self.has_buffers = any(not place.holders[0].is_parameter for place in unit.places)
+        self.has_buffers = any(map(self.is_buffer, unit.places))
         self._uses = 0
         # Originals at first: `hide` takes them away.
         self._held: Sequence[Tensor] = [place.original for place in unit.places]
         self._seen: list[Tensor | None] = []
+        self._look = 0
+
+    @staticmethod
+    def is_buffer(place: Place) -> bool:
+        """Say whether a place is a buffer's, which a forward may write into."""
+        return not place.holders[0].is_parameter
 
     def _count_miss(self) -> None:
         self.misses += 1
@@ -86,8 +91,10 @@ class Stored:
             place.give_back(self.master.copy(place))
 
     def reveal(self) -> None:
-        """Let modules hold the originals."""
+        """Let modules hold the originals, for good: stand-ins that others have kept will raise."""
         self.show([place.original for place in self.unit.places])
+        for proxy in self._outside:
+            proxy.retire()
 
     def hide(self) -> None:
         """Let modules hold stand-ins."""
@@ -127,14 +134,15 @@ class Stored:
         finally:
             self.show(held)
 
-    def check(self, *, at_end: bool = False) -> None:
+    def check(self, look: int = 0, *, at_end: bool = False) -> None:
         """Accept what somebody has put in the place of what modules held.
 
         A tensor that is new is used as it is, once: ``torch.func.functional_call`` takes its away
-        again. One that is still there at the next look, or is on another device, becomes the
-        unit's.
+        again. One that is still there at another look, or is on another device, becomes the unit's;
+        not one that is no Parameter in a Parameter's place, which only such calls put there.
 
         Args:
+            look: number of the call from outside that this is for: it may use the unit again.
             at_end: accept new ones too, for there is no next look.
 
         Raises:
@@ -142,23 +150,42 @@ class Stored:
         """
         if self._uses:
             return
-        seen, self._seen = self._seen, []
         held = self._held
         for module, kind, name, number in self._spots:  # a third faster than `all`
             if module[kind].get(name) is not held[number]:
                 break
         else:
+            self._seen = []
             return
+        seen = [] if look == self._look else self._seen
+        self._seen, self._look = [], look
         for holder, number in self.unit.holders():
             found = holder.slots.get(holder.name)
             if found is self._held[number]:
                 continue
             is_elsewhere = found is not None and found.device != self._outside[number].device
-            if at_end or is_elsewhere or any(found is tensor for tensor in seen):
+            is_lasting = isinstance(found, nn.Parameter) or not holder.is_parameter
+            is_kept = at_end or any(found is tensor for tensor in seen)
+            if is_elsewhere or (is_kept and is_lasting):
                 self._take_over(number)
             else:
                 self._require_alike(holder, found, self.unit.places[number])
                 self._seen.append(found)
+
+    def accept_all(self) -> None:
+        """Accept new tensors at the end; buffers of another shape, or gone, stay as they were put.
+
+        A forward may do that to a buffer, so that nobody can put back what was there.
+
+        Raises:
+            StreamError: a Parameter is gone, or of another shape or dtype.
+        """
+        for number, place in enumerate(self.unit.places):
+            found = [holder.slots.get(holder.name) for holder in place.holders]
+            is_new = any(tensor is not self._held[number] for tensor in found)
+            is_odd = any(_how_unlike(tensor, place, found[0]) for tensor in found)
+            if is_new and not (is_odd and self.is_buffer(place)):
+                self._take_over(number)
 
     def _take_over(self, number: int) -> None:
         """Accept a new tensor; all holders of a tied one must have been given the same values."""
@@ -166,10 +193,8 @@ class Stored:
         found: list[Tensor] = []
         for holder in place.holders:
             value = holder.slots.get(holder.name)
-            self._require_alike(holder, value, place)
+            self._require_alike(holder, value, place, found[0] if found else None)
             found.append(value)  # type: ignore[arg-type] # it is there, and alike
-            if not _is_same(found[-1], found[0]):
-                raise self._replaced(holder, "but not where it is tied to")
         first = found[0]
         self.master.write(place, first.detach())
         if self._held is not self._outside:
@@ -180,38 +205,64 @@ class Stored:
             place.adopt(first)
             place.let_go()
 
-    def _require_alike(self, holder: Holder, found: Tensor | None, place: Place) -> None:
-        if found is None or found.shape != place.shape or found.dtype != place.dtype:
-            raise self._replaced(holder, "by another shape or dtype")
-        if found.is_meta:
-            raise self._replaced(holder, "by one without bytes (on the meta device)")
+    def _require_alike(
+        self, holder: Holder, found: Tensor | None, place: Place, tied: Tensor | None = None
+    ) -> None:
+        if how := _how_unlike(found, place, tied):
+            raise StreamError(
+                f"{holder.fqn} was replaced {how} while it was streamed: undo the streaming first "
+                "(lowbits.restore, or LayerStreamer.detach)",
+                self.unit.name,
+                "replaced",
+            )
 
-    def _replaced(self, holder: Holder, how: str) -> StreamError:
-        return StreamError(
-            f"{holder.fqn} was replaced {how} while it was streamed: undo the streaming first "
-            "(lowbits.restore, or LayerStreamer.detach)",
-            self.unit.name,
-            "replaced",
-        )
+    def keep_changes(self) -> None:
+        """Write to the master what others have changed in the base's tensors on the device.
 
-    def keep_changes(self) -> bool:
-        """Write to the master what was changed in the device's tensors; return whether any was.
-
-        The base's are in the open: whoever merges an adapter writes into them; a unit's own forward
-        may write into its buffers. They are compared where they lie, so that nothing unchanged is
-        copied back.
+        They are in the open: whoever merges an adapter writes into them.
         """
+        for place, held in zip(self.unit.places, self._held, strict=True):
+            if held.requires_grad != place.original.requires_grad:
+                place.original.requires_grad_(held.requires_grad)
+            self._keep(place, held)
+
+    def keep_writes(self, before: Sequence[int], after: Sequence[int]) -> bool:
+        """Write to the master what a unit's forward has written; return whether it was anything.
+
+        Torch counts most writes. Those by ``.data``, and those of `torch.batch_norm` to running
+        statistics, it does not: they are made in training, where all buffers are looked at.
+
+        Args:
+            before: how often its Parameters, and each of its buffers, were written.
+            after: the same, after the forward.
+        """
+        is_training = self.has_buffers and self.unit.module.training
+        if after == before and not is_training:
+            return False
+        counts = zip(before, after, strict=True)
+        is_counted = [old != new for old, new in counts]
+        buffers = iter(is_counted[1:])
         has_changed = False
         for place, held in zip(self.unit.places, self._held, strict=True):
-            is_buffer = not place.holders[0].is_parameter
-            if self.is_base and held.requires_grad != place.original.requires_grad:
-                place.original.requires_grad_(held.requires_grad)
-            if isinstance(held, StreamedTensor) or not (self.is_base or is_buffer):
-                continue
-            if not _is_same(held, self.master.tensor(place)):
-                self.master.write(place, held.detach())
-                has_changed = True
+            is_buffer = self.is_buffer(place)
+            is_written = next(buffers) if is_buffer else is_counted[0]
+            if is_written or (is_buffer and is_training):
+                has_changed |= self._keep(place, held, is_counted=is_written)
         return has_changed
+
+    def _keep(self, place: Place, held: Tensor, *, is_counted: bool = True) -> bool:
+        """Compare where it lies, so that nothing unchanged is copied back.
+
+        Raises:
+            StreamError: it has been given another shape or dtype.
+        """
+        if isinstance(held, StreamedTensor):
+            return False
+        self._require_alike(place.holders[0], held, place)
+        is_changed = not same_bits(held, self.master.tensor(place))
+        if is_changed:
+            self.master.write(place, held.detach(), is_counted=is_counted)
+        return is_changed
 
     @property
     def storages(self) -> set[int]:
@@ -225,17 +276,11 @@ class Stored:
         return any(place.original.requires_grad for place in self.unit.places)
 
 
-def _is_same(tensor: Tensor, other: Tensor) -> bool:
-    """Compare two tensors alike bit for bit, so that NaN equals itself, where the first one is.
-
-    In pieces: what the other one takes there for a moment is in nobody's budget.
-    """
-    if tensor is other:
-        return True
-    pieces = zip(_bits(tensor), _bits(other), strict=True)
-    return all(torch.equal(mine, theirs.to(mine.device)) for mine, theirs in pieces)
-
-
-def _bits(tensor: Tensor) -> Sequence[Tensor]:
-    """Return a tensor's bytes in pieces."""
-    return torch.split(tensor.detach().contiguous().view(-1).view(torch.uint8), _PIECE_BYTES)
+def _how_unlike(found: Tensor | None, place: Place, tied: Tensor | None) -> str:
+    """Say what keeps a tensor from being put at a place; nothing where it can be."""
+    if found is None or found.shape != place.shape or found.dtype != place.dtype:
+        return "by another shape or dtype"
+    if found.is_meta:
+        return "by one without bytes (on the meta device)"
+    is_same = tied is None or found is tied or same_bits(found, tied)
+    return "" if is_same else "but not where it is tied to"

@@ -109,7 +109,7 @@ class Tier:
             else:
                 return HostMaster(unit, slab.tensor, slab)
         with torch.inference_mode(mode=False):
-            return HostMaster(unit, torch.empty(unit.nbytes, dtype=torch.uint8))
+            return HostMaster(unit, torch.empty(unit.nbytes, dtype=torch.uint8, device="cpu"))
 
     def _store_in_files(self, unit: Unit) -> FileMaster:
         """Write to the scratch file what is in no other one: mostly all, or nothing."""
@@ -144,6 +144,11 @@ class Tier:
         if self._scratch_file is None:
             self._scratch_file = ScratchFile()
         return self._scratch_file.append(parts, nbytes)
+
+    def overwrite(self, extent: Extent, run: Tensor) -> None:
+        """Write over a part of the scratch file."""
+        assert self._scratch_file is not None
+        self._scratch_file.overwrite(extent, run)
 
     def close(self) -> None:
         """Close files, and remove the scratch file."""
