@@ -10,6 +10,7 @@ import torch
 from torch.utils._pytree import tree_map_only
 
 from lowbits.errors import StreamError
+from lowbits.streaming.layout import storage_address
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -86,7 +87,7 @@ def reread_for_backward(
     begin = first.storage_offset() * first.itemsize - entry.unit.places[0].offset
 
     def pack(tensor: Tensor) -> Any:
-        if not tensor.numel() or tensor.untyped_storage().data_ptr() != storage:
+        if not tensor.numel() or storage_address(tensor) != storage:
             return pack_other(tensor)
         if not is_streamed:
             return _Kept(tensor, tensor._version)

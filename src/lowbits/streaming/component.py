@@ -166,7 +166,7 @@ class Component:
             entry.take_back()
             entry.reveal()
             for place in changed:
-                place.original.data = place.original.data.to(dtypes[place.dtype])
+                place.cast(dtypes[place.dtype])
             unit = relaid(entry.unit)
             new = self._stored(unit, is_base=entry.is_base)
             new.let_go()

@@ -16,6 +16,7 @@ from lowbits.streaming.component import Component
 from lowbits.streaming.foreign import HookGuard, has_cache_hook, refuse_foreign, refuse_hook
 from lowbits.streaming.layout import UNCALLED, ModelLayout, held_tensors, lay_out
 from lowbits.streaming.plan import UnitCost, make_plan
+from lowbits.streaming.repeat import Moment
 from lowbits.streaming.stats import StreamStats, make_stats
 from lowbits.streaming.tiers import Tier
 
@@ -28,8 +29,8 @@ if TYPE_CHECKING:
 
 _ADVICE: Final = (
     "lowbits: every block is streamed already, or the pass cannot be run again (gradients, "
-    "training mode, a cache hook). Use a smaller budget (gpu_weights=), a smaller picture or "
-    "batch, or VAE tiling"
+    "training mode, a cache hook, inputs or buffers that it wrote into). Use a smaller budget "
+    "(gpu_weights=), a smaller picture or batch, or VAE tiling"
 )
 
 _WHOLE_COMPILE: Final = (
@@ -132,7 +133,7 @@ class Engine:
                 release(module)
             self.component.tier.close()
 
-    def run(self, call: _Call, forward: Callable[[], Any]) -> Any:
+    def run(self, call: _Call, forward: partial[Any]) -> Any:
         """Run the forward of the model, or of one of its modules."""
         with self._arbiter.lock:
             if self._is_running:
@@ -143,17 +144,18 @@ class Engine:
             finally:
                 self._is_running = False
 
-    def _run_part(self, call: _Call, forward: Callable[[], Any]) -> Any:
+    def _run_part(self, call: _Call, forward: partial[Any]) -> Any:
         if call.unit is None:
             return forward()
         entry = self.component.units[call.unit]
         stage = self._arbiter.stage_of(self.component)
         return stage.run_unit(entry, forward)
 
-    def _run_first(self, call: _Call, forward: Callable[[], Any]) -> Any:
+    def _run_first(self, call: _Call, forward: partial[Any]) -> Any:
         """Run what was called from outside, once more with fewer residents if memory runs out."""
         while True:
             stage = self._enter()
+            moment = self._moment(call, stage, forward)
             is_pass = stage.is_begun_by(self.component) and call.is_root
             if is_pass:
                 stage.begin_pass()
@@ -161,7 +163,7 @@ class Engine:
             try:
                 result = self._run_part(call, forward)
             except torch.OutOfMemoryError as error:
-                if not self._may_repeat(call, stage):
+                if moment is None or moment.is_over or not stage.can_shrink:
                     error.add_note(_ADVICE)
                     raise
             else:
@@ -175,6 +177,7 @@ class Engine:
             # Here the traceback is gone, and with it what the frames of the failed pass held, but
             # for what refers to itself.
             gc.collect()
+            moment.return_to()
             stage.shrink()
             self.recoveries += 1
 
@@ -187,10 +190,12 @@ class Engine:
         stage.look()
         return stage
 
-    def _may_repeat(self, call: _Call, stage: Stage) -> bool:
-        """Say whether a pass that ran out of memory may run again: nothing remembers the first."""
-        is_pure = not (torch.is_grad_enabled() or self.root.training or has_cache_hook(self.root))
-        return is_pure and call.is_root and stage.can_shrink
+    def _moment(self, call: _Call, stage: Stage, forward: partial[Any]) -> Moment | None:
+        """Return what a pass begins with; None where something would remember a first one."""
+        is_impure = torch.is_grad_enabled() or self.root.training or not call.is_root
+        if is_impure or has_cache_hook(self.root):
+            return None
+        return Moment(stage, (forward.args, forward.keywords), self.device)
 
     @contextmanager
     def settled(self) -> Iterator[None]:
@@ -328,8 +333,9 @@ def refuse_streamed(root: nn.Module) -> None:
     """
     if (part := streamed_part(root)) is not None:
         raise AlreadyPatchedError(
-            f"{part} is streamed already, alone or with what it is a part of: call its "
-            "LayerStreamer's detach(), or lowbits.restore on what was applied, first"
+            f"{part} is streamed already, alone, with what it is a part of, or with what has the same "
+            "weights: call its LayerStreamer's detach(), or lowbits.restore on what was applied, "
+            "first"
         )
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Final, final
 import torch
 from torch import Tensor, nn
 
+from lowbits.core.interception import mark_streamed, unmark_streamed
 from lowbits.core.names import dotted
 
 if TYPE_CHECKING:
@@ -102,10 +103,16 @@ class Place:
         Args:
             values: of the tensor; kept.
         """
+        unmark_streamed(self.original)
         values = values.to(self.device)
         # An inference tensor stays one: others have a version that it must not have.
         with torch.inference_mode(self.is_inference):
             self.original.data = values.clone() if self.is_inference else values
+
+    def cast(self, dtype: torch.dtype) -> None:
+        """Convert the original, which has its bytes, to another dtype."""
+        with torch.inference_mode(self.is_inference):
+            self.original.data = self.original.data.to(dtype)
 
     def let_go(self) -> None:
         """Take the original's bytes away, for others have them.
@@ -115,6 +122,7 @@ class Place:
         with torch.inference_mode(self.is_inference):
             poison = torch.full((self.dtype.itemsize,), 0xFF, dtype=torch.uint8, device="cpu")
             self.original.data = poison.view(self.dtype)[0].expand(self.shape)
+        mark_streamed(self.original)  # another model may hold it, too
 
     def adopt(self, tensor: Tensor) -> None:
         """Take another tensor of this shape and dtype for the original."""
@@ -145,6 +153,7 @@ class Place:
 
     def run_of(self, values: Tensor) -> Tensor:
         """Return the bytes of values on the CPU, as they lie at this place; may share memory."""
+        values = values.resolve_conj().resolve_neg()  # marks on a view, which bytes do not have
         if values.stride() == self.stride and is_dense(values):
             return values.as_strided((values.numel(),), (1,)).cpu().view(torch.uint8)
         run = torch.zeros(self.nbytes, dtype=torch.uint8, device="cpu")
@@ -351,6 +360,13 @@ def relaid(unit: Unit) -> Unit:
     for place in unit.places:
         _append(new, place.original, place.holders)
     return new
+
+
+def storage_address(tensor: Tensor) -> int:
+    """Return where a tensor's storage lies; that of the tensor below, inside torch's transforms."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor.untyped_storage().data_ptr()
 
 
 def held_tensors(root: nn.Module) -> Iterator[tuple[Holder, Tensor]]:

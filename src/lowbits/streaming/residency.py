@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_map_only
 
 from lowbits.core.interception import mark_streamed, unmark_streamed
 from lowbits.errors import StreamError
+from lowbits.streaming.layout import storage_address
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -254,7 +255,7 @@ class Residency:
         def own(value: Any) -> Any:
             if isinstance(value, torch.Tensor):
                 is_view = value.layout == torch.strided and not value.is_meta
-                is_view = is_view and value.untyped_storage().data_ptr() == address
+                is_view = is_view and storage_address(value) == address
                 return value.clone() if is_view else value
             if type(value) is tuple:  # what blocks return: a tree costs ten times as much
                 return tuple(map(own, value))

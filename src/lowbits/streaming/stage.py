@@ -151,6 +151,14 @@ class Stage:
         """Whether less of the device would do."""
         return self.plan is not None and self.plan.device_bytes > self.minimum_bytes
 
+    def writes(self) -> list[int]:
+        """Return how often each weight was written, wherever that is counted."""
+        counts = [entry.master.version for entry in self._entries]
+        if self._residency is not None:
+            for component in self.components:
+                counts += self._residency.versions(self._numbers[component.base])
+        return counts
+
     def shrink(self) -> None:
         """Halve what is above the smallest budget, for good; what goes returns to the device."""
         assert self.plan

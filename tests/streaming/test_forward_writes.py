@@ -1,0 +1,302 @@
+"""Modules that write as they run, and what they leave behind: as without streaming, bit for bit."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from streaming.models import WIDTH, inputs, reference, same, streamer_of
+from torch import nn
+from torch.nn import functional
+
+from lowbits.errors import StreamError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
+
+LOCATIONS = ("cpu", "disk")
+BUDGETS = (None, 10**6)
+
+
+class Ema(nn.Module):
+    """As vector quantizers do: torch does not count writes by ``.data``."""
+
+    ema: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+        self.register_buffer("ema", torch.zeros(64, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.ema.data.mul_(0.9).add_(x.mean(0))
+        out: Tensor = self.linear(x) + self.ema[0]
+        return out
+
+
+class Replaced(Ema):
+    """Gives its buffer other memory."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.ema.data = self.ema * 0.9 + x.mean(0)
+        out: Tensor = self.linear(x) + self.ema[0]
+        return out
+
+
+class Written(nn.Module):
+    """Writes into a Parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+        self.mean = nn.Parameter(torch.randn(64, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.mean.mul_(0.9).add_(x.mean(0))
+        out: Tensor = self.linear(x) + self.mean[0]
+        return out
+
+
+class MaxNorm(nn.Module):
+    """Lets torch scale rows of its weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.rows = nn.Linear(WIDTH, WIDTH), nn.Embedding(64, WIDTH, max_norm=1.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.linear(x) + self.rows(torch.arange(3))
+        return out
+
+
+class Normed(nn.Module):
+    """Keeps running statistics, which torch does not count, without a counter, which it does."""
+
+    mean: Tensor
+    var: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+        self.register_buffer("mean", torch.zeros(WIDTH))
+        self.register_buffer("var", torch.ones(WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.batch_norm(self.linear(x), self.mean, self.var, training=self.training)
+
+
+@pytest.mark.parametrize("location", LOCATIONS)
+@pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.parametrize("make", [Ema, Replaced, Written, MaxNorm, Normed])
+@torch.no_grad()
+def test_what_a_forward_writes_is_kept(
+    make: Callable[[], nn.Module], budget: int | None, location: str
+) -> None:
+    twin = nn.Sequential(*(make() for _ in range(5))).train()
+    model = copy.deepcopy(twin)
+    with streamer_of(model, budget=budget, location=location):
+        for _ in range(3):
+            assert same(model(inputs()), twin(inputs()))
+    assert same(list(model.state_dict().values()), list(twin.state_dict().values()))
+    model.eval()
+    twin.eval()
+    assert same(model(inputs()), twin(inputs()))
+
+
+class Encoder(nn.Module):
+    """Runs its blocks by another name than their calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        blocks = (nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(WIDTH)) for _ in "abcde")
+        self.blocks = nn.ModuleList(blocks)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block.forward(x)
+        return x
+
+
+@torch.no_grad()
+def test_statistics_of_blocks_that_are_not_called() -> None:
+    twin = Encoder().train()
+    model = copy.deepcopy(twin)
+    with streamer_of(model, budget=10**6, method="queue"):
+        for _ in range(3):
+            assert same(model(inputs()), twin(inputs()))
+    assert same(list(model.state_dict().values()), list(twin.state_dict().values()))
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_gradients_through_statistics_that_are_written(budget: int | None) -> None:
+    """A counter that moves is no write to the weights beside it."""
+    twin = nn.Sequential(*(Encoder() for _ in range(3))).train().requires_grad_(False)
+    model = copy.deepcopy(twin)
+    grads = []
+    with streamer_of(model, budget=budget):
+        for each in (twin, model):
+            x = inputs().requires_grad_()
+            each(x).square().sum().backward()
+            grads.append(x.grad)
+    assert same(*grads)
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_a_weight_that_is_written_is_refused_by_the_backward_pass(budget: int | None) -> None:
+    model = reference().requires_grad_(False)
+    with streamer_of(model, budget=budget):
+        loss = model(inputs().requires_grad_()).sum()
+        model.blocks[1].up.weight.data.add_(1)
+        model(inputs())
+        with pytest.raises(RuntimeError, match="changed|modified"):
+            loss.backward()
+
+
+class Caching(nn.Module):
+    """Grows a buffer that begins without bytes."""
+
+    cache: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+        self.register_buffer("cache", torch.empty(0, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.cache = torch.cat([self.cache, x])
+        out: Tensor = self.linear(x) + self.cache.mean(0)
+        return out
+
+
+@torch.no_grad()
+def test_tensors_that_begin_without_bytes_keep_what_was_put_there() -> None:
+    twin = nn.Sequential(*(Caching() for _ in range(4)))
+    model = copy.deepcopy(twin)
+    with streamer_of(model, budget=10**6):
+        for _ in range(3):
+            assert same(model(inputs()), twin(inputs()))
+    assert same(model(inputs()), twin(inputs()))
+
+
+def with_adapters() -> Any:
+    model: Any = nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(5)))
+    for layer in model:
+        layer.lora = nn.Linear(WIDTH, WIDTH, bias=False)
+        layer.register_forward_hook(lambda module, args, out: out + module.lora(args[0]))
+    return model
+
+
+@torch.no_grad()
+def test_adapters_that_are_loaded_while_streamed_stay() -> None:
+    twin = with_adapters()
+    model = copy.deepcopy(twin)
+    values = {k: v + 1 for k, v in twin.state_dict().items() if "lora" in k}
+    twin.load_state_dict(values, strict=False, assign=True)
+    with streamer_of(model, budget=10**6):
+        model.load_state_dict(values, strict=False, assign=True)
+        assert same(model(inputs()), twin(inputs()))
+    assert same(model(inputs()), twin(inputs()))
+
+
+@torch.no_grad()
+def test_a_buffer_without_bytes_that_is_taken_away_stays_away() -> None:
+    model: Any = nn.Sequential(*(Caching() for _ in range(4)))
+    with streamer_of(model, budget=10**6):
+        model[0].cache = None
+    assert model[0].cache is None
+
+
+class Growing(Caching):
+    """Grows a buffer that has bytes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cache = torch.zeros(1, WIDTH)
+
+
+def test_a_buffer_of_another_shape_does_not_keep_a_streamer_attached() -> None:
+    model = nn.Sequential(*(Growing() for _ in range(4)))
+    streamer = streamer_of(model, budget=10**6).attach()
+    with torch.no_grad():
+        model(inputs())
+        with pytest.raises(StreamError, match="cache was replaced by another shape"):
+            model(inputs())
+    streamer.detach()
+    assert model[0].cache.shape == (4, WIDTH)
+    assert torch.isfinite(model(inputs())).all()
+
+
+class Full(nn.Module):
+    """Runs out of memory once."""
+
+    is_due = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.is_due:
+            self.is_due = False
+            raise torch.OutOfMemoryError("as a GPU would")
+        return x
+
+
+class Noisy(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + torch.randn_like(x)
+
+
+class InPlace(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        x += 1
+        return super().forward(x)
+
+
+class Counter(nn.Linear):
+    calls: Tensor
+
+    def __init__(self, n_in: int, n_out: int) -> None:
+        super().__init__(n_in, n_out)
+        self.register_buffer("calls", torch.zeros(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return super().forward(x) * self.calls[0]
+
+
+@pytest.mark.parametrize(
+    ("first", "may_repeat"), [(nn.Linear, True), (Noisy, True), (InPlace, False), (Counter, False)]
+)
+@torch.no_grad()
+def test_a_pass_runs_again_only_as_if_it_had_not_run(
+    first: Callable[..., nn.Module], *, may_repeat: bool
+) -> None:
+    """The same random numbers; and not at all where it has written something."""
+    layers = [first(WIDTH, WIDTH), *(nn.Linear(WIDTH, WIDTH) for _ in range(4))]
+    twin = copy.deepcopy(nn.Sequential(*layers)).eval()
+    model = nn.Sequential(*layers, Full()).eval()
+    torch.manual_seed(3)
+    expected = twin(inputs())
+    with streamer_of(model, budget=10**6) as streamer:
+        torch.manual_seed(3)
+        if may_repeat:
+            assert same(model(inputs()), expected)
+        else:
+            with pytest.raises(torch.OutOfMemoryError) as caught:
+                model(inputs())
+            assert "inputs or buffers that it wrote into" in str(caught.value.__notes__)
+        assert streamer.stats().recoveries == may_repeat
+
+
+@torch.no_grad()
+def test_writes_do_not_make_the_scratch_file_grow() -> None:
+    model: Any = nn.Sequential(*(Ema() for _ in range(4))).train()
+    sizes = []
+    with streamer_of(model, location="disk") as streamer:
+        for _ in range(6):
+            model(inputs())
+            model[0].linear.weight.data.add_(1)
+            sizes.append(streamer.stats().disk_bytes)
+    assert sizes[2:] == [sizes[2]] * 4
