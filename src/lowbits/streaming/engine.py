@@ -333,9 +333,9 @@ def refuse_streamed(root: nn.Module) -> None:
     """
     if (part := streamed_part(root)) is not None:
         raise AlreadyPatchedError(
-            f"{part} is streamed already, alone, with what it is a part of, or with what has the same "
-            "weights: call its LayerStreamer's detach(), or lowbits.restore on what was applied, "
-            "first"
+            f"{part} is streamed already, alone, in something larger, or because something else has "
+            "its weights too: call that LayerStreamer's detach(), or lowbits.restore on what was "
+            "applied, first"
         )
 
 
