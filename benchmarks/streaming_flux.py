@@ -30,7 +30,7 @@ from lowbits.streaming.streamer import LayerStreamer
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from torch import Tensor, nn
 
@@ -38,10 +38,12 @@ GB: Final = 10**9
 #: Passes before the clock starts: the order is traced, and the plan made anew from what was timed.
 _WARM_UP: Final = 4
 _PROBE_BYTES: Final = 1 << 28
+#: Turns of an empty loop before each pass: what the host takes for the same work, a millisecond.
+_TURNS: Final = 50_000
 _HEADER: Final = (
     *("component", "scheme", "model, GB", "budget", "resident units", "ring", "wall, s"),
     *("host, s", "C, s", "C: host, s", "copied, GB", "T, s", "of max(C, T)", "fastest passes"),
-    "waited, s",
+    *("waited, s", "host, slowest / fastest"),
     *("weights on the device, GB", "allocated, GB", "bit-equal"),
 )
 
@@ -71,6 +73,10 @@ class FluxRow:
         allocated_bytes: most that torch had allocated there above what was before: the copy, the
             inputs, what libraries keep.
         is_equal: whether the result is that of the resident component, bit for bit.
+        host_spread: of the same work of the host before each pass, the slowest by the fastest: far
+            above 1 something else had its cores, and rows where the host decides mean little.
+        samples: seconds of each pass, streamed and resident, those until the call returned, and
+            those of the host's work before it.
     """
 
     component: str
@@ -90,6 +96,8 @@ class FluxRow:
     weight_bytes: int
     allocated_bytes: int
     is_equal: bool
+    host_spread: float
+    samples: Mapping[str, Sequence[float]]
 
     @property
     def ratio(self) -> float:
@@ -110,7 +118,7 @@ class FluxRow:
             *(number(value, 3) for value in (self.host_s, self.compute_s, self.compute_host_s)),
             number(self.copied_bytes / GB),
             *(number(value, 3) for value in (self.transfer_s, self.ratio, self.fastest_ratio)),
-            number(self.stall_s, 3),
+            *(number(self.stall_s, 3), number(self.host_spread)),
             *(number(count / GB) for count in (self.weight_bytes, self.allocated_bytes)),
             str(self.is_equal),
         ]
@@ -137,10 +145,11 @@ class Twins:
 @final
 @dataclass(frozen=True)
 class Timed:
-    """Seconds of passes, and of those until the call returned."""
+    """Seconds of passes, of those until the call returned, and of the same work before each."""
 
     walls: list[float] = field(default_factory=list)
     hosts: list[float] = field(default_factory=list)
+    works: list[float] = field(default_factory=list)
 
     def add(self, call: Callable[[], Tensor], device: torch.device) -> None:
         """Time a pass.
@@ -149,11 +158,20 @@ class Timed:
         one step of a picture to the next.
         """
         finish_compute(device)
+        self.works.append(host_work_s())
         start = time.perf_counter()
         call()
         self.hosts.append(time.perf_counter() - start)
         finish_compute(device)
         self.walls.append(time.perf_counter() - start)
+
+
+def host_work_s() -> float:
+    """Return the seconds that the host takes for the same work as ever."""
+    start = time.perf_counter()
+    for _ in range(_TURNS):
+        pass
+    return time.perf_counter() - start
 
 
 def finish_compute(device: torch.device) -> None:
@@ -231,6 +249,9 @@ def streamed(
         after = streamer.stats()
         passes = 2 * given.rounds
         copied = (after.copied_bytes - before.copied_bytes) / passes
+        works = timed.works + resident.works
+        samples = {f"streamed {name}": values for name, values in asdict(timed).items()}
+        samples |= {f"resident {name}": values for name, values in asdict(resident).items()}
         return FluxRow(
             name,
             scheme,
@@ -249,6 +270,8 @@ def streamed(
             after.peak_device_bytes,
             peak_bytes(device) - beside,
             is_equal,
+            max(works) / min(works),
+            samples,
         )
 
 

@@ -471,7 +471,7 @@ def test_the_budget_of_a_placement(
     placement = Placement(torch.device("cuda"), **options)
     with (
         mock.patch("lowbits.streaming.models.device_ops", return_value=card),
-        mock.patch("lowbits.streaming.models.sys.platform", "linux"),
+        mock.patch("lowbits.streaming.budget.sys.platform", "linux"),
     ):
         assert placement.budget(nbytes, held) == expected
 
@@ -480,7 +480,7 @@ def test_windows_keeps_more_free_and_all_may_be_too_much() -> None:
     card = Card(8 * GIB, 8 * GIB)
     with (
         mock.patch("lowbits.streaming.models.device_ops", return_value=card),
-        mock.patch("lowbits.streaming.models.sys.platform", "win32"),
+        mock.patch("lowbits.streaming.budget.sys.platform", "win32"),
     ):
         assert Placement(torch.device("cuda")).budget(9 * GIB, 0) == 6 * GIB
         with pytest.raises(InsufficientMemoryError, match="gpu_weights='all'") as caught:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import weakref
-from typing import TYPE_CHECKING, Protocol, final
+from typing import TYPE_CHECKING, Final, Protocol, final
 
 import torch
 
@@ -12,6 +13,25 @@ from lowbits.config import parse_size
 
 if TYPE_CHECKING:
     from lowbits.streaming.arbiter import Arbiter
+    from lowbits.streaming.device_ops import DeviceOps
+
+
+#: Left free for activations: a share of the device, at least this, and as much again on Windows,
+#: whose driver moves device memory to the host before it refuses.
+_RESERVE_SHARE: Final = 0.1
+_RESERVE_BYTES: Final = 1 << 30
+
+
+def reserve_bytes(ops: DeviceOps, free_bytes: int) -> int:
+    """Return what ``"auto"`` leaves free: 10 % of the device, at least 1 GiB, 1 more on Windows.
+
+    Args:
+        ops: of the device.
+        free_bytes: there: stands for its memory where that is not known.
+    """
+    share = int(_RESERVE_SHARE * (ops.total_bytes() or free_bytes))
+    extra = _RESERVE_BYTES if sys.platform == "win32" else 0
+    return max(_RESERVE_BYTES, share) + extra
 
 
 @final

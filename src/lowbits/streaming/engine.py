@@ -333,7 +333,7 @@ def refuse_streamed(root: nn.Module) -> None:
     """
     if (part := streamed_part(root)) is not None:
         raise AlreadyPatchedError(
-            f"{part} is streamed already, alone, in something larger, or because something else has "
+            f"{part} is streamed already, alone, in something larger, or in another model that has "
             "its weights too: call that LayerStreamer's detach(), or lowbits.restore on what was "
             "applied, first"
         )

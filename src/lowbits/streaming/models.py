@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import sys
 import weakref
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Final, final
+from typing import TYPE_CHECKING, final
 
 from lowbits.core.report import format_bytes
 from lowbits.errors import InsufficientMemoryError
 from lowbits.streaming.arbiter import Arbiter
-from lowbits.streaming.device_ops import DeviceOps, device_ops
+from lowbits.streaming.budget import reserve_bytes
+from lowbits.streaming.device_ops import device_ops
 from lowbits.streaming.engine import Engine, require_fit
 from lowbits.streaming.stats import StreamStats, make_stats, resident_stats
 
@@ -24,11 +24,6 @@ if TYPE_CHECKING:
 
     from lowbits.core.source import SourceFiles
     from lowbits.streaming.budget import DeviceBudget
-
-#: Left free for activations: a share of the device, at least this, and as much again on Windows,
-#: whose driver moves device memory to the host before it refuses.
-_RESERVE_SHARE: Final = 0.1
-_RESERVE_BYTES: Final = 1 << 30
 
 
 @final
@@ -94,14 +89,8 @@ class Placement:
                     str(self.device),
                 )
             return free
-        return max(0, free - self._reserve_bytes(ops, free))
-
-    def _reserve_bytes(self, ops: DeviceOps, free: int) -> int:
-        if isinstance(self.reserve, int):
-            return self.reserve
-        share = int(_RESERVE_SHARE * (ops.total_bytes() or free))
-        extra = _RESERVE_BYTES if sys.platform == "win32" else 0
-        return max(_RESERVE_BYTES, share) + extra
+        reserve = self.reserve if isinstance(self.reserve, int) else reserve_bytes(ops, free)
+        return max(0, free - reserve)
 
 
 class PlacedModels(ABC):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Final, Self, final
+from typing import TYPE_CHECKING, Self, final
 
 import torch
 
@@ -11,7 +11,7 @@ from lowbits.config import LOCATIONS, SWAPS, parse_size, require_choice
 from lowbits.core.source import SourceFiles
 from lowbits.errors import AlreadyPatchedError, ConfigError, NotPatchedError
 from lowbits.streaming.arbiter import Arbiter
-from lowbits.streaming.budget import BUDGETS
+from lowbits.streaming.budget import BUDGETS, reserve_bytes
 from lowbits.streaming.device_ops import DeviceOps, device_ops
 from lowbits.streaming.engine import Engine
 from lowbits.streaming.plan import DEEPEST
@@ -23,10 +23,6 @@ if TYPE_CHECKING:
     from torch import nn
 
     from lowbits.streaming.stats import StreamStats
-
-#: Left free by ``budget="auto"``: of the free memory, and at least so many bytes.
-_RESERVE_SHARE: Final = 0.1
-_RESERVE_BYTES: Final = 1 << 30
 
 
 @final
@@ -71,8 +67,8 @@ class LayerStreamer:
             module: is changed in place by `attach`, and owned by the caller.
             device: that it computes on.
             budget: bytes of weights on the device at any instant, a hard cap: an int, a string as
-                ``"6GB"`` or ``"6GiB"``, or ``"auto"``: what is free at `attach` but 10 %, and at
-                least 1 GiB.
+                ``"6GB"`` or ``"6GiB"``, or ``"auto"``: what is free at `attach` but a reserve, as
+                `lowbits.apply` leaves.
             method: ``"queue"`` copies a block, then computes it; ``"async"`` copies ahead into a
                 ring of slots; ``"auto"`` times two passes of each and keeps the faster.
             location: of the weights: ``"cpu"`` is host memory, ``"shared"`` page-locked host
@@ -178,7 +174,7 @@ def free_budget(ops: DeviceOps) -> int:
     free = ops.free_bytes()
     if free is None:
         raise ConfigError(f"budget: {ops.device} does not say what is free; give a size")
-    return max(0, free - max(_RESERVE_BYTES, int(_RESERVE_SHARE * free)))
+    return max(0, free - reserve_bytes(ops, free))
 
 
 def _depth(value: int | str) -> int | None:
