@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from oracles import bitsandbytes_takes_blocks_across_rows
 from torch import nn
 
 import lowbits
@@ -239,6 +240,8 @@ def test_fused_4_bit_kernels_get_what_they_expect(name: str, row_length: int) ->
     """The operator that CUDA has kernels for, here in bitsandbytes' own reference form."""
     backend, scheme = DEFAULT.require(name)
     assert isinstance(backend, BitsAndBytesBackend)
+    if row_length % 64 and not bitsandbytes_takes_blocks_across_rows():
+        pytest.skip("needs a bitsandbytes whose kernel for this CPU takes blocks across rows")
     packed = backend.pack(torch.randn(32, row_length), scheme)
     x, bias = torch.randn(2, 5, row_length), torch.randn(32)
     expected = nn.functional.linear(x, backend.unpack(packed, F32), bias)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from oracles import bitsandbytes_values
 from stored import packed_of, recognised, values_of, written
 
 from lowbits.core.registry import DEFAULT
@@ -32,8 +33,9 @@ def quantized(
         weight, quant_type=kind, compress_statistics=nested, **{"blocksize": 64, **kwargs}
     )
     saved = {f"x.weight.{key}": value for key, value in state.as_dict(packed=True).items()}
-    values: Tensor = bnb.dequantize_4bit(codes, state).float()
-    return {"x.weight": codes, **saved, "x.bias": torch.zeros(shape[0])}, values
+    return {"x.weight": codes, **saved, "x.bias": torch.zeros(shape[0])}, bitsandbytes_values(
+        codes, state
+    )
 
 
 def described(tensors: State, **changes: Any) -> State:
@@ -110,7 +112,7 @@ def test_transformers_model(tmp_path: Path) -> None:
     assert packed == set(layers)
     assert len(packed) > 4
     for name, layer in layers.items():
-        values = bnb.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+        values = bitsandbytes_values(layer.weight.data, layer.weight.quant_state)
         assert torch.equal(values_of(weights[name]), values.float()), name
 
 

@@ -20,6 +20,7 @@ from miniflux import (
     schemes,
     values,
 )
+from oracles import bitsandbytes_values
 from safetensors.torch import save_file
 from torch import nn
 
@@ -236,7 +237,7 @@ def test_forge_4bit(pipe: Any, tmp_path: Path, kind: str, *, nested: bool) -> No
         codes, state = bnb.quantize_4bit(
             tensor, quant_type=kind, blocksize=64, compress_statistics=nested
         )
-        decoded[name] = bnb.dequantize_4bit(codes, state).float()
+        decoded[name] = bitsandbytes_values(codes, state)
         parts = {"": codes} | {f".{k}": v for k, v in state.as_dict(packed=True).items()}
         stored |= {f"model.diffusion_model.{name}{part}": value for part, value in parts.items()}
     assert_draws_as_decoded(pipe, tmp_path, stored, decoded, f"bnb-{kind}")

@@ -29,7 +29,8 @@ def needs_plain_ops() -> bool:
 
 def is_transformed() -> bool:
     """Say whether torch.func transforms what is computed: grad, vmap, jvp, ..."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
+    # Not by `peek_interpreter_stack`: a compiler takes what it returns outside of them for a stack.
+    return torch._C._are_functorch_transforms_active()
 
 
 def constant(function: Callable[P, R]) -> Callable[P, R]:

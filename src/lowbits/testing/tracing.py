@@ -36,8 +36,8 @@ def check_compiles_whole_and_only_once(backend: QuantBackend, scheme: Scheme) ->
 def check_exports(backend: QuantBackend, scheme: Scheme) -> None:
     """`torch.export` takes a packed model; the program computes the same."""
     model, _ = packed_model(scheme.name)
-    program = torch.export.export(model, (tokens(),))
     with torch.no_grad():
+        program = torch.export.export(model, (tokens(),))
         got = program.module()(tokens())
         assert _is_same(got, model(tokens()), scheme)
 
