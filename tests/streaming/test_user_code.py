@@ -28,6 +28,52 @@ LOCATIONS = ("cpu", "disk")
 BUDGETS = (None, 10**6)
 
 
+class Asking(nn.Linear):
+    """Says what it has been shown, as `torch.matmul` asks to choose how it multiplies."""
+
+    asked = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.asked = self.weight.requires_grad
+        return super().forward(x)
+
+
+def test_weights_want_gradients_as_without_streaming_but_where_they_would_be_given_some() -> None:
+    model: Any = nn.Sequential(*(Asking(WIDTH, WIDTH) for _ in range(5))).eval()
+
+    def asked() -> list[bool]:
+        return [layer.asked for layer in model]
+
+    with streamer_of(model):
+        for mode, expected in (
+            (torch.no_grad, [True] * 5),
+            (torch.enable_grad, [False] * 5),
+            (torch.inference_mode, [True] * 5),
+        ):
+            with mode():
+                for _ in range(2):
+                    model(inputs())
+                    assert asked() == expected
+        model[2].requires_grad_(False)
+        with torch.no_grad():
+            model(inputs())
+        assert asked() == [True, True, False, True, True]
+        model(inputs())
+        assert asked() == [False] * 5
+    assert [layer.weight.grad for layer in model] == [None] * 5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@torch.no_grad()
+def test_inputs_that_do_not_lie_side_by_side(dtype: torch.dtype) -> None:
+    """`torch.matmul` folds them where the weight wants gradients, and rounds otherwise then."""
+    twin = nn.Sequential(*(nn.Linear(64, 64) for _ in range(5))).to(dtype)
+    model = copy.deepcopy(twin)
+    x = torch.randn(2, 64, 16).to(dtype).transpose(1, 2)
+    with streamer_of(model):
+        assert same(model(x), twin(x))
+
+
 class Twice(nn.Module):
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
@@ -104,6 +150,53 @@ def test_checkpoints_of_units_that_are_streamed_and_then_stay(method: str) -> No
             stage_of(streamer).give_way(5000 if number % 2 else 7168)
 
 
+@pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.parametrize("is_parked", [False, True])
+@pytest.mark.parametrize("kind", ["Parameters", "buffers"])
+@torch.no_grad()
+def test_functional_calls_in_a_row(kind: str, *, is_parked: bool, budget: int | None) -> None:
+    """With the same objects each time: they look like what was put there for good."""
+    twin, other = reference(), Stack(4)
+    model = copy.deepcopy(twin)
+    values: dict[str, Any] = dict(other.named_parameters())
+    if kind == "buffers":
+        values = {name: value + 1 for name, value in twin.named_buffers()}
+    before = [value.clone() for value in values.values()]
+    expected = torch.func.functional_call(twin, values, (inputs(),))
+    with streamer_of(model, budget=budget):
+        if not is_parked:
+            assert same(model(inputs()), twin(inputs()))
+        for _ in range(4):
+            assert same(torch.func.functional_call(model, values, (inputs(),)), expected)
+        for _ in range(3):
+            assert same(model(inputs()), twin(inputs()))
+    assert same(model(inputs()), twin(inputs()))
+    assert all(map(same, values.values(), before))
+
+
+@pytest.mark.parametrize("part", ["stem", "blocks.1.up"])
+@torch.no_grad()
+def test_weights_that_are_swapped_and_put_back(part: str) -> None:
+    model, twin = reference(), reference()
+    layers: list[Any] = [each.get_submodule(part) for each in (model, twin)]
+    first, first_of_twin = (layer.weight for layer in layers)
+    seconds = [nn.Parameter(layer.weight + 1) for layer in layers]
+    with streamer_of(model):
+        stand_in = layers[0].weight
+        for mine, its in ((seconds[0], seconds[1]), (first, first_of_twin), tuple(seconds)):
+            layers[0].weight, layers[1].weight = mine, its
+            for _ in range(3):
+                assert same(model(inputs()), twin(inputs()))
+        layers[0].weight = stand_in
+        with pytest.raises(StreamError, match="read it from the model again"):
+            model(inputs())
+        layers[0].weight = seconds[0]
+        assert same(model(inputs()), twin(inputs()))
+    assert layers[0].weight is seconds[0]
+    assert same(first, first_of_twin)
+    assert same(model(inputs()), twin(inputs()))
+
+
 class Adjoint(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -135,6 +228,42 @@ def test_gradients_through_views_of_weights(
             each(x).abs().square().sum().backward()
             grads.append(x.grad)
     assert same(*grads)
+
+
+class Strided(nn.Module):
+    """Buffers whose elements do not lie side by side."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+        self.register_buffer("every", torch.arange(2.0 * WIDTH)[::2])
+        self.register_buffer("same", torch.ones(1).expand(WIDTH))
+        self.register_buffer("column", torch.randn(WIDTH, 3)[:, 1])
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.linear(x) * self.same + self.every + self.column
+        return out
+
+
+@pytest.mark.parametrize("location", LOCATIONS)
+@torch.no_grad()
+def test_buffers_with_holes(location: str) -> None:
+    class Net(Strided):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.Sequential(*(Strided() for _ in range(4)))
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.blocks(super().forward(x))
+            return out
+
+    twin = Net().train()
+    model = copy.deepcopy(twin)
+    with streamer_of(model, location=location):
+        for _ in range(2):
+            assert same(model(inputs()), twin(inputs()))
+        assert same(list(model.state_dict().values()), list(twin.state_dict().values()))
+    assert same(model(inputs()), twin(inputs()))
 
 
 class Scaled(nn.Module):
@@ -316,6 +445,7 @@ def test_bits_are_compared_to_the_last_one(monkeypatch: pytest.MonkeyPatch, nbyt
     monkeypatch.setattr(memory, "_COMPARED_BYTES", nbytes)
     values = torch.full((3, 7), torch.nan)
     assert memory.same_bits(values, values.clone())
+    assert memory.same_bits(torch.ones(6, 4)[:, ::2], torch.ones(2).expand(6, 2))
     for at in (0, 4, 20):
         other = values.clone()
         other.view(-1)[at] = 1.0

@@ -103,14 +103,15 @@ def bytes_of(tensor: Tensor) -> memoryview:
 def same_bits(tensor: Tensor, other: Tensor) -> bool:
     """Say whether two tensors of one shape have the same bits, so that NaN equals itself.
 
-    They are compared on the first one's device, and in its dtype, part by part: what a copy of the
-    other one takes there for a moment stays small.
+    They are compared on the first one's device, and in its dtype, part by part: what copies take
+    there for a moment stays small, but for tensors that cannot be viewed as one line.
     """
     step = _COMPARED_BYTES // tensor.itemsize
     pairs = (torch.split(_line(each), step) for each in (tensor, other))
     for mine, theirs in zip(*pairs, strict=True):
         moved = theirs.to(mine.device, mine.dtype)
-        if not torch.equal(mine.view(torch.uint8), moved.view(torch.uint8)):
+        # Of a tensor whose elements do not lie side by side, a part has to be copied.
+        if not torch.equal(*(part.contiguous().view(torch.uint8) for part in (mine, moved))):
             return False
     return True
 

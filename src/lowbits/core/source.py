@@ -229,8 +229,8 @@ class SourceFiles:
         A file may hold the weight in another dtype, if converting gives these bits exactly as
         loading did. A path, a size or a date prove nothing: a LoRA may have been fused since.
         """
-        for file, stored in self._alike(component, fqn, parameter):
-            return FileSource(file, fqn, parameter, digest(stored))
+        for stored, extent in self._alike(component, fqn, parameter):
+            return FileSource(extent.path, fqn, parameter, digest(stored))
         return None
 
     def locate(self, component: str, fqn: str, tensor: Tensor) -> Extent | None:
@@ -240,17 +240,20 @@ class SourceFiles:
         """
         if not tensor.is_contiguous():
             return None
-        for file, stored in self._alike(component, fqn, tensor):
+        for stored, extent in self._alike(component, fqn, tensor):
             if stored.dtype == tensor.dtype:
-                return extent_of(file, fqn)
+                return extent
         return None
 
-    def _alike(self, component: str, fqn: str, tensor: Tensor) -> Iterator[tuple[Path, Tensor]]:
-        """Yield each file that holds a tensor's bits, converted if need be, and what it holds."""
+    def _alike(self, component: str, fqn: str, tensor: Tensor) -> Iterator[tuple[Tensor, Extent]]:
+        """Yield what each file holds that has a tensor's bits, converted if need be, and where.
+
+        The place is looked up first: its stamp is that of what is compared, or older.
+        """
         for file in self._files(component).get(fqn, ()):
-            stored = read_tensor(file, fqn)
+            extent, stored = extent_of(file, fqn), read_tensor(file, fqn)
             if stored.shape == tensor.shape and same_bits(tensor, stored):
-                yield file, stored
+                yield stored, extent
 
     def _files(self, component: str) -> Mapping[str, Sequence[Path]]:
         """Return which files hold each tensor of a component: variants may lie side by side."""

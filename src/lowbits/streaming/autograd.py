@@ -13,8 +13,6 @@ from lowbits.errors import StreamError
 from lowbits.streaming.layout import storage_address
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from torch import Tensor
 
     from lowbits.streaming.layout import Place
@@ -61,7 +59,7 @@ class _Kept(NamedTuple):
 
 
 def reread_for_backward(
-    entry: Stored, tensors: Sequence[Tensor], *, is_streamed: bool
+    entry: Stored, flat: Tensor, *, is_streamed: bool
 ) -> AbstractContextManager[Any]:
     """Let autograd keep the name of a unit's tensor in place of its bytes.
 
@@ -71,20 +69,17 @@ def reread_for_backward(
 
     Args:
         entry: the unit.
-        tensors: its tensors on the device, by place.
+        flat: its bytes on the device.
         is_streamed: whether they will be overwritten.
     """
-    if not (tensors and torch.is_grad_enabled()):
+    if not torch.is_grad_enabled():
         return nullcontext()
     hooks: Any = torch._C._autograd
     outer = hooks._top_saved_tensors_default_hooks(False)
     if outer is None and not is_streamed:
         return nullcontext()
     pack_other, unpack_other = outer or (_as_it_is, _as_it_is)
-    first = tensors[0]
-    storage = first.untyped_storage().data_ptr()
-    # The first place begins where the unit does.
-    begin = first.storage_offset() * first.itemsize - entry.unit.places[0].offset
+    storage, begin = flat.untyped_storage().data_ptr(), flat.storage_offset()
 
     def pack(tensor: Tensor) -> Any:
         if not tensor.numel() or storage_address(tensor) != storage:

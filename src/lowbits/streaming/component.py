@@ -101,6 +101,7 @@ class Component:
             FormatError: a file cannot be read any more; the model is streamed still.
         """
         done: list[Stored] = []
+        self.notice_new()
         try:
             for entry in self.entries:
                 entry.accept_all()
@@ -113,6 +114,7 @@ class Component:
             raise
         for entry in self.entries:
             entry.reveal()
+            entry.retire()
         for loose in self._loose:
             loose.give_back()
         homes = [place.device for entry in self.entries for place in entry.unit.places]
@@ -171,6 +173,7 @@ class Component:
             new = self._stored(unit, is_base=entry.is_base)
             new.let_go()
             new.hide()
+            entry.retire()
             if number < len(self.units):
                 self.units[number] = new
             else:
@@ -218,15 +221,19 @@ class _Loose:
         """Convert it; where it was replaced on its device, there too."""
         held = self.held()
         self.tensor.data = self.tensor.data.to(dtype)
-        if held is not None and held is not self.tensor:
+        if held is None or held is self.tensor:
+            return
+        if held is self._shown:
             self._set(held.detach().to(dtype))
+        else:
+            held.data = held.data.to(dtype)  # somebody else's
 
     def give_back(self) -> None:
         """Move it back to where it was, or what somebody has put in its place since."""
         held = self.held()
         if held is None:
             return  # taken away since
-        if held is self._shown or isinstance(held, StreamedTensor):
+        if held is self._shown or held.is_meta or isinstance(held, StreamedTensor):
             if self._shown is not self.tensor:
                 self.tensor.data = self._shown.detach().to(self._device)
             self.holder.slots[self.holder.name] = self.tensor

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, ClassVar, final
 
 import torch
@@ -206,7 +207,8 @@ class AcceleratorOps(DeviceOps):
     def empty(self, nbytes: int) -> Tensor:
         """Return memory that nobody else is given before the copies to it are over."""
         buffer = super().empty(nbytes)
-        buffer.record_stream(self._stream)
+        with suppress(NotImplementedError):  # a backend of others, whose allocator has no streams
+            buffer.record_stream(self._stream)
         return buffer
 
     def copy(self, target: Tensor, source: Tensor) -> None:

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
 _ADVICE: Final = (
     "lowbits: every block is streamed already, or the pass cannot be run again (gradients, "
-    "training mode, a cache hook, inputs or buffers that it wrote into). Use a smaller budget "
-    "(gpu_weights=), a smaller picture or batch, or VAE tiling"
+    "training mode, a cache hook, inputs or buffers that it may have changed). Use a smaller "
+    "budget (gpu_weights=), a smaller picture or batch, or VAE tiling"
 )
 
 _WHOLE_COMPILE: Final = (
@@ -155,15 +155,15 @@ class Engine:
         """Run what was called from outside, once more with fewer residents if memory runs out."""
         while True:
             stage = self._enter()
-            moment = self._moment(call, stage, forward)
             is_pass = stage.is_begun_by(self.component) and call.is_root
             if is_pass:
                 stage.begin_pass()
+            moment = self._moment(call, stage, forward)
             stage.uses += 1
             try:
                 result = self._run_part(call, forward)
             except torch.OutOfMemoryError as error:
-                if moment is None or moment.is_over or not stage.can_shrink:
+                if moment is None or not self._may_repeat(moment, stage):
                     error.add_note(_ADVICE)
                     raise
             else:
@@ -193,9 +193,10 @@ class Engine:
     def _moment(self, call: _Call, stage: Stage, forward: partial[Any]) -> Moment | None:
         """Return what a pass begins with; None where something would remember a first one."""
         is_impure = torch.is_grad_enabled() or self.root.training or not call.is_root
-        if is_impure or has_cache_hook(self.root):
-            return None
-        return Moment(stage, (forward.args, forward.keywords), self.device)
+        return None if is_impure else Moment(stage, (forward.args, forward.keywords), self.device)
+
+    def _may_repeat(self, moment: Moment, stage: Stage) -> bool:
+        return not moment.is_over and stage.can_shrink and not has_cache_hook(self.root)
 
     @contextmanager
     def settled(self) -> Iterator[None]:

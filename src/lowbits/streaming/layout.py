@@ -124,10 +124,19 @@ class Place:
             self.original.data = poison.view(self.dtype)[0].expand(self.shape)
         mark_streamed(self.original)  # another model may hold it, too
 
-    def adopt(self, tensor: Tensor) -> None:
-        """Take another tensor of this shape and dtype for the original."""
-        self.original, self.device = tensor, tensor.device
+    def adopt(self, tensor: Tensor, before: Tensor) -> None:
+        """Take another tensor of this shape and dtype for the original; its bytes are let go.
+
+        Args:
+            tensor: becomes the original.
+            before: values of the one so far, which somebody may hold, and put in again; kept.
+        """
+        device = tensor.device
+        self.device = before.device
+        self.give_back(before)
+        self.original, self.device = tensor, device
         self.is_inference = tensor.is_inference()
+        self.let_go()
 
     @property
     def nbytes(self) -> int:

@@ -28,12 +28,14 @@ class Master(ABC):
     Attributes:
         host_bytes: of host memory that it takes.
         is_pinned: whether that memory is page-locked.
+        flag_changes: how often somebody has chosen what of it wants gradients.
     """
 
     host_bytes: int = 0
     is_pinned: bool = False
 
     def __init__(self) -> None:
+        self.flag_changes = 0
         self._writes = 0
         self._writes_of: dict[int, int] = {}
 

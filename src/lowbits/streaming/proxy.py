@@ -165,6 +165,7 @@ class StreamedTensor(torch.Tensor):
                 return first.store(args[1])
             if name == "requires_grad_" or (name == "requires_grad" and is_write):
                 first._place.original.requires_grad_(*args[1:], **kwargs)
+                first._living().flag_changes += 1
                 name = "requires_grad"
             if is_metadata(name, args):
                 with torch._C.DisableTorchFunctionSubclass():
@@ -192,6 +193,12 @@ _ANSWERS: Final[dict[str, Callable[[StreamedTensor], Any]]] = {
 _SECRET_WRITERS: Final = frozenset(("batch_norm", "instance_norm", "embedding", "embedding_bag"))
 
 
+def _may_write(func: Callable[..., Any], kwargs: Mapping[str, Any]) -> bool:
+    name, _ = describe_call(func)
+    scales = kwargs.get("max_norm") is not None or not name.startswith("embedding")
+    return name in _SECRET_WRITERS and scales
+
+
 def _compute(
     func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], *, writes: bool
 ) -> Any:
@@ -204,7 +211,7 @@ def _compute(
     result = func(*new_args, **new_kwargs)
     if isinstance(result, torch.Tensor) and result.is_meta:
         raise PatchError(_NO_META)
-    if describe_call(func)[0] in _SECRET_WRITERS:
+    if _may_write(func, kwargs):
         targets = [leaf for leaf in leaves if not same_bits(values[id(leaf)], leaf.on_host())]
     for target in targets:
         target.store(values[id(target)])

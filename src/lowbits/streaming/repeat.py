@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, final
+import operator
+from typing import TYPE_CHECKING, Any, Final, final
 
 import torch
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from lowbits.streaming.stage import Stage
+
+#: Inputs that cannot be changed.
+_VALUES: Final = (
+    *(type(None), bool, int, float, complex, str, bytes),
+    *(torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_format),
+)
 
 
 @final
@@ -26,28 +33,38 @@ class Moment:
                 writes, and are taken to be as they were.
             device: whose random numbers the pass may draw, beside the host's.
         """
-        self._stage = stage
-        self._inputs = [
-            (tensor, tensor._version)
-            for tensor in tree_leaves(inputs)
-            if isinstance(tensor, torch.Tensor) and not tensor.is_inference()
-        ]
+        self._stage, self._inputs = stage, inputs
+        self._leaves, self._form = tree_flatten(inputs)
+        self._versions = list(map(_version, self._leaves))
         self._writes = stage.writes()
-        self._random: list[tuple[Callable[[Any], None], Any]] = [
-            (torch.set_rng_state, torch.get_rng_state())
+        self._random: list[tuple[Callable[[Any], Any], Any]] = [
+            (leaf.set_state, leaf.get_state())
+            for leaf in self._leaves
+            if isinstance(leaf, torch.Generator)
         ]
-        module: Any = torch if device.type == "cpu" else torch.get_device_module(device)
-        if module is not torch and hasattr(module, "get_rng_state"):
-            state = module.get_rng_state(device)
-            self._random.append((lambda state: module.set_rng_state(state, device), state))
+        self._random.append((torch.set_rng_state, torch.get_rng_state()))
+        if device.type != "cpu":
+            module: Any = torch.get_device_module(device)
+            if hasattr(module, "get_rng_state"):
+                state = module.get_rng_state(device)
+                self._random.append((lambda state: module.set_rng_state(state, device), state))
 
     @property
     def is_over(self) -> bool:
-        """Whether something was written since that a pass cannot take back."""
-        is_written = any(tensor._version != version for tensor, version in self._inputs)
-        return is_written or self._stage.writes() != self._writes
+        """Whether something was changed since, or may have been, that a pass cannot take back."""
+        known = (*_VALUES, torch.Tensor, torch.Generator)
+        leaves, form = tree_flatten(self._inputs)
+        is_same = form == self._form and all(map(operator.is_, leaves, self._leaves))
+        is_same = is_same and all(isinstance(leaf, known) for leaf in leaves)
+        is_same = is_same and list(map(_version, leaves)) == self._versions
+        return not is_same or self._stage.writes() != self._writes
 
     def return_to(self) -> None:
         """Let the same random numbers be drawn again."""
         for put, state in self._random:
             put(state)
+
+
+def _version(leaf: Any) -> int | None:
+    is_counted = isinstance(leaf, torch.Tensor) and not leaf.is_inference()
+    return leaf._version if is_counted else None

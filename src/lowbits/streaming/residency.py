@@ -52,6 +52,8 @@ class _Home:
         tensors: by place; made at the first use.
         buffers: those of them that are no Parameters. Each has a count of writes of its own: a
             forward that counts its calls does not write to the weights that autograd has saved.
+        frozen: for which mode of autograd, and which choice of what wants gradients, its tensors
+            are.
         rivals: the other homes whose bytes this one's overwrite.
     """
 
@@ -66,6 +68,7 @@ class _Home:
         self._flat: Tensor | None = None
         self.tensors: list[Tensor] | None = None
         self.buffers: list[Tensor] = []
+        self.frozen: tuple[bool, int] | None = None
         self.rivals: list[_Home] = []
         for other in slot.homes:
             if other.start < self.stop and self.start < other.stop:
@@ -250,7 +253,7 @@ class Residency:
         """
         if number not in self._streamed:
             return result
-        address = self._held[number].flat().untyped_storage().data_ptr()
+        address = self.flat(number).untyped_storage().data_ptr()
 
         def own(value: Any) -> Any:
             if isinstance(value, torch.Tensor):
@@ -263,17 +266,24 @@ class Residency:
 
         return own(result)
 
+    def flat(self, number: int) -> Tensor:
+        """Return the bytes of a unit in use."""
+        return self._held[number].flat()
+
     def versions(self, number: int) -> list[int]:
         """Return how often the Parameters of a unit in use, and each buffer, were written."""
         home = self._held[number]
         return [home.flat()._version, *[buffer._version for buffer in home.buffers]]
 
-    def keep(self, number: int) -> None:
-        """Say that the tensors of a unit in use have the newest bytes."""
-        home = self._held[number]
+    def keep_writes(self, number: int, before: Sequence[int]) -> None:
+        """Write to the master what a unit's forward has written since it had these versions."""
+        home, entry = self._held[number], self._stored[number]
+        if not entry.keep_writes(before, self.versions(number)):
+            return
+        # Else the tensors would be copied anew, although they have the newest bytes.
         address = home.flat().untyped_storage().data_ptr()
         if all(t.untyped_storage().data_ptr() == address for t in home.tensors or ()):
-            home.version = self._stored[number].master.version
+            home.version = entry.master.version
         else:
             home.tensors = None  # one was given other memory: all are made, and copied, anew
 
@@ -388,18 +398,35 @@ class Residency:
             with torch.inference_mode(mode=False), torch.no_grad():
                 entry = self._stored[home.number]
                 home.tensors = [
-                    _like(place.original, place.view(home.flat()), is_frozen=not entry.is_base)
-                    for place in entry.unit.places
+                    _like(place.original, place.view(home.flat())) for place in entry.unit.places
                 ]
+                home.frozen = None
                 pairs = zip(entry.unit.places, home.tensors, strict=True)
                 home.buffers = [tensor for place, tensor in pairs if entry.is_buffer(place)]
+        self._freeze(home, home.tensors)
         return home.tensors
 
+    def _freeze(self, home: _Home, tensors: Sequence[Tensor]) -> None:
+        """Freeze a unit's tensors while gradients are enabled, and only then.
 
-def _like(original: Tensor, view: Tensor, *, is_frozen: bool) -> Tensor:
+        They would be given gradients that nobody sees. Without gradients they say what the
+        originals say: `torch.matmul` chooses by that how it multiplies, and with it how it rounds.
+        """
+        entry = self._stored[home.number]
+        frozen = (torch.is_grad_enabled() and not entry.is_base, entry.master.flag_changes)
+        if home.frozen == frozen:
+            return
+        with torch.inference_mode(mode=False):
+            for place, tensor in zip(entry.unit.places, tensors, strict=True):
+                # Not by `requires_grad_`, which transforms of torch.func refuse.
+                tensor.requires_grad = place.original.requires_grad and not frozen[0]
+        home.frozen = frozen
+
+
+def _like(original: Tensor, view: Tensor) -> Tensor:
     """Return a Parameter, or a plain tensor, as the original is, that says whose it is."""
     if isinstance(original, nn.Parameter):
-        view = nn.Parameter(view, requires_grad=original.requires_grad and not is_frozen)
+        view = nn.Parameter(view, requires_grad=False)
     else:
         view = view.data
     view.__dict__.update(original.__dict__)  # what others have hung there

@@ -63,7 +63,6 @@ class Stage:
         self.timing = Timing(ops)
         self.uses = 0
         self._is_in_pass = False
-        self._looks = 0
         self._last_called: Component | None = None
         self._pid = os.getpid()
         self._note_peak = note_peak
@@ -293,9 +292,8 @@ class Stage:
             self._pid = os.getpid()
             if self._residency is not None:
                 self._residency.forget_unfinished()
-        self._looks += 1
         for component in self.components:
-            component.base.check(self._looks)
+            component.base.check()
         if self.plan is not None and self.plan.fixed_bytes != self.fixed_bytes:
             self.replan()  # an adapter came, or went
 
@@ -378,7 +376,7 @@ class Stage:
         """Run a unit's forward with its bytes on the device."""
         residency, number = self._residency, self._numbers[entry]
         assert residency is not None
-        entry.check(self._looks)
+        entry.check()
         if not self._is_in_pass:
             self._see_pass(number)
             residency = self._residency or residency
@@ -397,13 +395,13 @@ class Stage:
             if not (self._is_warm and is_held and is_due):
                 self._prefetch()  # else all was asked for when the unit before was done
             is_streamed = residency.is_streamed(number)
-            with reread_for_backward(entry, tensors, is_streamed=is_streamed):
+            with reread_for_backward(entry, residency.flat(number), is_streamed=is_streamed):
                 result = forward()
-            if entry.keep_writes(versions, residency.versions(number)):
-                residency.keep(number)
+            residency.keep_writes(number, versions)
             return refuse_training(entry, residency.detached(number, result))
         except BaseException as error:
             error.add_note(f"lowbits: raised in {entry.unit.name!r}, while it was streamed")
+            self._keep_failed(residency, number, versions, error)
             raise
         finally:
             # Who keeps the traceback of an error would keep a slot's memory with it.
@@ -418,6 +416,16 @@ class Stage:
                 self.timing.note(entry, called, started, done if is_timed else None)
             if is_freed or not (self._is_warm and is_held and is_due):
                 self._prefetch()  # behind a resident nothing has become free
+
+    @staticmethod
+    def _keep_failed(
+        residency: Residency, number: int, versions: Sequence[int], error: BaseException
+    ) -> None:
+        """Keep what a forward had written before it failed; an error of that is told beside."""
+        try:
+            residency.keep_writes(number, versions)
+        except Exception as second:  # noqa: BLE001 - the first one is raised
+            error.add_note(f"lowbits: what it had written by then is lost: {second}")
 
     def _see_pass(self, number: int) -> None:
         """See where a pass ends and begins, where the model itself is never called."""

@@ -8,11 +8,11 @@ the model is parked; a unit's do so during its own forward. At all other times t
 
 from __future__ import annotations
 
+import sys
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, final
+from typing import TYPE_CHECKING, Final, final
 
-import torch
-from torch import nn
+from torch.nn.utils import stateless
 
 from lowbits.core.memory import same_bits
 from lowbits.errors import StreamError
@@ -20,11 +20,15 @@ from lowbits.streaming.proxy import StreamedTensor
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+    from types import FrameType
 
+    import torch
     from torch import Tensor
 
     from lowbits.streaming.layout import Holder, Place, Unit
     from lowbits.streaming.masters import Master
+
+_FUNCTIONAL_CALL: Final = stateless._functional_call.__code__
 
 
 @final
@@ -57,25 +61,27 @@ class Stored:
         self.unit, self.master = unit, master
         self.compute_s = self.stall_s = 0.0
         self.copies = self.misses = 0
-        self._outside = [
-            StreamedTensor(place, master, device, self._count_miss) for place in unit.places
-        ]
+        self._device = device
+        self._outside = list(map(self._stand_in, unit.places))
         # The unit's holders, for the loops that run at every use.
         self._spots = [
             (holder.module.__dict__, holder.kind, holder.name, number)
             for holder, number in unit.holders()
         ]
-        self.has_buffers = any(map(self.is_buffer, unit.places))
+        # Buffers of theirs may be written without a count while they are in training.
+        self._writers = {holder.module for holder, _ in unit.holders() if not holder.is_parameter}
         self._uses = 0
         # Originals at first: `hide` takes them away.
         self._held: Sequence[Tensor] = [place.original for place in unit.places]
         self._seen: list[Tensor | None] = []
-        self._look = 0
 
     @staticmethod
     def is_buffer(place: Place) -> bool:
         """Say whether a place is a buffer's, which a forward may write into."""
         return not place.holders[0].is_parameter
+
+    def _stand_in(self, place: Place) -> StreamedTensor:
+        return StreamedTensor(place, self.master, self._device, self._count_miss)
 
     def _count_miss(self) -> None:
         self.misses += 1
@@ -91,8 +97,11 @@ class Stored:
             place.give_back(self.master.copy(place))
 
     def reveal(self) -> None:
-        """Let modules hold the originals, for good: stand-ins that others have kept will raise."""
+        """Let modules hold the originals."""
         self.show([place.original for place in self.unit.places])
+
+    def retire(self) -> None:
+        """Let stand-ins that others have kept raise from now on."""
         for proxy in self._outside:
             proxy.retire()
 
@@ -134,15 +143,14 @@ class Stored:
         finally:
             self.show(held)
 
-    def check(self, look: int = 0, *, at_end: bool = False) -> None:
+    def check(self, *, at_end: bool = False) -> None:
         """Accept what somebody has put in the place of what modules held.
 
-        A tensor that is new is used as it is, once: ``torch.func.functional_call`` takes its away
-        again. One that is still there at another look, or is on another device, becomes the unit's;
-        not one that is no Parameter in a Parameter's place, which only such calls put there.
+        A tensor that is new is used as it is, once. One that is still there at the next look, or is
+        on another device, becomes the unit's. What ``torch.func.functional_call`` has put there is
+        used as it is as long as that goes on: it takes it away again.
 
         Args:
-            look: number of the call from outside that this is for: it may use the unit again.
             at_end: accept new ones too, for there is no next look.
 
         Raises:
@@ -157,20 +165,26 @@ class Stored:
         else:
             self._seen = []
             return
-        seen = [] if look == self._look else self._seen
-        self._seen, self._look = [], look
+        seen, self._seen = self._seen, []
+        is_lent = _is_functional_call()
         for holder, number in self.unit.holders():
-            found = holder.slots.get(holder.name)
+            found = self._found(holder, number)
             if found is self._held[number]:
                 continue
-            is_elsewhere = found is not None and found.device != self._outside[number].device
-            is_lasting = isinstance(found, nn.Parameter) or not holder.is_parameter
-            is_kept = at_end or any(found is tensor for tensor in seen)
-            if is_elsewhere or (is_kept and is_lasting):
+            is_elsewhere = found is not None and found.device != self._device
+            is_kept = at_end or is_elsewhere or any(found is tensor for tensor in seen)
+            if is_kept and not is_lent:
                 self._take_over(number)
             else:
                 self._require_alike(holder, found, self.unit.places[number])
-                self._seen.append(found)
+                self._seen += () if is_lent else (found,)
+
+    def _found(self, holder: Holder, number: int) -> Tensor | None:
+        """Return what a module holds; what was its own and is put back is shown as it is now."""
+        found = holder.slots.get(holder.name)
+        if found is self._outside[number] or found is self.unit.places[number].original:
+            found = holder.slots[holder.name] = self._held[number]
+        return found
 
     def accept_all(self) -> None:
         """Accept new tensors at the end; buffers of another shape, or gone, stay as they were put.
@@ -181,10 +195,10 @@ class Stored:
             StreamError: a Parameter is gone, or of another shape or dtype.
         """
         for number, place in enumerate(self.unit.places):
-            found = [holder.slots.get(holder.name) for holder in place.holders]
+            found = [self._found(holder, number) for holder in place.holders]
             is_new = any(tensor is not self._held[number] for tensor in found)
             is_odd = any(_how_unlike(tensor, place, found[0]) for tensor in found)
-            if is_new and not (is_odd and self.is_buffer(place)):
+            if is_new and not (is_odd and self.is_buffer(place)) and not _is_functional_call():
                 self._take_over(number)
 
     def _take_over(self, number: int) -> None:
@@ -196,14 +210,17 @@ class Stored:
             self._require_alike(holder, value, place, found[0] if found else None)
             found.append(value)  # type: ignore[arg-type] # it is there, and alike
         first = found[0]
-        self.master.write(place, first.detach())
+        values, before = first.detach(), self.master.copy(place)
+        self.master.write(place, values)
+        if not isinstance(first, StreamedTensor):  # another unit's is not given away
+            place.adopt(first, before)
         if self._held is not self._outside:
-            self._held[number].detach().copy_(first.detach())  # a base's, which is on the device
+            self._held[number].detach().copy_(values)  # a base's, which is on the device
+        # Whoever kept the stand-in for the old values would have the new ones.
+        self._outside[number].retire()
+        self._outside[number] = self._stand_in(place)
         for holder in place.holders:
             holder.slots[holder.name] = self._held[number]
-        if not isinstance(first, StreamedTensor):  # another unit's is not given away
-            place.adopt(first)
-            place.let_go()
 
     def _require_alike(
         self, holder: Holder, found: Tensor | None, place: Place, tied: Tensor | None = None
@@ -236,7 +253,7 @@ class Stored:
             before: how often its Parameters, and each of its buffers, were written.
             after: the same, after the forward.
         """
-        is_training = self.has_buffers and self.unit.module.training
+        is_training = any(module.training for module in self._writers)
         if after == before and not is_training:
             return False
         counts = zip(before, after, strict=True)
@@ -246,7 +263,8 @@ class Stored:
         for place, held in zip(self.unit.places, self._held, strict=True):
             is_buffer = self.is_buffer(place)
             is_written = next(buffers) if is_buffer else is_counted[0]
-            if is_written or (is_buffer and is_training):
+            is_secret = is_buffer and any(holder.module.training for holder in place.holders)
+            if is_written or is_secret:
                 has_changed |= self._keep(place, held, is_counted=is_written)
         return has_changed
 
@@ -274,6 +292,16 @@ class Stored:
     def wants_grad(self) -> bool:
         """Whether an original requires a gradient."""
         return any(place.original.requires_grad for place in self.unit.places)
+
+
+def _is_functional_call() -> bool:
+    """Say whether this thread is inside ``torch.func.functional_call``, of any module."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        if frame.f_code is _FUNCTIONAL_CALL:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _how_unlike(found: Tensor | None, place: Place, tied: Tensor | None) -> str:
