@@ -79,6 +79,23 @@ def test_fusing_is_merging_and_unfusing_gives_the_codes_back(
     assert torch.equal(draw("flux", pipe), plain)
 
 
+@pytest.mark.parametrize("scheme", ["bnb-nf4", "gguf-q8_0"])
+def test_an_adapter_that_was_fused_and_deleted_is_part_of_the_weights(
+    scheme: str, lora: Path
+) -> None:
+    pictures = []
+    for ends in ("delete_adapters", "unload_lora_weights"):
+        pipe: Any = PIPELINES["flux"].build()
+        pipe.load_lora_weights(lora, adapter_name="one")
+        pipe.fuse_lora()
+        getattr(pipe, ends)(*(["one"] if ends == "delete_adapters" else []))
+        before = draw("flux", pipe)
+        with lowbits.apply(pipe, scheme, device="cpu", keep_source="memory"):
+            pictures.append(draw("flux", pipe))
+        assert torch.equal(draw("flux", pipe), before)
+    assert torch.equal(*pictures)
+
+
 def test_a_lora_merged_in_parts_is_the_one_merged_at_once(
     place: dict[str, Any], lora: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -165,7 +165,9 @@ class Adapters:
         owned = self._owned() if self._owned else None
         if owned is None or KEY in wrapper.__dict__ or owned.find(layer) is None:
             return
-        inside = {name: wrapper.scaling[name] for name in wrapper.merged_adapters}
+        # One that was deleted since has no strength any more: it is part of the weight for good.
+        merged = [name for name in wrapper.merged_adapters if name in wrapper.scaling]
+        inside = {name: wrapper.scaling[name] for name in merged}
         state = State(self, inside)
         before = self._merged.get(layer)
         if before is not None and before.is_automatic:
