@@ -367,7 +367,8 @@ class _Target:
         try:
             nbytes = sum({id(t): t.nbytes for t in tensors_of(modules.values())}.values())
             new = _placed(modules, config, self._device, nbytes, files)
-            homes = [] if new.is_streamed else homes_of(modules, self._device)
+            is_ours = placed.is_streamed
+            homes = [] if new.is_streamed else homes_of(modules, self._device, is_ours=is_ours)
             for module, _ in homes:
                 module.to(self._device)
             new.attach()

@@ -94,6 +94,25 @@ def pictures_are_the_same(scheme: str) -> None:
         assert torch.equal(values, restored)
 
 
+def weights_that_came_from_the_device_are_placed_there_again() -> None:
+    device = fake_accelerator()
+    pipe = build().to(device)
+    before = parameters_of(pipe)
+    with applied("bnb-nf4", pipe=pipe, location="cpu") as found:
+        expected = draw(pipe)
+        found.handle.reconfigure(gpu_weights="all")
+        assert not found.handle.stats().method
+        assert torch.equal(draw(pipe), expected)
+        found.handle.reconfigure(gpu_weights=found.budget)
+        assert torch.equal(draw(pipe), expected)
+        found.handle.reconfigure(gpu_weights="all")
+        found.handle.restore()
+    for (p, values), (q, restored) in zip(before, parameters_of(pipe), strict=True):
+        assert p is q
+        assert q.device == device
+        assert torch.equal(values, restored)
+
+
 def weights_are_placed_in_other_ways() -> None:
     with applied("float8-e4m3fn", location="cpu") as found:
         pipe, handle, ops, budget = found
@@ -170,6 +189,10 @@ def test_pictures(scheme: str, run_beside: Callable[..., Any]) -> None:
 @pytest.mark.slow
 def test_reconfigure(run_beside: Callable[..., Any]) -> None:
     run_beside(weights_are_placed_in_other_ways)
+
+
+def test_weights_that_came_from_the_device(run_beside: Callable[..., Any]) -> None:
+    run_beside(weights_that_came_from_the_device_are_placed_there_again)
 
 
 def test_moving(run_beside: Callable[..., Any]) -> None:

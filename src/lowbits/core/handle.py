@@ -30,6 +30,10 @@ _OWNED: Final = "_lowbits_handle"
 class Placed(Protocol):
     """How a target's weights are placed: on the device for good, or streamed."""
 
+    @property
+    def is_streamed(self) -> bool:
+        """Whether they are streamed."""
+
     def stats(self) -> Any:
         """Return `lowbits.StreamStats`."""
 

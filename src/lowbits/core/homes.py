@@ -14,13 +14,15 @@ if TYPE_CHECKING:
 
 
 def homes_of(
-    modules: Mapping[str, nn.Module], device: torch.device | None
+    modules: Mapping[str, nn.Module], device: torch.device | None, *, is_ours: bool = False
 ) -> list[tuple[nn.Module, torch.device]]:
     """Return the modules that have to move, and where they are now.
 
     Args:
         modules: by name.
         device: that they are to be on; None: wherever they are.
+        is_ours: they were streamed until now: what lies on several devices came from this one, and
+            its packed weights have been on the host since.
 
     Raises:
         ConfigError: a module lies on several devices, so that it could not be put back.
@@ -32,6 +34,8 @@ def homes_of(
         devices = {t.device for t in (*module.parameters(), *module.buffers())}
         if not devices or all(same_device(d, device) for d in devices):
             continue
+        if len(devices) > 1 and is_ours:
+            devices = {device}
         if len(devices) > 1:
             places = ", ".join(sorted(map(str, devices)))
             raise ConfigError(
