@@ -26,6 +26,7 @@ from lowbits.core.convert import ConvertOptions, convert, stored_bytes_of
 from lowbits.core.guards import allow_methods
 from lowbits.core.handle import Handle, Placed, find_handle
 from lowbits.core.homes import homes_of, same_device
+from lowbits.core.interception import interceptor_of
 from lowbits.core.memory import storage_bytes
 from lowbits.core.packed import PackedLayer
 from lowbits.core.registry import DEFAULT
@@ -47,8 +48,8 @@ from lowbits.streaming.models import (
     Placement,
     ResidentModels,
     StreamedModels,
-    tensors_of,
 )
+from lowbits.streaming.stats import tensors_of
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -160,20 +161,32 @@ def dequantize(target: Any) -> None:
     for module in modules.values():
         owned = find_handle(module)
         # A handle of more than this target keeps the way back to the rest, and to this.
-        if owned and all(id(component) in modules for component in owned.components.values()):
+        if owned and not _reaches_beyond(owned, modules.values()):
             owned.release()
         allow_methods(module)
 
 
 def handle(target: Any) -> Handle | None:
-    """Return the handle of a module or pipeline that was applied, or None."""
-    found = (find_handle(module) for module in modules_of(target).values())
-    return next((owned for owned in found if owned is not None), None)
+    """Return the handle of a module or pipeline that was applied, or None.
+
+    A pipeline that has components of another one has its own handle, where it was applied too.
+    """
+    modules = list(modules_of(target).values())
+    return min(
+        _handles_of(modules), key=lambda owned: _reaches_beyond(owned, modules), default=None
+    )
+
+
+def _reaches_beyond(owned: Handle, modules: Collection[nn.Module]) -> bool:
+    """Say whether a handle is of more than some modules."""
+    known = {id(module) for module in modules}
+    return any(id(component) not in known for component in owned.components.values())
 
 
 def restore(target: Any) -> None:
     """Undo `apply` or `quantize`: see `Handle.restore`; all of a pipeline's handles."""
-    for owned in _require_handles(target):
+    # One that streams what another one has packed comes first.
+    for owned in sorted(_require_handles(target), key=lambda found: not found.is_streamed):
         owned.restore()
 
 
@@ -246,7 +259,11 @@ def _device_of(config: LowbitsConfig) -> torch.device:
 
 
 def _apply(
-    modules: Mapping[str, nn.Module], config: LowbitsConfig, device: torch.device | None
+    modules: Mapping[str, nn.Module],
+    config: LowbitsConfig,
+    device: torch.device | None,
+    *,
+    must_fit: bool = True,
 ) -> Handle:
     components = components_for(modules, config)
     rules = {glob: request_of(value).scheme for glob, value in (config.rules or {}).items()}
@@ -261,16 +278,8 @@ def _apply(
     notes = requantized(decisions, config.on_requantize)
     files = _source_files(config)
     nbytes = stored_bytes_of([d for d in decisions if d.component in modules])
-    placed = _placed(modules, config, device, nbytes, files)
-    options = ConvertOptions(
-        keep_source=config.keep_source,
-        source=files,
-        device=device,
-        hold=torch.device("cpu") if placed.is_streamed else None,
-        free_bytes=free_bytes,
-        progress=config.progress,
-        cancel=config.cancel,
-    )
+    placed = _placed(modules, modules, config, device, nbytes, files)
+    options = _options(config, files, device, is_streamed=placed.is_streamed)
     homes = [] if placed.is_streamed else homes_of(modules, device)
     packed = {decision.component for decision in decisions if decision.scheme}
     touched = {c.name: c.module for c in components if c.scheme or c.name in packed}
@@ -280,7 +289,7 @@ def _apply(
         conversion = convert(decisions, options, journals)
         for module, _ in homes:
             module.to(device)
-        placed.attach()
+        (placed.attach if must_fit else placed.resume)()
         report = conversion.report.noting((*notes, *placed.stats().notes))
         target = _Target(modules, config, device)
         adapters = Adapters(config.lora)
@@ -307,14 +316,36 @@ def _apply(
     return owned
 
 
+def _options(
+    config: LowbitsConfig,
+    files: SourceFiles | None,
+    device: torch.device | None,
+    *,
+    is_streamed: bool,
+) -> ConvertOptions:
+    return ConvertOptions(
+        keep_source=config.keep_source,
+        source=files,
+        device=device,
+        hold=torch.device("cpu") if is_streamed else None,
+        free_bytes=free_bytes,
+        progress=config.progress,
+        cancel=config.cancel,
+    )
+
+
 def _placed(
     modules: Mapping[str, nn.Module],
+    left: Mapping[str, nn.Module],
     config: LowbitsConfig,
     device: torch.device | None,
     nbytes: int,
     files: SourceFiles | None,
 ) -> PlacedModels:
-    """Decide whether models of some bytes, as they will be stored, stay on the device."""
+    """Decide whether models of some bytes, as they will be stored, stay on the device.
+
+    Those that are not left are streamed by others.
+    """
     if device is None:
         return ResidentModels(modules, None)
     ring_only = _denoisers(modules) if "denoiser" in config.never_oom else frozenset()
@@ -322,12 +353,12 @@ def _placed(
         device, config.gpu_weights, config.reserve, config.swap, config.location, ring_only,
         BUDGETS.of(device),
     )  # fmt: skip
-    held = storage_bytes(t for t in tensors_of(modules.values()) if same_device(t.device, device))
+    held = storage_bytes(t for t in tensors_of(left.values()) if same_device(t.device, device))
     budget = placement.budget(nbytes, held)
     placed: PlacedModels = ResidentModels(modules, device)
     if budget is not None:
         announce = None if "" in modules else announce_device
-        placed = StreamedModels(modules, placement, budget, announce, files)
+        placed = StreamedModels(left, placement, budget, announce, files)
     return GuardedModels(placed, modules, is_always_tiled="vae" in config.never_oom)
 
 
@@ -357,27 +388,46 @@ class _Target:
         """Pack the target in another scheme, with the options in force."""
         return _switch(owned, dict(self._modules), self._config, self._device, scheme)
 
-    def place_again(self, owned: Handle, placed: Placed, changes: Mapping[str, Any]) -> Placed:
+    def place_again(
+        self, owned: Handle, placed: Placed, changes: Mapping[str, Any], *, must_fit: bool
+    ) -> Placed:
         """Place the target in another way, or as it was if that fails."""
         if self._device is None:
             raise ConfigError("lowbits.quantize never moves a module: use lowbits.apply for that")
-        config, modules = replace(self._config, **changes), dict(self._modules)
+        config = replace(self._config, **changes)
         files = _source_files(config)
         placed.detach()
+        homes: list[tuple[nn.Module, torch.device]] = []
         try:
-            nbytes = sum({id(t): t.nbytes for t in tensors_of(modules.values())}.values())
-            new = _placed(modules, config, self._device, nbytes, files)
-            is_ours = placed.is_streamed
-            homes = [] if new.is_streamed else homes_of(modules, self._device, is_ours=is_ours)
+            modules = dict(self._modules)
+            left = _left_to_place(modules, is_asked=bool(changes))
+            nbytes = sum({id(t): t.nbytes for t in tensors_of(left.values())}.values())
+            new = _placed(modules, left, config, self._device, nbytes, files)
+            if not new.is_streamed:
+                homes = homes_of(left, self._device, is_ours=placed.is_streamed)
             for module, _ in homes:
                 module.to(self._device)
-            new.attach()
+            (new.attach if must_fit else new.resume)()
         except BaseException:
-            placed.attach()
+            for module, home in homes:
+                module.to(home)
+            placed.resume()
             raise
         owned.came_from(homes)
         self._config = config
         return new
+
+
+def _left_to_place(modules: Mapping[str, nn.Module], *, is_asked: bool) -> dict[str, nn.Module]:
+    """Return the models that nobody else streams: what pipelines share, one of them does.
+
+    Raises:
+        AlreadyPatchedError: somebody asked for it, and others stream all of them.
+    """
+    left = {name: module for name, module in modules.items() if interceptor_of(module) is None}
+    for module in modules.values() if is_asked and not left else ():
+        refuse_streamed(module)
+    return left
 
 
 def _switch(
@@ -395,10 +445,18 @@ def _switch(
     }
     names = None if "" in modules else list(asked)
     new = replace(config, scheme=scheme, components=names, rules=rules)
+    baked = owned.adapters.baked()
     owned.restore()
     try:
-        return _apply(modules, new, device)
+        switched = _apply(modules, new, device)
+        try:
+            switched.adapters.bake(baked)
+        except BaseException:
+            switched.restore()
+            raise
     except BaseException:
         # The caller's callbacks may be what failed, or cancelled: they are not asked again.
-        _apply(modules, replace(config, progress=None, cancel=None), device)
+        old = replace(config, progress=None, cancel=None)
+        _apply(modules, old, device, must_fit=False).adapters.bake(baked)
         raise
+    return switched

@@ -8,7 +8,7 @@ import pytest
 import torch
 from pipelines import PIPELINES, draw
 from safetensors.torch import save_file
-from streamed import MODES, Anatomy, mode_name, smallest_budget
+from streamed import MODES, Anatomy, mode_name, smallest_budget, stream
 
 import lowbits
 from lowbits import errors
@@ -70,6 +70,62 @@ def test_the_factors_count_in_the_budget(lora: Path) -> None:
     assert handle.stats().peak_device_bytes <= caught.value.needed_bytes
     handle.restore()
     assert torch.equal(draw("flux", pipe), picture)
+
+
+@pytest.mark.parametrize("scheme", ["native", "bnb-nf4", "torchao-int8"])
+def test_what_an_error_asks_for_will_do(scheme: str, mode: dict[str, Any], lora: Path) -> None:
+    pipe: Any = PIPELINES["flux"].build()
+    handle = stream(pipe, scheme, keep_source="memory", **mode)
+    before = draw("flux", pipe)
+    pipe.load_lora_weights(lora, adapter_name="one")
+    # The text encoder, which has no adapter: another model's takes its room.
+    with pytest.raises(errors.InsufficientMemoryError, match="adapters of other models") as caught:
+        draw("flux", pipe)
+    needed = caught.value.needed_bytes
+    handle.reconfigure(gpu_weights=needed)
+    picture = draw("flux", pipe)
+    assert handle.stats().peak_device_bytes <= needed
+    with pytest.raises(errors.InsufficientMemoryError):
+        handle.reconfigure(gpu_weights=needed // 2)
+    assert handle.stats().budget_bytes == needed
+    assert torch.equal(draw("flux", pipe), picture)
+    handle.restore()
+    handle = stream(pipe, scheme, keep_source="memory", **mode)  # in what `apply` asks for
+    assert torch.equal(draw("flux", pipe), picture)
+    pipe.unload_lora_weights()
+    assert torch.equal(draw("flux", pipe), before)
+
+
+def test_a_reconfigure_that_fails_keeps_a_cap_that_is_too_small_now(
+    mode: dict[str, Any], lora: Path
+) -> None:
+    pipe: Any = PIPELINES["flux"].build()
+    handle = stream(pipe, "bnb-nf4", keep_source="memory", **mode)
+    before, cap = draw("flux", pipe), handle.stats().budget_bytes
+    pipe.load_lora_weights(lora)
+    for _ in range(2):
+        with pytest.raises(errors.InsufficientMemoryError):
+            handle.reconfigure(gpu_weights=cap)
+        assert handle.stats().budget_bytes == cap
+        with pytest.raises(errors.InsufficientMemoryError):
+            draw("flux", pipe)
+    with pytest.raises(errors.InsufficientMemoryError):
+        handle.switch("gguf-q8_0")
+    owned = lowbits.handle(pipe)
+    assert owned is not None
+    assert owned.stats().budget_bytes == cap
+    pipe.unload_lora_weights()
+    assert torch.equal(draw("flux", pipe), before)
+    assert owned.stats().peak_device_bytes <= cap
+
+
+def test_what_is_left_of_a_restored_model_is_no_adapter(lora: Path) -> None:
+    pipe: Any = PIPELINES["flux"].build()
+    handle = lowbits.apply(pipe, "bnb-nf4", device="cpu", keep_source="memory")
+    pipe.load_lora_weights(lora)  # peft freezes what is not packed
+    pipe.unload_lora_weights()
+    handle.restore()
+    assert smallest_budget(pipe) == smallest_budget(PIPELINES["flux"].build())
 
 
 def test_a_native_lora_is_fused_while_streamed(mode: dict[str, Any], lora: Path) -> None:

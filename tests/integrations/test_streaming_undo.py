@@ -14,7 +14,9 @@ from streamed import ASYNC_DISK, MODES, Anatomy, mode_name, smallest_budget
 
 import lowbits
 from lowbits import errors
+from lowbits.core.interception import streamed_part
 from lowbits.integrations import diffusers as integration
+from lowbits.streaming.layout import Place
 from lowbits.streaming.tiers import Tier
 
 if TYPE_CHECKING:
@@ -165,6 +167,64 @@ def test_a_reconfigure_that_fails_keeps_what_was(
     anatomy.check()
     with pytest.raises(errors.NotPatchedError, match="cannot reconfigure"):
         handle.reconfigure(gpu_weights="all")
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("number", [1, 200])
+@pytest.mark.parametrize("ends", ["reconfigure", "restore", "switch"])
+def test_a_fault_while_streaming_ends_streams_all_again(
+    ends: str,
+    number: int,
+    fault: type[BaseException],
+    mode: dict[str, Any],
+    pipe: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    anatomy = Anatomy(pipe)
+    options: dict[str, Any] = {"keep_source": "memory", **mode}
+    budget = 2 * smallest_budget(pipe, "bnb-nf4", **options)
+    handle = lowbits.apply(pipe, "bnb-nf4", device="cpu", gpu_weights=budget, **options)
+    expected = draw("flux", pipe)
+    arguments: dict[str, dict[str, Any]] = {
+        "reconfigure": {"gpu_weights": budget + 1},
+        "restore": {},
+        "switch": {"scheme": "gguf-q8_0"},
+    }
+    with monkeypatch.context() as patch:
+        fails = Fails(Place.give_back, number, fault)
+        patch.setattr(Place, "give_back", fails)
+        with pytest.raises(fault):
+            getattr(handle, ends)(**arguments[ends])
+        assert fails.left <= 0
+    models = handle.components.values()
+    assert all(streamed_part(model) == type(model).__name__ for model in models)
+    assert "decode" in vars(pipe.vae)  # its calls are run in tiles where memory is short
+    assert "_hf_hook" in vars(pipe.transformer)
+    assert torch.equal(draw("flux", pipe), expected)
+    assert 0 < handle.stats().peak_device_bytes <= budget
+    handle.restore()
+    anatomy.check()
+
+
+def test_detach_inside_a_forward_changes_nothing(mode: dict[str, Any], pipe: Any) -> None:
+    anatomy = Anatomy(pipe)
+    handle = lowbits.apply(pipe, device="cpu", gpu_weights=smallest_budget(pipe), **mode)
+    caught: list[BaseException] = []
+
+    def restore(*_: Any) -> None:
+        with pytest.raises(errors.StreamError) as raised:
+            handle.restore()
+        caught.append(raised.value)
+
+    # Of the pipeline's models the last one ends first: by then others have ended.
+    hook = pipe.text_encoder.register_forward_hook(restore)
+    expected = draw("flux", pipe)
+    hook.remove()
+    assert caught
+    assert all(map(streamed_part, handle.components.values()))
+    assert torch.equal(draw("flux", pipe), expected)
+    handle.restore()
+    anatomy.check()
 
 
 def test_restore_where_the_source_has_changed(pipe: Any, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lowbits.errors import InsufficientMemoryError
-from lowbits.streaming.engine import require_fit
+from lowbits.streaming.engine import cut, require_fit
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -81,7 +81,7 @@ class Net(nn.Module):
 def least_budget(model: nn.Module, arbiter: Arbiter) -> int:
     """Return the smallest budget that a model can be streamed in by an arbiter of budget 0."""
     try:
-        require_fit(model, arbiter)
+        require_fit(cut(model, arbiter), arbiter)
     except InsufficientMemoryError as error:
         return error.needed_bytes
     return 0

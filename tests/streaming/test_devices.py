@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import gc
 import itertools
+import pickle
 import random
 import weakref
 from collections import Counter
@@ -18,6 +19,7 @@ import pytest
 import torch
 from streaming.devices import Net, PlainSlab, faked, unit_bytes
 
+import lowbits
 from lowbits import LayerStreamer
 from lowbits.errors import InsufficientMemoryError, StreamError
 from lowbits.testing.accelerator import count_host_copies, fake_accelerator
@@ -247,9 +249,32 @@ def writes_into_the_base_survive(location: str) -> None:
     assert torch.equal(model.last.bias, torch.full((16,), 3.0))
 
 
+def copies_are_of_one_device() -> None:
+    device, model, x = fake_accelerator(), Net(SIZES), torch.randn(3, 16)
+    lowbits.quantize(model, "gguf-q8_0", keep_source="memory", rules={"*": "gguf-q8_0"})
+    factor = torch.nn.Parameter(torch.ones(16))  # as an adapter's
+    model.requires_grad_(requires_grad=False)
+    model.register_parameter("factor", factor)
+    expected = expected_of(model, x)
+    with streamed(model, late_ops(device), 60_000):
+        for _ in range(2):
+            assert torch.equal(model(x.to(device)).cpu(), expected)
+            assert factor.device.type == device.type
+            for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+                assert {tensor.device.type for tensor in twin.parameters()} == {"cpu"}
+                assert torch.equal(expected_of(twin, x), expected)
+        model(x.to(device))
+        factor.grad = torch.ones_like(factor)
+        copy.deepcopy(model)
+        assert factor.device.type == device.type, "an optimizer is about to write it"
+        copy.deepcopy(model)
+    assert factor.device == CPU
+    assert model.factor is factor
+
+
 @pytest.mark.parametrize(
     "check",
-    [mixed_devices_are_refused, writes_through_data_reach_the_master],
+    [mixed_devices_are_refused, writes_through_data_reach_the_master, copies_are_of_one_device],
     ids=lambda c: c.__name__,
 )
 def test_on_the_fake_accelerator(check: Callable[..., None], run_beside: Any) -> None:

@@ -41,7 +41,10 @@ class Placed(Protocol):
         """Place them."""
 
     def detach(self) -> None:
-        """Leave them where they were."""
+        """Leave them where they were, all of them or none."""
+
+    def resume(self) -> None:
+        """Place them as before `detach`, though they would not fit any more."""
 
 
 class Adapters(Protocol):
@@ -56,6 +59,12 @@ class Adapters(Protocol):
     def forget(self) -> None:
         """Let those that were merged act again: the packed weights are gone."""
 
+    def baked(self) -> Mapping[nn.Module, Any]:
+        """Return what only the packed weights have: it was merged, and let go of since."""
+
+    def bake(self, baked: Mapping[nn.Module, Any]) -> None:
+        """Merge that into layers that were packed anew."""
+
     def merge(self) -> None:
         """Merge what acts."""
 
@@ -69,7 +78,9 @@ class Target(Protocol):
     def switch(self, owned: Handle, scheme: Any) -> Handle:
         """Pack the target in another scheme."""
 
-    def place_again(self, owned: Handle, placed: Placed, changes: Mapping[str, Any]) -> Placed:
+    def place_again(
+        self, owned: Handle, placed: Placed, changes: Mapping[str, Any], *, must_fit: bool
+    ) -> Placed:
         """Place the target in another way, or as it was if that fails."""
 
 
@@ -102,17 +113,24 @@ class Handle:
     def attach(self, journals: Mapping[str, Journal], save: Save) -> None:
         """Make each component own this handle, and its journal.
 
+        Components that another handle owns stay that one's: it has the way back.
+
         Args:
             journals: by component.
             save: what ``save_pretrained`` does where a component is packed.
         """
         for name, module in self.components.items():
-            if find_handle(module) is not self:
+            if find_handle(module) is None:
                 journal = journals.get(name) or Journal()
                 module.__dict__[_OWNED] = _Owned(self, journal)
                 self._journals.add(journal)
                 self._hooks.append(guard(module, save))
         self.adapters.attach(self)
+
+    @property
+    def is_streamed(self) -> bool:
+        """Whether its target's weights are streamed, or take turns under a `device_budget`."""
+        return self._placed.is_streamed
 
     @property
     def components(self) -> dict[str, nn.Module]:
@@ -197,12 +215,19 @@ class Handle:
             "gpu_weights": gpu_weights, "reserve": reserve, "swap": swap, "location": location,
         }  # fmt: skip
         changes = {option: value for option, value in asked.items() if value is not None}
-        self._placed = self._target.place_again(self, self._placed, changes)
+        self._place_again(changes, must_fit=True)
 
-    def place_again(self) -> None:
-        """Place the weights as they would be placed now; nothing where the target was restored."""
+    def place_again(self, *, must_fit: bool = True) -> None:
+        """Place the weights as they would be placed now; nothing where the target was restored.
+
+        Args:
+            must_fit: False: where they do not fit, the next pass says so.
+        """
         if self.is_active:
-            self.reconfigure()
+            self._place_again({}, must_fit=must_fit)
+
+    def _place_again(self, changes: Mapping[str, Any], *, must_fit: bool) -> None:
+        self._placed = self._target.place_again(self, self._placed, changes, must_fit=must_fit)
 
     def restore(self) -> None:
         """Undo everything: bit-equal weights, the same classes, hooks and order as before.
@@ -213,7 +238,8 @@ class Handle:
         Raises:
             NotPatchedError: it was restored already.
             SourceUnavailableError: originals were not kept, or their file changed; nothing changes.
-            AlreadyPatchedError: a `lowbits.LayerStreamer` streams it; nothing changes.
+            AlreadyPatchedError: a `lowbits.LayerStreamer`, or another pipeline, streams it; nothing
+                changes.
         """
         self._require_active("restore")
         journals = [part.journal for part in self._parts()]
@@ -223,7 +249,7 @@ class Handle:
             self._require_unstreamed()
             take_back(journals)
         except BaseException:
-            self._placed.attach()
+            self._placed.resume()
             raise
         self.adapters.forget()
         self.detach()
@@ -234,6 +260,8 @@ class Handle:
 
     def switch(self, scheme: Any) -> Handle:
         """Pack the same components in another scheme, from the originals, with the same options.
+
+        A LoRA that was fused and unloaded since stays, in layers that are packed in both.
 
         Args:
             scheme: as for `lowbits.apply`. Rules that named the old scheme name this one.
@@ -286,7 +314,8 @@ class Handle:
             if (part := streamed_part(component)) is not None:
                 raise AlreadyPatchedError(
                     f"cannot restore {name or type(component).__name__}: its {part} is streamed by "
-                    "a LayerStreamer: call that one's detach() first"
+                    "a LayerStreamer, or as a part of another pipeline: call that one's detach(), "
+                    "or restore that pipeline, first"
                 )
 
     def __enter__(self) -> Handle:

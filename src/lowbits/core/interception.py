@@ -196,7 +196,7 @@ def streamed_part(root: nn.Module) -> str | None:
     """
     for name, module in root.named_modules():
         held = (*module._parameters.values(), *module._buffers.values())
-        if interceptor_of(module) is not None or any(map(_is_marked, held)):
+        if interceptor_of(module) is not None or any(map(is_streamed, held)):
             return name or type(root).__name__
     return None
 
@@ -212,7 +212,8 @@ def unmark_streamed(tensor: Tensor) -> None:
     tensor.__dict__.pop(_MARK, None)
 
 
-def _is_marked(tensor: Tensor | None) -> bool:
+def is_streamed(tensor: Tensor | None) -> bool:
+    """Say whether a tensor is a streamer's, or its stand-in."""
     return tensor is not None and tensor.__dict__.get(_MARK) == id(tensor)
 
 

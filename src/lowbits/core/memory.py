@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 import torch
 
+from lowbits.core.interception import is_streamed
 from lowbits.core.tracing import needs_plain_ops
 from lowbits.errors import ConfigError
 
@@ -74,9 +75,15 @@ def temporary(use: str, like: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def storage_bytes(tensors: Iterable[Tensor]) -> int:
-    """Return the bytes of the storages behind some tensors, shared ones counted once."""
-    sizes = {}
+    """Return the bytes of the storages behind some tensors, shared ones counted once.
+
+    A streamed tensor counts as its own bytes: what is behind it is a whole unit, or nothing.
+    """
+    sizes: dict[object, int] = {}
     for tensor in tensors:
+        if is_streamed(tensor):
+            sizes[id(tensor)] = tensor.nbytes
+            continue
         storage = tensor.untyped_storage()
         # A meta tensor has no address: each counts as a storage of its own.
         key = (tensor.device, storage.data_ptr()) if storage.data_ptr() else id(tensor)

@@ -7,6 +7,7 @@ at a time; only layers whose adapters changed are written. See [Note: adapters] 
 from __future__ import annotations
 
 import logging
+import threading
 import weakref
 from typing import TYPE_CHECKING, Any, Final, cast, final
 
@@ -36,7 +37,7 @@ from lowbits.integrations.peft import (
 from lowbits.lora.merge import Delta, MergedWeight, Survival
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from torch import Tensor
     from torch.utils.hooks import RemovableHandle
@@ -74,6 +75,8 @@ class Adapters:
         self._merged: weakref.WeakKeyDictionary[nn.Module, State] = weakref.WeakKeyDictionary()
         self._hooks: list[RemovableHandle] = []
         self._has_warned = False
+        # Held while codes are written: a pass of another thread waits for all of them.
+        self._lock = threading.RLock()
 
     def attach(self, owned: Handle) -> None:
         """Come before peft's classes, of layers that are wrapped later too."""
@@ -112,10 +115,11 @@ class Adapters:
             PatchError: an adapter cannot be merged into a packed weight; nothing is changed.
             NonFiniteWeightError: a sum holds NaN or infinity; that layer is as it was.
         """
-        wanted = [(wrapper, acting(wrapper)) for wrapper in self._present()]
-        self.write((w, scales) for w, scales in wanted if scales != state_of(w).merged)
-        for wrapper, _ in wanted:
-            state_of(wrapper).is_automatic = False
+        with self._lock:
+            wanted = [(wrapper, acting(wrapper)) for wrapper in self._present()]
+            self.write((w, scales) for w, scales in wanted if scales != state_of(w).merged)
+            for wrapper, _ in wanted:
+                state_of(wrapper).is_automatic = False
 
     def unmerge(self) -> None:
         """Take out of the codes what was merged, of layers that peft has unwrapped too.
@@ -123,12 +127,48 @@ class Adapters:
         Raises:
             SourceUnavailableError: a weight's original was not kept.
         """
-        for state in self._merged.values():
-            state.baked = ()
-        changed = [w for w in self._present() if w.base_layer in self._merged]
-        self.write((w, state_of(w).inside) for w in changed)
-        for layer, state in list(self._merged.items()):
-            self._reset(layer, state)
+        with self._lock:
+            for state in self._merged.values():
+                state.baked = ()
+            changed = [w for w in self._present() if w.base_layer in self._merged]
+            self.write((w, state_of(w).inside) for w in changed)
+            for layer, state in list(self._merged.items()):
+                self._reset(layer, state)
+
+    def baked(self) -> dict[nn.Module, tuple[Delta, ...]]:
+        """Return what was merged into each layer and unloaded since: only the codes have it."""
+        wrapped = {id(wrapper.base_layer) for wrapper in self._present()}
+        found = {}
+        for layer, state in self._merged.items():
+            is_loaded = id(layer) in wrapped or state.is_automatic
+            found[layer] = state.baked if is_loaded else (*state.baked, *state.deltas)
+        return {layer: deltas for layer, deltas in found.items() if deltas}
+
+    @torch.no_grad()
+    @torch.inference_mode(mode=False)
+    def bake(self, baked: Mapping[nn.Module, tuple[Delta, ...]]) -> None:
+        """Merge what was merged into layers before they were packed anew.
+
+        Raises:
+            NonFiniteWeightError: a sum holds NaN or infinity.
+        """
+        wrappers = {id(wrapper.base_layer): wrapper for wrapper in self._present()}
+        lost = []
+        for layer, deltas in baked.items():
+            if not isinstance(layer, PackedLayer) or layer.lowbits_names != WEIGHT:
+                lost.append(layer)
+                continue
+            wrapper = wrappers.get(id(layer))
+            state = State(self) if wrapper is None else state_of(wrapper)
+            _, parts = self._quantize(layer, (*deltas, *state.deltas))
+            state.baked = deltas
+            self._merged[layer] = state
+            rewrite(layer, parts)
+        if lost:
+            logger.warning(
+                "a LoRA that was fused and unloaded is gone from %d layers, which are not packed "
+                "any more: load it again", len(lost),
+            )  # fmt: skip
 
     def before_pass(self, *, trains: bool = False) -> None:
         """Merge what acts now where that is asked for; take out what is gone.
@@ -136,21 +176,22 @@ class Adapters:
         Args:
             trains: gradients are recorded: adapters that want them act beside the weights.
         """
-        present = self._present()
-        changed = []
-        for wrapper in present:
-            scales = {} if trains and wants_grad(wrapper) else acting(wrapper)
-            if scales != state_of(wrapper).merged and self._is_automatic(wrapper.base_layer):
-                changed.append((wrapper, scales))
-        if self._is_lenient:
-            changed = [change for change in changed if self._can_write(*change)]
-        self.write(changed)
-        for wrapper, _ in changed:
-            state_of(wrapper).is_automatic = True
-        wrapped = {id(wrapper.base_layer) for wrapper in present}
-        for layer, state in list(self._merged.items()):
-            if state.is_automatic and id(layer) not in wrapped:
-                self._reset(layer, state)
+        with self._lock:
+            present = self._present()
+            changed = []
+            for wrapper in present:
+                scales = {} if trains and wants_grad(wrapper) else acting(wrapper)
+                if scales != state_of(wrapper).merged and self._is_automatic(wrapper.base_layer):
+                    changed.append((wrapper, scales))
+            if self._is_lenient:
+                changed = [change for change in changed if self._can_write(*change)]
+            self.write(changed)
+            for wrapper, _ in changed:
+                state_of(wrapper).is_automatic = True
+            wrapped = {id(wrapper.base_layer) for wrapper in present}
+            for layer, state in list(self._merged.items()):
+                if state.is_automatic and id(layer) not in wrapped:
+                    self._reset(layer, state)
 
     def _can_write(self, wrapper: Any, scales: Scales) -> bool:
         try:
@@ -172,7 +213,7 @@ class Adapters:
         before = self._merged.get(layer)
         if before is not None and before.is_automatic:
             self._reset(layer, before)
-        elif before is not None:
+        if before is not None and layer in self._merged:
             # Merged for good and unwrapped since: it stays, whatever comes.
             state.baked = (*before.baked, *before.deltas)
             self._merged[layer] = state
@@ -189,20 +230,21 @@ class Adapters:
             SourceUnavailableError: a weight's original was not kept; nothing is changed.
             PatchError: an adapter cannot be merged into a packed weight; nothing is changed.
         """
-        todo = list(changes)
-        for wrapper, scales in todo:
-            self._deltas(wrapper, scales)
-        survival = Survival()
-        for wrapper, scales in todo:
-            self._write(wrapper, scales, survival)
-        if survival.has_counted and not self._has_warned:
-            self._has_warned = True
-            logger.warning(
-                "%.0f %% of the LoRA survives in weights of fewer than %g bits: beside them "
-                "(lora='fp16') all of it acts",
-                100 * survival.share,
-                _FEW_BITS,
-            )
+        with self._lock:
+            todo = list(changes)
+            for wrapper, scales in todo:
+                self._deltas(wrapper, scales)
+            survival = Survival()
+            for wrapper, scales in todo:
+                self._write(wrapper, scales, survival)
+            if survival.has_counted and not self._has_warned:
+                self._has_warned = True
+                logger.warning(
+                    "%.0f %% of the LoRA survives in weights of fewer than %g bits: beside them "
+                    "(lora='fp16') all of it acts",
+                    100 * survival.share,
+                    _FEW_BITS,
+                )
 
     def _present(self) -> list[Any]:
         """Return the wrappers that are in the target now."""
@@ -274,11 +316,12 @@ class Adapters:
 
     @torch.inference_mode(mode=False)
     def _reset(self, layer: Any, state: State) -> None:
-        """Give a layer that no adapter wraps any more the codes of its weight."""
-        _, parts = self._quantize(layer, ())
+        """Give a layer that no adapter wraps any more the codes of its weight and what is baked."""
+        _, parts = self._quantize(layer, state.baked)
         rewrite(layer, parts)
-        state.merged, state.deltas, state.baked = dict(state.inside), (), ()
-        del self._merged[layer]
+        state.merged, state.deltas, state.is_automatic = dict(state.inside), (), False
+        if not state.baked:
+            del self._merged[layer]
 
 
 @final

@@ -78,14 +78,22 @@ class GuardedModels(PlacedModels):
     def attach(self) -> None:
         """Place the models, and stand before their VAEs' calls."""
         self._placed.attach()
-        for guard in self._guards:
-            guard.attach(is_always_tiled=self._is_always_tiled)
+        self._guard()
 
     def detach(self) -> None:
         """Undo `attach`."""
+        self._placed.detach()
         for guard in self._guards:
             guard.detach()
-        self._placed.detach()
+
+    def resume(self) -> None:
+        """Place the models as before, and stand before their VAEs' calls."""
+        self._placed.resume()
+        self._guard()
+
+    def _guard(self) -> None:
+        for guard in self._guards:
+            guard.attach(is_always_tiled=self._is_always_tiled)
 
 
 @final

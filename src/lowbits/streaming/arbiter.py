@@ -139,10 +139,9 @@ class Arbiter:
                 if not other.uses:  # else it is its forward that calls this one
                     other.park()
         room = budget - sum(other.reserved_bytes for other in others)
-        if stage.plan is None or own > room:
-            callers = [other for other in others if other.uses]
-            if callers and room < stage.minimum_bytes:
-                room = self._share(stage, callers, budget)
+        if stage.plan is None or own > room or stage.is_outgrown:
+            if room < stage.minimum_bytes:
+                room = self._share(stage, [other for other in others if other.uses], budget)
             stage.activate(room)
         return stage
 
@@ -157,24 +156,53 @@ class Arbiter:
         """Let stages whose forwards call another one give way; return what there is for that one.
 
         Raises:
-            InsufficientMemoryError: the budget is too small for all of them at once.
+            InsufficientMemoryError: the budget is too small for it, and for what cannot give way.
         """
         apart = sum(s.reserved_bytes for s in self.stages() if s is not stage and s not in callers)
-        needed = apart + stage.minimum_bytes + sum(caller.busy_bytes for caller in callers)
-        above = budget - needed
+        busy = sum(caller.busy_bytes for caller in callers)
+        above = budget - (apart + stage.minimum_bytes + busy)
         if above < 0:
-            raise InsufficientMemoryError(
-                f"a model that is called inside another's forward needs {needed} bytes "
-                f"({format_bytes(needed)}) on {self.ops.device} together with it; the budget is "
-                f"{budget} bytes ({format_bytes(budget)})",
-                needed,
-                budget,
-                str(self.ops.device),
-            )
+            raise self._too_small(stage, apart, busy, missing=-above, left=budget)
         for caller in callers:
             caller.give_way(caller.busy_bytes + above // (len(callers) + 1))
         self.ops.release_cached()
         return budget - apart - sum(caller.reserved_bytes for caller in callers)
+
+    def _too_small(
+        self, stage: Stage, apart: int, busy: int, *, missing: int, left: int
+    ) -> InsufficientMemoryError:
+        """Say what would do: of what all pipelines share, where they leave too little of it."""
+        budget, whose = self.budget_bytes, ""
+        if self._shared is not None and left < budget:
+            budget, whose = self._shared.budget_bytes, " (lowbits.device_budget)"
+        own = budget + missing
+        needed = max(own, self._least_bytes() + budget - left)
+        more = f", and others up to {needed}" if needed > own else ""
+        beside = {
+            "that it takes alone": stage.minimum_bytes,
+            "of what calls it, inside another's forward": busy,
+            "of adapters of other models, which stay there": apart,
+            "of other pipelines": budget - left,
+        }
+        parts = " + ".join(f"{nbytes} {what}" for what, nbytes in beside.items() if nbytes)
+        names = ", ".join(type(component.root).__name__ for component in stage.components)
+        has = f"the budget is {budget} bytes ({format_bytes(budget)})"
+        return InsufficientMemoryError(
+            f"the weights of {names} need at least {own} bytes ({format_bytes(own)}) on "
+            f"{self.ops.device}: {parts}{more}; {has}; allow {needed} bytes or "
+            f"more{whose}, or store the weights in a smaller scheme",
+            needed,
+            budget,
+            str(self.ops.device),
+        )
+
+    def _least_bytes(self) -> int:
+        """Return the budget that would do for any of the models alone, and what the others keep."""
+        kept = {component: component.loose_bytes for component in self._stages}
+        return max(
+            stage.minimum_bytes + sum(n for c, n in kept.items() if c not in stage.components)
+            for stage in self.stages()
+        )
 
     def stages(self) -> list[Stage]:
         """Return the stages, each once."""
@@ -191,7 +219,8 @@ class Arbiter:
         joined = self._stage(*a.components, *b.components)
         is_free = not (a.uses or b.uses)
         is_short = max(a_now - a_passes, b_now - b_passes) <= _SHORT_TURN
-        if not (is_short and is_free) or joined.minimum_bytes > self.budget_bytes:
+        apart = sum(c.loose_bytes for c in self._stages if c not in joined.components)
+        if not (is_short and is_free) or joined.minimum_bytes + apart > self.budget_bytes:
             return stage
         for old in (a, b):
             old.close()

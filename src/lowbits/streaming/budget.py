@@ -90,8 +90,12 @@ class DeviceBudget:
 class Placed(Protocol):
     """What has weights on a device, and can place them again."""
 
-    def place_again(self) -> None:
-        """Place them as they would be placed now, or leave them as they are and raise."""
+    def place_again(self, *, must_fit: bool = True) -> None:
+        """Place them as they would be placed now, or raise: they are placed once more then.
+
+        Args:
+            must_fit: False: where they do not fit, the next pass says so.
+        """
 
 
 @final
@@ -131,7 +135,7 @@ class Budgets:
             except BaseException:
                 self._put(place, before)
                 for placed in reversed(done):
-                    placed.place_again()
+                    placed.place_again(must_fit=False)
                 raise
             return self._budgets.get(place)
 

@@ -46,6 +46,7 @@ class Component:
         # Packed layers have markers without bytes, in hundreds, which never get any.
         self._sized = [loose for loose in self._loose if loose.tensor.numel()]
         self._extras: list[_Loose] = []
+        self._is_settled = False
         self._tree = _Tree(root)
 
     @property
@@ -122,23 +123,44 @@ class Component:
             extra.move(homes[0])
 
     def notice_new(self) -> None:
-        """Move what was added to the model since the last look.
+        """Move what was added to the model since the last look, and let go of what was taken away.
 
         A LoRA's factors stay on the device: they are small, and an optimizer may hold them.
         """
         if not self._tree.has_changed():
             return
+        held = {
+            (id(holder.module), holder.name): (holder, t) for holder, t in held_tensors(self.root)
+        }
+        for loose in self._loose:
+            if loose.key not in held:
+                loose.give_back()
+        self._loose = [loose for loose in self._loose if loose.key in held]
+        self._sized = [loose for loose in self._sized if loose.key in held]
         holders = [holder for entry in self.entries for holder, _ in entry.unit.holders()]
-        holders += [loose.holder for loose in self._loose]
         known = {(id(holder.module), holder.name) for holder in holders}
+        known |= {loose.key for loose in self._loose}
         lent = self.base.storages  # units hold stand-ins between two passes
         self._extras = [
             _Loose(holder, _owned(holder, tensor, lent))
-            for holder, tensor in held_tensors(self.root)
-            if (id(holder.module), holder.name) not in known
+            for key, (holder, tensor) in held.items()
+            if key not in known
         ]
         for extra in self._extras:
             extra.move(self._device)
+
+    def settle(self) -> None:
+        """Bring to the host what is moved one by one, where all the rest is, until `unsettle`."""
+        self._is_settled = True
+        for loose in (*self._loose, *self._extras):
+            loose.move_shown(torch.device("cpu"))
+
+    def unsettle(self) -> None:
+        """Bring it to the device again."""
+        if self._is_settled:
+            self._is_settled = False
+            for loose in (*self._loose, *self._extras):
+                loose.move_shown(self._device)
 
     def dtypes(self) -> set[torch.dtype]:
         """Return the dtypes of all tensors."""
@@ -208,6 +230,7 @@ class _Loose:
     def __init__(self, holder: Holder, tensor: Tensor) -> None:
         self.holder, self.tensor, self._device = holder, tensor, tensor.device
         self._shown = tensor  # what the module was given: another one where that cannot be moved
+        self.key = id(holder.module), holder.name
 
     def held(self) -> Tensor | None:
         """Return the tensor that the module has now."""
@@ -216,6 +239,12 @@ class _Loose:
     def move(self, device: torch.device) -> None:
         """Move it; the object stays the same where torch can do that."""
         self._set(self.tensor.detach().to(device))
+
+    def move_shown(self, device: torch.device) -> None:
+        """Move what the module was given, unless it is somebody else's, or about to be trained."""
+        is_free = self.held() is self._shown and self._shown.grad is None
+        if is_free and self._shown.device != device:
+            self._set(self._shown.detach().to(device))
 
     def cast(self, dtype: torch.dtype) -> None:
         """Convert it; where it was replaced on its device, there too."""

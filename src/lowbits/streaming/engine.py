@@ -70,6 +70,7 @@ class Engine:
         self,
         name: str,
         root: nn.Module,
+        layout: ModelLayout,
         arbiter: Arbiter,
         location: str,
         locate: Locate | None = None,
@@ -81,16 +82,21 @@ class Engine:
         Args:
             name: for messages.
             root: is changed in place.
+            layout: of the root: see `require_fit`.
             arbiter: has the device's budget.
             location: one of `lowbits.config.LOCATIONS`.
             locate: says which file a tensor comes from, for masters on the disk.
             is_ring_only: whether no unit may stay on the device.
+
+        Raises:
+            AlreadyPatchedError: it is streamed already.
+            PatchError: it has hooks that move its weights, or no bytes.
         """
+        _require_streamable(root)
         self.name, self.root = name, root
         self._arbiter = arbiter
         self._is_running = False
         self.recoveries = 0
-        layout = require_fit(root, arbiter, is_ring_only=is_ring_only)
         tier = Tier(location, layout.nbytes, arbiter.ops, locate)
         self.component = Component(name, root, layout, tier, arbiter.ops.device)
         self.component.is_ring_only = is_ring_only
@@ -186,6 +192,7 @@ class Engine:
             raise StreamError(_CAPTURE)
         refuse_foreign(self.root, self.name or type(self.root).__name__)
         self._guard.install()
+        self.component.unsettle()
         stage = self._arbiter.enter(self.component)
         stage.look()
         return stage
@@ -210,10 +217,14 @@ class Engine:
             yield
 
     def settle(self) -> None:
-        """Take the model off the device, so that modules hold stand-ins until the next pass."""
-        with self._arbiter.lock:
+        """Take the model off the device, so that modules hold stand-ins until the next pass.
+
+        What has no stand-in comes along: copies are of one device.
+        """
+        with self._arbiter.lock, torch.inference_mode(mode=False):
             if not self._is_running:
                 self._arbiter.stage_of(self.component).park()
+                self.component.settle()
                 self._guard.remove()
 
     @torch.inference_mode(mode=False)
@@ -302,28 +313,42 @@ class _Call(Interceptor):
         refuse_hook(self._module, attribute)
 
 
-def require_fit(root: nn.Module, arbiter: Arbiter, *, is_ring_only: bool = False) -> ModelLayout:
+def cut(
+    root: nn.Module, arbiter: Arbiter, *, is_ring_only: bool = False, apart_bytes: int = 0
+) -> ModelLayout:
     """Return a model cut into units, as small ones as can be for a ring only; nothing is changed.
+
+    Args:
+        root: the model.
+        arbiter: has the device's budget.
+        is_ring_only: whether no unit may stay on the device.
+        apart_bytes: of the budget, which other models keep for good.
 
     Raises:
         AlreadyPatchedError: it is streamed already.
         PatchError: it has hooks that move its weights, or no bytes.
-        InsufficientMemoryError: the arbiter's budget is too small for it.
     """
     _require_streamable(root)
-    budget, depth = arbiter.budget_bytes, arbiter.depth if arbiter.is_ahead else 1
-    layout = lay_out(root, budget_bytes=0 if is_ring_only else budget, depth=depth)
+    room = 0 if is_ring_only else max(0, arbiter.budget_bytes - apart_bytes)
+    return lay_out(root, budget_bytes=room, depth=arbiter.depth if arbiter.is_ahead else 1)
+
+
+def require_fit(layout: ModelLayout, arbiter: Arbiter, *, apart_bytes: int = 0) -> None:
+    """Raise where a model cannot be streamed in an arbiter's budget.
+
+    Raises:
+        InsufficientMemoryError: the budget is too small for it.
+    """
     make_plan(
         [UnitCost(unit.nbytes, 0.0) for unit in layout.units],
         range(len(layout.units)),
         bandwidth=1.0,
-        budget_bytes=budget,
-        fixed_bytes=layout.fixed_bytes,
+        budget_bytes=arbiter.budget_bytes,
+        fixed_bytes=layout.fixed_bytes + apart_bytes,
         depth=arbiter.depth,
         prefetch=arbiter.is_ahead,
         device=str(arbiter.ops.device),
     )
-    return layout
 
 
 def refuse_streamed(root: nn.Module) -> None:

@@ -340,7 +340,7 @@ class _Cut:
         loose = []
         adapters = _adapters(self.root)
         for holder, tensor in held_tensors(self.root):
-            if not tensor.numel() or not _is_plain(tensor) or id(tensor) in adapters:
+            if _is_loose(tensor, adapters):
                 loose.append((holder, tensor))
                 continue
             tensors[id(tensor)] = tensor
@@ -351,6 +351,12 @@ class _Cut:
             }
             _append(homes.popitem()[1] if len(homes) == 1 else base, tensor, holders[key])
         return ModelLayout(tuple(unit for unit in units if unit.places), base, tuple(loose))
+
+
+def kept_bytes(root: nn.Module) -> int:
+    """Return what a model keeps on the device for good, while others are called too."""
+    adapters = _adapters(root)
+    return loose_bytes(tensor for _, tensor in held_tensors(root) if _is_loose(tensor, adapters))
 
 
 def loose_bytes(tensors: Iterable[Tensor]) -> int:
@@ -406,13 +412,20 @@ def padded(nbytes: int) -> int:
 
 
 def _adapters(root: nn.Module) -> set[int]:
-    """Return the Parameters that are trained in a model whose others are frozen.
+    """Return the Parameters that are trained in a model that is frozen for the larger part.
 
-    An optimizer holds them, so they stay on the device, and stay the same objects.
+    An optimizer holds them, so they stay on the device, and stay the same objects. What is trained
+    in larger part is a model that somebody froze in part, or that was restored since peft did.
     """
-    floating = [p for p in root.parameters() if p.is_floating_point() and p.numel()]
-    trained = {id(p) for p in floating if p.requires_grad}
-    return trained if len(trained) < len(floating) else set()
+    parameters = [p for p in root.parameters() if p.numel()]
+    floating = [p for p in parameters if p.is_floating_point()]
+    trained = [p for p in floating if p.requires_grad]
+    is_small = 2 * sum(p.nbytes for p in trained) < sum(p.nbytes for p in parameters)
+    return {id(p) for p in trained} if is_small and len(trained) < len(floating) else set()
+
+
+def _is_loose(tensor: Tensor, adapters: set[int]) -> bool:
+    return not tensor.numel() or not _is_plain(tensor) or id(tensor) in adapters
 
 
 def _is_plain(tensor: Tensor) -> bool:

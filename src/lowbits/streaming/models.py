@@ -6,6 +6,7 @@ import weakref
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING, final
 
 from lowbits.core.report import format_bytes
@@ -13,17 +14,19 @@ from lowbits.errors import InsufficientMemoryError
 from lowbits.streaming.arbiter import Arbiter
 from lowbits.streaming.budget import reserve_bytes
 from lowbits.streaming.device_ops import device_ops
-from lowbits.streaming.engine import Engine, require_fit
-from lowbits.streaming.stats import StreamStats, make_stats, resident_stats
+from lowbits.streaming.engine import Engine, cut, require_fit
+from lowbits.streaming.layout import kept_bytes
+from lowbits.streaming.stats import StreamStats, make_stats, resident_stats, tensors_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable, Mapping
+    from collections.abc import Callable, Mapping
 
     import torch
-    from torch import Tensor, nn
+    from torch import nn
 
     from lowbits.core.source import SourceFiles
     from lowbits.streaming.budget import DeviceBudget
+    from lowbits.streaming.layout import ModelLayout
 
 
 @final
@@ -111,7 +114,11 @@ class PlacedModels(ABC):
 
     @abstractmethod
     def detach(self) -> None:
-        """Leave them where they were."""
+        """Leave them where they were, all of them or none."""
+
+    @abstractmethod
+    def resume(self) -> None:
+        """Place them as before `detach`; where they do not fit any more, a pass says so."""
 
 
 @final
@@ -142,6 +149,9 @@ class ResidentModels(PlacedModels):
     def detach(self) -> None:
         """Nothing to do."""
 
+    def resume(self) -> None:
+        """Nothing to do."""
+
 
 @final
 class StreamedModels(PlacedModels):
@@ -166,43 +176,90 @@ class StreamedModels(PlacedModels):
             announce: tells others that a model is streamed; returns what takes that back.
             source: files that weights may come from.
         """
-        self._modules = {name: module for name, module in modules.items() if _has_tensors(module)}
+        unique = {id(module): (name, module) for name, module in modules.items()}
+        self._modules = dict(found for found in unique.values() if _has_tensors(found[1]))
         self._placement, self._budget_bytes = placement, budget_bytes
         self._arbiter: Arbiter | None = None
         self._engines: dict[str, Engine] = {}
         self._announce, self._source = announce, source
-        self._take_back: list[Callable[[], None]] = []
+        self._take_back: dict[str, Callable[[], None]] = {}
 
     def attach(self) -> None:
         """Begin to stream all of them, or none."""
+        self._attach(must_fit=True)
+
+    def resume(self) -> None:
+        """Stream all of them again; where one does not fit any more, its next pass says so."""
+        self._attach(must_fit=False)
+
+    def _attach(self, *, must_fit: bool) -> None:
         where = self._placement
-        ops = device_ops(where.device)
         self._arbiter = Arbiter(
-            ops, self._budget_bytes, method=where.method, depth=None, shared=where.shared
-        )
-        unique = {id(module): (name, module) for name, module in self._modules.items()}
-        _require_all_fit(unique.values(), where.ring_only, self._arbiter)
+            device_ops(where.device), self._budget_bytes, method=where.method, depth=None,
+            shared=where.shared,
+        )  # fmt: skip
+        layouts = self._layouts(self._modules, must_fit=must_fit)
         try:
-            for name, module in unique.values():
-                locate = partial(self._source.locate, name) if self._source else None
-                engine = Engine(
-                    name, module, self._arbiter, where.location, locate,
-                    is_ring_only=name in where.ring_only,
-                )  # fmt: skip
-                self._engines[name] = engine
-                if self._announce is not None:
-                    self._take_back.append(self._announce(module, engine))
+            for name, layout in layouts.items():
+                self._stream(name, layout)
         except BaseException:
             self.detach()
             raise
 
+    def _layouts(
+        self, modules: Mapping[str, nn.Module], *, must_fit: bool
+    ) -> dict[str, ModelLayout]:
+        """Cut models as they are now; what others keep on the device is not there for one.
+
+        Raises:
+            InsufficientMemoryError: of the model that needs most, so that what it says will do for
+                all of them.
+        """
+        assert self._arbiter
+        kept = {name: kept_bytes(module) for name, module in modules.items()}
+        layouts: dict[str, ModelLayout] = {}
+        worst: InsufficientMemoryError | None = None
+        for name, module in modules.items():
+            apart = sum(kept.values()) - kept[name]
+            is_ring_only = name in self._placement.ring_only
+            layouts[name] = cut(module, self._arbiter, is_ring_only=is_ring_only, apart_bytes=apart)
+            try:
+                require_fit(layouts[name], self._arbiter, apart_bytes=apart)
+            except InsufficientMemoryError as error:
+                if worst is None or error.needed_bytes > worst.needed_bytes:
+                    worst = error
+                    worst.add_note(f"lowbits: of a {type(module).__name__}")
+        if must_fit and worst is not None:
+            raise worst
+        return layouts
+
+    def _stream(self, name: str, layout: ModelLayout) -> None:
+        assert self._arbiter
+        where, module = self._placement, self._modules[name]
+        locate = partial(self._source.locate, name) if self._source else None
+        engine = Engine(
+            name, module, layout, self._arbiter, where.location, locate,
+            is_ring_only=name in where.ring_only,
+        )  # fmt: skip
+        self._engines[name] = engine
+        if self._announce is not None:
+            self._take_back[name] = self._announce(module, engine)
+
     def detach(self) -> None:
-        """Stop, the last one first."""
-        while self._take_back:
-            self._take_back.pop()()
-        for name in reversed(list(self._engines)):
-            self._engines[name].detach()
-            del self._engines[name]
+        """Stop, the last one first: all of them, or none."""
+        done: list[str] = []
+        try:
+            for name in reversed(list(self._engines)):
+                self._engines[name].detach()
+                done.append(name)
+                del self._engines[name]
+                if name in self._take_back:
+                    self._take_back.pop(name)()
+        except BaseException:
+            ended = {name: self._modules[name] for name in reversed(done)}
+            for name, layout in self._layouts(ended, must_fit=False).items():
+                self._stream(name, layout)
+            raise
 
     def stats(self) -> StreamStats:
         """Return what was done so far, all models together."""
@@ -210,26 +267,5 @@ class StreamedModels(PlacedModels):
         return make_stats(list(self._engines.values()), self._arbiter)
 
 
-def _require_all_fit(
-    models: Iterable[tuple[str, nn.Module]], ring_only: Collection[str], arbiter: Arbiter
-) -> None:
-    """Raise for the model that needs most, so that what it says will do for all of them."""
-    worst: InsufficientMemoryError | None = None
-    for name, module in models:
-        try:
-            require_fit(module, arbiter, is_ring_only=name in ring_only)
-        except InsufficientMemoryError as error:
-            if worst is None or error.needed_bytes > worst.needed_bytes:
-                worst = error
-                worst.add_note(f"lowbits: of a {type(module).__name__}")
-    if worst is not None:
-        raise worst
-
-
-def tensors_of(modules: Iterable[nn.Module]) -> list[Tensor]:
-    """Return the Parameters and buffers of some models."""
-    return [t for module in modules for t in (*module.parameters(), *module.buffers())]
-
-
 def _has_tensors(module: nn.Module) -> bool:
-    return bool(tensors_of([module]))
+    return any(True for _ in chain(module.parameters(), module.buffers()))

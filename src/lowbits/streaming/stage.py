@@ -146,6 +146,11 @@ class Stage:
         return self.components[0] is component and (is_alone or not is_again)
 
     @property
+    def is_outgrown(self) -> bool:
+        """Whether other bytes stay on the device than are planned for: an adapter came, or went."""
+        return self.plan is not None and self.plan.fixed_bytes != self.fixed_bytes
+
+    @property
     def can_shrink(self) -> bool:
         """Whether less of the device would do."""
         return self.plan is not None and self.plan.device_bytes > self.minimum_bytes
@@ -294,8 +299,6 @@ class Stage:
                 self._residency.forget_unfinished()
         for component in self.components:
             component.base.check()
-        if self.plan is not None and self.plan.fixed_bytes != self.fixed_bytes:
-            self.replan()  # an adapter came, or went
 
     def begin_pass(self) -> None:
         """Begin a pass: the order starts again.

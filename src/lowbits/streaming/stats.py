@@ -5,14 +5,15 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, final
 
+from lowbits.core.interception import is_streamed
 from lowbits.core.memory import storage_bytes
 from lowbits.core.packed import workspace_bytes
 from lowbits.core.report import format_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
-    from torch import nn
+    from torch import Tensor, nn
 
     from lowbits.streaming.arbiter import Arbiter
     from lowbits.streaming.engine import Engine
@@ -115,9 +116,15 @@ class StreamStats:
         )
 
 
+def tensors_of(modules: Iterable[nn.Module]) -> list[Tensor]:
+    """Return the Parameters and buffers of some models, but for what is streamed now."""
+    tensors = (t for module in modules for t in (*module.parameters(), *module.buffers()))
+    return [tensor for tensor in tensors if not is_streamed(tensor)]
+
+
 def resident_stats(device: str, modules: Sequence[nn.Module]) -> StreamStats:
     """Return the figures of models that are on the device for good."""
-    nbytes = storage_bytes(t for m in modules for t in (*m.parameters(), *m.buffers()))
+    nbytes = storage_bytes(tensors_of(modules))
     return StreamStats(
         device=device,
         budget_bytes=nbytes,

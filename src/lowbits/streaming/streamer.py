@@ -13,7 +13,7 @@ from lowbits.errors import AlreadyPatchedError, ConfigError, NotPatchedError
 from lowbits.streaming.arbiter import Arbiter
 from lowbits.streaming.budget import BUDGETS, reserve_bytes
 from lowbits.streaming.device_ops import DeviceOps, device_ops
-from lowbits.streaming.engine import Engine
+from lowbits.streaming.engine import Engine, cut, require_fit
 from lowbits.streaming.plan import DEEPEST
 
 if TYPE_CHECKING:
@@ -114,23 +114,33 @@ class LayerStreamer:
         """
         if self._engine is not None:
             raise AlreadyPatchedError("this streamer is attached already")
+        self._attach(must_fit=True)
+        self._is_wanted = True
+        BUDGETS.join(self.device, self)
+        return self
+
+    def _attach(self, *, must_fit: bool) -> None:
         ops = device_ops(self.device)
         budget = self._budget if isinstance(self._budget, int) else free_budget(ops)
         shared = BUDGETS.of(self.device)
         arbiter = Arbiter(ops, budget, method=self._method, depth=self._depth, shared=shared)
         locate = partial(self._source.locate, "") if self._source else None
-        self._engine = Engine("", self.module, arbiter, self._location, locate)
-        self._is_wanted = True
-        BUDGETS.join(self.device, self)
-        return self
+        layout = cut(self.module, arbiter)
+        if must_fit:
+            require_fit(layout, arbiter)
+        self._engine = Engine("", self.module, layout, arbiter, self._location, locate)
 
-    def place_again(self) -> None:
-        """Stream the module in the budget that its device has now; nothing where it is detached."""
+    def place_again(self, *, must_fit: bool = True) -> None:
+        """Stream the module in the budget that its device has now; nothing where it is detached.
+
+        Args:
+            must_fit: False: where it does not fit, its next pass says so.
+        """
         if self._engine is not None:
             self._engine.detach()
             self._engine = None
         if self._is_wanted:
-            self.attach()
+            self._attach(must_fit=must_fit)
 
     def detach(self) -> None:
         """Stop streaming: every Parameter and buffer is the object that it was, bit for bit.
