@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import sys
 import weakref
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final, final
 
 from torch import nn
@@ -30,8 +29,6 @@ from lowbits.errors import PatchError, SourceUnavailableError
 from lowbits.lora.merge import Decomposed, Delta, Dense, LowRank
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from torch import Tensor
 
     from lowbits.integrations.adapters import Adapters
@@ -86,8 +83,7 @@ class AdapterLayer(nn.Module):
         change = _change(self)
         if not change:
             return super().forward(*args, **kwargs)
-        with _beside(self, change):
-            return super().forward(*args, **kwargs)
+        return _peft(_beside(self, change)).forward(*args, **kwargs)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:  # noqa: ARG002, FBT001, FBT002 - peft's signature
         """Merge some adapters, by default those that act; what is not finite is always refused."""
@@ -173,22 +169,31 @@ def _change(wrapper: Any) -> Scales:
     return {name: scale for name, scale in change.items() if scale}
 
 
-@contextmanager
-def _beside(wrapper: Any, change: Scales) -> Iterator[None]:
-    """Let peft compute a difference of strengths beside what is merged."""
+def _beside(wrapper: Any, change: Scales) -> Any:
+    """Return a layer's twin that computes a difference of strengths beside what is merged.
+
+    A twin, for other threads may compute with the layer meanwhile. It has the same modules.
+    """
     for name in change:
         if name in state_of(wrapper).merged and _is_variant(wrapper, name):
             raise PatchError(
                 f"the strength of {name!r} was changed while it was merged, and it is no plain "
                 "LoRA (DoRA?): call lowbits.merge_lora(target), or unmerge_lora"
             )
-    kept = wrapper.scaling, wrapper._active_adapter, wrapper.merged_adapters
-    wrapper.scaling = {**kept[0], **change}
-    wrapper._active_adapter, wrapper.merged_adapters = list(change), []
-    try:
-        yield
-    finally:
-        wrapper.scaling, wrapper._active_adapter, wrapper.merged_adapters = kept
+    return _twin(
+        wrapper,
+        scaling={**wrapper.scaling, **change},
+        _active_adapter=list(change),
+        merged_adapters=[],
+    )
+
+
+def _twin(wrapper: Any, **changed: Any) -> Any:
+    """Return another module with all that a layer has, but for some attributes."""
+    kind: Any = type(wrapper)
+    twin = kind.__new__(kind)
+    twin.__dict__ = {**wrapper.__dict__, **changed}
+    return twin
 
 
 def _widen(wrapper: Any) -> None:
@@ -257,12 +262,8 @@ def _low_rank(wrapper: Any, name: str, scale: float) -> LowRank | None:
 
 def _dense(wrapper: Any, name: str, scale: float) -> Dense:
     """Return the matrix that peft makes of an adapter's factors."""
-    kept = wrapper.scaling
-    wrapper.scaling = {**kept, name: 1.0}
-    try:
-        matrix: Tensor = wrapper.get_delta_weight(name).detach()
-    finally:
-        wrapper.scaling = kept
+    twin = _twin(wrapper, scaling={**wrapper.scaling, name: 1.0})
+    matrix: Tensor = twin.get_delta_weight(name).detach()
     return Dense(matrix.reshape(wrapper.base_layer.lowbits_layouts["weight"].rows), scale)
 
 
