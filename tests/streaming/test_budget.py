@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from loras import save_lora
 from pipelines import PIPELINES, draw
 from schemes import every_scheme
 from streamed import Anatomy, smallest_budget
@@ -21,6 +22,7 @@ from lowbits.testing.streams import ThreadedOps
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
 
     from lowbits.streaming.budget import DeviceBudget
 
@@ -149,6 +151,32 @@ def test_a_cap_that_is_too_small_changes_nothing() -> None:
     with pytest.raises(errors.ConfigError, match="size: got 'lots'"):
         lowbits.device_budget("cpu", "lots")
     streamer.detach()
+
+
+def test_a_cap_may_be_raised_and_taken_away_though_an_adapter_is_too_much(tmp_path: Path) -> None:
+    save_lora(tmp_path)
+    pipes: list[Any] = [PIPELINES["flux"].build(seed=seed) for seed in range(2)]
+    least = smallest_budget(pipes[0])
+    cap(least)
+    own = lowbits.apply(pipes[0], gpu_weights=least, **CPU)
+    lowbits.apply(pipes[1], **CPU)
+    expected = [draw("flux", pipe) for pipe in pipes]
+    pipes[0].load_lora_weights(tmp_path)
+    with pytest.raises(errors.InsufficientMemoryError, match="adapters of other models"):
+        draw("flux", pipes[0])
+    with pytest.raises(errors.InsufficientMemoryError, match="of other pipelines") as caught:
+        draw("flux", pipes[1])
+    assert "lowbits.device_budget" in str(caught.value)
+    budget = cap(caught.value.needed_bytes)
+    assert torch.equal(draw("flux", pipes[1]), expected[1])
+    with pytest.raises(errors.InsufficientMemoryError, match="adapters of other models") as caught:
+        draw("flux", pipes[0])
+    assert budget.peak_bytes <= budget.budget_bytes
+    lowbits.device_budget("cpu", None)
+    own.reconfigure(gpu_weights=caught.value.needed_bytes)
+    assert not torch.equal(draw("flux", pipes[0]), expected[0])
+    pipes[0].unload_lora_weights()
+    assert torch.equal(draw("flux", pipes[0]), expected[0])
 
 
 def test_streamers_count_too() -> None:

@@ -125,13 +125,17 @@ class Budgets:
         place = _with_index(device)
         with self._lock:
             before = self._budgets.get(place)
+            # Where there is as much room as before, what does not fit now did not before either.
+            is_less = budget_bytes is not None and (
+                before is None or budget_bytes < before.budget_bytes
+            )
             self._put(place, None if budget_bytes is None else DeviceBudget(budget_bytes))
             done: list[Placed] = []
             try:
                 for placed, where in list(self._placed.items()):
                     if _with_index(where) == place:
                         done.append(placed)
-                        placed.place_again()
+                        placed.place_again(must_fit=is_less)
             except BaseException:
                 self._put(place, before)
                 for placed in reversed(done):
