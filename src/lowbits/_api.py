@@ -28,7 +28,7 @@ from lowbits.core.handle import Handle, Placed, find_handle
 from lowbits.core.homes import homes_of, same_device
 from lowbits.core.interception import interceptor_of
 from lowbits.core.memory import storage_bytes
-from lowbits.core.packed import PackedLayer
+from lowbits.core.packed import PackedLayer, workspace_bytes
 from lowbits.core.registry import DEFAULT
 from lowbits.core.requantize import requantized
 from lowbits.core.scheme import NATIVE, SchemeInfo
@@ -40,6 +40,7 @@ from lowbits.integrations.adapters import Adapters
 from lowbits.integrations.configs import request_of
 from lowbits.integrations.diffusers import announce_device, denoisers_of
 from lowbits.integrations.vae import GuardedModels
+from lowbits.streaming.activations import Activations
 from lowbits.streaming.budget import BUDGETS
 from lowbits.streaming.device_ops import free_bytes
 from lowbits.streaming.engine import refuse_streamed
@@ -95,7 +96,8 @@ def apply(  # noqa: PLR0913 - one place for every option
         compute_dtype: that packed layers multiply in; None: what is fast on their device.
         gpu_weights: a hard cap on weights on the device, as ``"6GB"``; ``"all"``: they fit, or it
             raises; ``"auto"``: what reserve leaves, on a CPU everything. The rest is streamed.
-        reserve: left free by ``"auto"``: a size, or ``"auto"``: 10 % of the device, at least 1 GiB.
+        reserve: left free by ``"auto"``: a size, or ``"auto"``: 10 % of the device, at least 1 GiB;
+            when it is streamed and placed again, what calls are known to take beside weights.
         swap: how streamed weights are copied: `LayerStreamer`'s ``method``.
         location: where they wait, see `LayerStreamer`.
         lora: adapters act ``"fp16"`` beside packed weights, ``"merge"`` in them, or as ``"auto"``.
@@ -278,7 +280,8 @@ def _apply(
     notes = requantized(decisions, config.on_requantize)
     files = _source_files(config)
     nbytes = stored_bytes_of([d for d in decisions if d.component in modules])
-    placed = _placed(modules, modules, config, device, nbytes, files)
+    target = _Target(modules, config, device)
+    placed = target.choose(modules, config, nbytes, files)
     options = _options(config, files, device, is_streamed=placed.is_streamed)
     homes = [] if placed.is_streamed else homes_of(modules, device)
     packed = {decision.component for decision in decisions if decision.scheme}
@@ -291,7 +294,6 @@ def _apply(
             module.to(device)
         (placed.attach if must_fit else placed.resume)()
         report = conversion.report.noting((*notes, *placed.stats().notes))
-        target = _Target(modules, config, device)
         adapters = Adapters(config.lora)
         parts = modules if placed.is_streamed else touched or modules
         owned = Handle(parts, report, target, placed, adapters)
@@ -334,34 +336,6 @@ def _options(
     )
 
 
-def _placed(
-    modules: Mapping[str, nn.Module],
-    left: Mapping[str, nn.Module],
-    config: LowbitsConfig,
-    device: torch.device | None,
-    nbytes: int,
-    files: SourceFiles | None,
-) -> PlacedModels:
-    """Decide whether models of some bytes, as they will be stored, stay on the device.
-
-    Those that are not left are streamed by others.
-    """
-    if device is None:
-        return ResidentModels(modules, None)
-    ring_only = _denoisers(modules) if "denoiser" in config.never_oom else frozenset()
-    placement = Placement(
-        device, config.gpu_weights, config.reserve, config.swap, config.location, ring_only,
-        BUDGETS.of(device),
-    )  # fmt: skip
-    held = storage_bytes(t for t in tensors_of(left.values()) if same_device(t.device, device))
-    budget = placement.budget(nbytes, held)
-    placed: PlacedModels = ResidentModels(modules, device)
-    if budget is not None:
-        announce = None if "" in modules else announce_device
-        placed = StreamedModels(left, placement, budget, announce, files)
-    return GuardedModels(placed, modules, is_always_tiled="vae" in config.never_oom)
-
-
 def _denoisers(modules: Mapping[str, nn.Module]) -> frozenset[str]:
     """Return the names of what runs at every step; a target that is a module runs as a whole."""
     names = [""] if "" in modules else denoisers_of(modules)
@@ -383,6 +357,40 @@ class _Target:
     ) -> None:
         self._modules = weakref.WeakValueDictionary(modules)
         self._config, self._device = config, device
+        self._activations: defaultdict[str, Activations] = defaultdict(Activations)
+
+    def choose(
+        self,
+        modules: Mapping[str, nn.Module],
+        config: LowbitsConfig,
+        nbytes: int,
+        files: SourceFiles | None,
+    ) -> PlacedModels:
+        """Decide whether models of some bytes, as they will be stored, stay on the device.
+
+        Args:
+            modules: those that nobody else streams.
+            config: says where they are to be.
+            nbytes: of all their weights.
+            files: that weights may come from.
+        """
+        device, everything = self._device, dict(self._modules)
+        resident = ResidentModels(everything, device)
+        if device is None:
+            return resident
+        ring_only = _denoisers(everything) if "denoiser" in config.never_oom else frozenset()
+        placement = Placement(
+            device, config.gpu_weights, config.reserve, config.swap, config.location, ring_only,
+            BUDGETS.of(device), {name: self._activations[name] for name in modules},
+            max(map(workspace_bytes, modules.values()), default=0),
+        )  # fmt: skip
+        here = (t for t in tensors_of(modules.values()) if same_device(t.device, device))
+        budget = placement.budget(nbytes, storage_bytes(here))
+        placed: PlacedModels = resident
+        if budget is not None:
+            announce = None if "" in everything else announce_device
+            placed = StreamedModels(modules, placement, budget, announce, files)
+        return GuardedModels(placed, everything, is_always_tiled="vae" in config.never_oom)
 
     def switch(self, owned: Handle, scheme: Any) -> Handle:
         """Pack the target in another scheme, with the options in force."""
@@ -399,10 +407,9 @@ class _Target:
         placed.detach()
         homes: list[tuple[nn.Module, torch.device]] = []
         try:
-            modules = dict(self._modules)
-            left = _left_to_place(modules, is_asked=bool(changes))
+            left = _left_to_place(dict(self._modules), is_asked=bool(changes))
             nbytes = sum({id(t): t.nbytes for t in tensors_of(left.values())}.values())
-            new = _placed(modules, left, config, self._device, nbytes, files)
+            new = self.choose(left, config, nbytes, files)
             if not new.is_streamed:
                 homes = homes_of(left, self._device, is_ours=placed.is_streamed)
             for module, _ in homes:

@@ -206,3 +206,41 @@ def test_a_pipeline_draws_what_it_draws_resident(scheme: str, swap: str, locatio
     assert handle.stats().copied_bytes > 0
     handle.restore()
     assert {p.device.type for p in pipe.transformer.parameters()} == {"cpu"}
+
+
+class Wide(torch.nn.Module):
+    """Takes and gives back memory, beside a streamed stack."""
+
+    def __init__(self, stack: Stack) -> None:
+        super().__init__()
+        self.stack, self.nbytes = stack, 256 * MIB
+
+    def forward(self, x: torch.Tensor) -> Any:
+        y = self.stack(x)
+        torch.empty(self.nbytes, dtype=torch.uint8, device=x.device)
+        return y
+
+
+@torch.no_grad()
+def test_what_calls_take_is_what_auto_leaves_free() -> None:
+    stack, x, expected = make()
+    model = Wide(stack)
+    torch.accelerator.empty_cache()
+    torch.accelerator.reset_peak_memory_stats()
+    streamer = LayerStreamer(model, device=DEVICE, budget=least(model), location="cpu")
+    with streamer:
+        for _ in range(3):
+            assert torch.equal(model(x), expected)
+        taken = streamer.stats().activation_bytes
+    assert 256 * MIB <= taken <= 320 * MIB
+    free = device_ops(DEVICE).free_bytes()
+    assert free is not None
+    streamer = LayerStreamer(model, device=DEVICE, budget="auto", location="cpu")
+    before = streamer.attach().stats().budget_bytes
+    model(x)
+    torch.accelerator.reset_peak_memory_stats()
+    model(x)
+    streamer.detach()
+    after = streamer.attach().stats().budget_bytes
+    streamer.detach()
+    assert before < after <= free - 224 * MIB

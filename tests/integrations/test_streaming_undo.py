@@ -16,7 +16,11 @@ import lowbits
 from lowbits import errors
 from lowbits.core.interception import streamed_part
 from lowbits.integrations import diffusers as integration
+from lowbits.streaming import engine
+from lowbits.streaming.arbiter import Arbiter
+from lowbits.streaming.foreign import HookGuard
 from lowbits.streaming.layout import Place
+from lowbits.streaming.stored import Stored
 from lowbits.streaming.tiers import Tier
 
 if TYPE_CHECKING:
@@ -79,6 +83,35 @@ def test_a_fault_at_the_n_th_unit_that_is_stored(
     monkeypatch.setattr(Tier, "store", fails)
     with pytest.raises(fault):
         lowbits.apply(pipe, device="cpu", gpu_weights=budget, **mode)
+    assert fails.left == 0
+    anatomy.check()
+    assert torch.equal(draw("flux", pipe), expected)
+
+
+@pytest.mark.parametrize("number", [1, 2, 40])
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [(Stored, "hide"), (engine, "intercept"), (HookGuard, "install"), (Arbiter, "add")],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_an_interrupt_when_masters_are_made(
+    owner: Any,
+    name: str,
+    number: int,
+    mode: dict[str, Any],
+    pipe: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    anatomy = Anatomy(pipe)
+    options: dict[str, Any] = {"keep_source": "memory", **mode}
+    budget = smallest_budget(pipe, "bnb-nf4", **options)
+    expected = draw("flux", pipe)
+    fails = Fails(getattr(owner, name), min(number, 4 if owner in {HookGuard, Arbiter} else 40),
+                  KeyboardInterrupt)  # fmt: skip
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, fails)
+        with pytest.raises(KeyboardInterrupt):
+            lowbits.apply(pipe, "bnb-nf4", device="cpu", gpu_weights=budget, **options)
     assert fails.left == 0
     anatomy.check()
     assert torch.equal(draw("flux", pipe), expected)

@@ -108,7 +108,9 @@ class Arbiter:
 
     def remove(self, component: Component) -> None:
         """Take a component off the device for good; others of its stage stay as they are."""
-        stage = self.stage_of(component)
+        stage = self._stages.get(component)
+        if stage is None:
+            return  # it was interrupted before it was added
         stage.close()
         del self._stages[component]
         rest = [other for other in stage.components if other is not component]

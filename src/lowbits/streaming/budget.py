@@ -12,6 +12,9 @@ import torch
 from lowbits.config import parse_size
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
+    from lowbits.streaming.activations import Activations
     from lowbits.streaming.arbiter import Arbiter
     from lowbits.streaming.device_ops import DeviceOps
 
@@ -22,16 +25,25 @@ _RESERVE_SHARE: Final = 0.1
 _RESERVE_BYTES: Final = 1 << 30
 
 
-def reserve_bytes(ops: DeviceOps, free_bytes: int) -> int:
-    """Return what ``"auto"`` leaves free: 10 % of the device, at least 1 GiB, 1 more on Windows.
+def reserve_bytes(
+    ops: DeviceOps, free_bytes: int, activations: Collection[Activations], workspace_bytes: int
+) -> int:
+    """Return what ``"auto"`` leaves free: what calls took beside weights, and a workspace.
+
+    For a model that was not called yet, 10 % of the device, at least 1 GiB, 1 more on Windows.
 
     Args:
         ops: of the device.
         free_bytes: there: stands for its memory where that is not known.
+        activations: of each model that is to be there; none: nothing is known of any.
+        workspace_bytes: of the largest packed weight while it is decoded.
     """
     share = int(_RESERVE_SHARE * (ops.total_bytes() or free_bytes))
     extra = _RESERVE_BYTES if sys.platform == "win32" else 0
-    return max(_RESERVE_BYTES, share) + extra
+    default = max(_RESERVE_BYTES, share) + extra
+    if all(known.nbytes is None for known in activations):
+        return default
+    return max(known.at_most(default) for known in activations) + workspace_bytes
 
 
 @final

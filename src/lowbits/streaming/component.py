@@ -82,15 +82,16 @@ class Component:
                 done[-1].let_go()
             for loose in self._loose:
                 loose.move(self._device)
+            for entry in done:
+                entry.hide()
         except BaseException:
             for entry in done:
                 entry.take_back()
+                entry.reveal()
             for loose in self._loose:
                 loose.give_back()
             raise
         self.units, self.base = done[:-1], done[-1]
-        for entry in self.entries:
-            entry.hide()
 
     def _stored(self, unit: Unit, *, is_base: bool) -> Stored:
         return Stored(unit, self.tier.store(unit), self._device, is_base=is_base)
@@ -237,8 +238,12 @@ class _Loose:
         return self.holder.slots.get(self.holder.name)
 
     def move(self, device: torch.device) -> None:
-        """Move it; the object stays the same where torch can do that."""
-        self._set(self.tensor.detach().to(device))
+        """Move it; the object stays the same where torch can do that.
+
+        What has no bytes fails where it is used: an adapter whose loading was interrupted.
+        """
+        if not self.tensor.is_meta:
+            self._set(self.tensor.detach().to(device))
 
     def move_shown(self, device: torch.device) -> None:
         """Move what the module was given, unless it is somebody else's, or about to be trained."""

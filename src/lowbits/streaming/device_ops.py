@@ -120,6 +120,10 @@ class DeviceOps(ABC):
         """Return the bytes of device memory that there are; None if unknown."""
         return None
 
+    def used_bytes(self) -> tuple[int, int] | None:
+        """Return the bytes that all tensors take now, and took at most; None if nobody counts."""
+        return None
+
     @abstractmethod
     def release_cached(self) -> None:
         """Give memory that an allocator keeps for later back to the device."""
@@ -273,6 +277,15 @@ class AcceleratorOps(DeviceOps):
     def total_bytes(self) -> int:
         """Return the memory of the device."""
         return int(torch.accelerator.get_memory_info(self.device)[1])
+
+    def used_bytes(self) -> tuple[int, int] | None:
+        """Ask torch's allocator, if the device has one."""
+        try:
+            stats = torch.accelerator.memory_stats(self.device)
+        except RuntimeError:
+            return None
+        now, peak = (stats.get(f"allocated_bytes.all.{what}") for what in ("current", "peak"))
+        return None if now is None or peak is None else (now, peak)
 
     def release_cached(self) -> None:
         """Give cached memory back to the device."""

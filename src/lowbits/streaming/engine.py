@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING, Any, Final, final
 import torch
 from torch import nn
 
-from lowbits.core.interception import Interceptor, intercept, release, streamed_part
+from lowbits.core.interception import (
+    Interceptor,
+    intercept,
+    interceptor_of,
+    release,
+    streamed_part,
+)
 from lowbits.errors import AlreadyPatchedError, PatchError, StreamError
 from lowbits.streaming.component import Component
 from lowbits.streaming.foreign import HookGuard, has_cache_hook, refuse_foreign, refuse_hook
@@ -23,6 +29,7 @@ from lowbits.streaming.tiers import Tier
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
+    from lowbits.streaming.activations import Activations
     from lowbits.streaming.arbiter import Arbiter
     from lowbits.streaming.stage import Stage
     from lowbits.streaming.tiers import Locate
@@ -62,6 +69,7 @@ class Engine:
         name: of the model in a pipeline; may be empty.
         root: the model.
         component: its units and masters.
+        activations: what its calls take on the device beside weights.
         recoveries: passes that ran out of memory, and were run again.
     """
 
@@ -73,6 +81,7 @@ class Engine:
         layout: ModelLayout,
         arbiter: Arbiter,
         location: str,
+        activations: Activations,
         locate: Locate | None = None,
         *,
         is_ring_only: bool = False,
@@ -85,6 +94,7 @@ class Engine:
             layout: of the root: see `require_fit`.
             arbiter: has the device's budget.
             location: one of `lowbits.config.LOCATIONS`.
+            activations: kept, and told what calls take.
             locate: says which file a tensor comes from, for masters on the disk.
             is_ring_only: whether no unit may stay on the device.
 
@@ -94,33 +104,36 @@ class Engine:
         """
         _require_streamable(root)
         self.name, self.root = name, root
-        self._arbiter = arbiter
+        self._arbiter, self.activations = arbiter, activations
         self._is_running = False
         self.recoveries = 0
         tier = Tier(location, layout.nbytes, arbiter.ops, locate)
         self.component = Component(name, root, layout, tier, arbiter.ops.device)
         self.component.is_ring_only = is_ring_only
+        self._calls: list[nn.Module] = []
+        self._guard = HookGuard(root)
         try:
             self.component.attach()
         except BaseException:
             tier.close()
             raise
-        arbiter.add(self.component)
-        self._calls = self._intercept()
-        self._guard = HookGuard(root)
-        self._guard.install()
+        try:
+            arbiter.add(self.component)
+            self._intercept()
+            self._guard.install()
+        except BaseException:
+            self.detach()
+            raise
 
-    def _intercept(self) -> list[nn.Module]:
+    def _intercept(self) -> None:
         """Stand before the model, its children, which some callers call alone, and its units."""
         units = {id(e.unit.module): n for n, e in enumerate(self.component.units)}
         modules = [self.root, *_callable_children(self.root)]
         modules += [entry.unit.module for entry in self.component.units]
-        unique = list({id(module): module for module in modules}.values())
-        for module in unique:
-            intercept(
-                module, _Call(self, module, units.get(id(module)), is_root=module is self.root)
-            )
-        return unique
+        for module in {id(module): module for module in modules}.values():
+            call = _Call(self, module, units.get(id(module)), is_root=module is self.root)
+            self._calls.append(module)
+            intercept(module, call)
 
     @torch.inference_mode(mode=False)
     def detach(self) -> None:
@@ -136,7 +149,8 @@ class Engine:
                 raise
             self._guard.remove()
             for module in self._calls:
-                release(module)
+                if interceptor_of(module) is not None:
+                    release(module)
             self.component.tier.close()
 
     def run(self, call: _Call, forward: partial[Any]) -> Any:
@@ -167,7 +181,8 @@ class Engine:
             moment = self._moment(call, stage, forward)
             stage.uses += 1
             try:
-                result = self._run_part(call, forward)
+                with self.activations.measured(self._arbiter.ops, is_due=stage.timing.times_uses):
+                    result = self._run_part(call, forward)
             except torch.OutOfMemoryError as error:
                 if moment is None or not self._may_repeat(moment, stage):
                     error.add_note(_ADVICE)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import weakref
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, final
 
 from lowbits.core.report import format_bytes
 from lowbits.errors import InsufficientMemoryError
+from lowbits.streaming.activations import Activations
 from lowbits.streaming.arbiter import Arbiter
 from lowbits.streaming.budget import reserve_bytes
 from lowbits.streaming.device_ops import device_ops
@@ -42,6 +43,8 @@ class Placement:
         location: one of `lowbits.config.LOCATIONS`.
         ring_only: names of models none of whose units stay on the device.
         shared: what all pipelines may take on the device together, if there is such a cap.
+        activations: what calls of each model take, by name; is told what they take from now on.
+        workspace_bytes: of the largest packed weight while it is decoded.
     """
 
     device: torch.device
@@ -51,6 +54,8 @@ class Placement:
     location: str = "auto"
     ring_only: frozenset[str] = frozenset()
     shared: DeviceBudget | None = None
+    activations: Mapping[str, Activations] = field(default_factory=dict)
+    workspace_bytes: int = 0
 
     def budget(self, nbytes: int, held_bytes: int) -> int | None:
         """Return the bytes that weights may take on the device; None: they all stay there.
@@ -92,8 +97,10 @@ class Placement:
                     str(self.device),
                 )
             return free
-        reserve = self.reserve if isinstance(self.reserve, int) else reserve_bytes(ops, free)
-        return max(0, free - reserve)
+        if isinstance(self.reserve, int):
+            return max(0, free - self.reserve)
+        known = self.activations.values()
+        return max(0, free - reserve_bytes(ops, free, known, self.workspace_bytes))
 
 
 class PlacedModels(ABC):
@@ -237,8 +244,9 @@ class StreamedModels(PlacedModels):
         assert self._arbiter
         where, module = self._placement, self._modules[name]
         locate = partial(self._source.locate, name) if self._source else None
+        known = where.activations.get(name, Activations())
         engine = Engine(
-            name, module, layout, self._arbiter, where.location, locate,
+            name, module, layout, self._arbiter, where.location, known, locate,
             is_ring_only=name in where.ring_only,
         )  # fmt: skip
         self._engines[name] = engine

@@ -63,6 +63,8 @@ class StreamStats:
         pinned_bytes: of those, page-locked.
         disk_bytes: of the scratch file.
         workspace_bytes: of the largest packed weight while it is decoded: beside the budget.
+        activation_bytes: that a call of a model took on the device beside weights: the most that is
+            known; 0 where nothing is, as on a CPU.
         copied_bytes: that were copied to the device.
         stall_s: that compute has waited for copies.
         misses: uses of units whose bytes were not on their way.
@@ -87,6 +89,7 @@ class StreamStats:
     pinned_bytes: int = 0
     disk_bytes: int = 0
     workspace_bytes: int = 0
+    activation_bytes: int = 0
     copied_bytes: int = 0
     stall_s: float = 0.0
     misses: int = 0
@@ -155,6 +158,7 @@ def make_stats(engines: Sequence[Engine], arbiter: Arbiter) -> StreamStats:
             + (staging if arbiter.ops.has_streams else 0),
             disk_bytes=sum(tier.disk_bytes for tier in tiers),
             workspace_bytes=max((workspace_bytes(engine.root) for engine in engines), default=0),
+            activation_bytes=max((e.activations.nbytes or 0 for e in engines), default=0),
             copied_bytes=sum(stage.copied_bytes for stage in stages),
             stall_s=sum(unit.stall_s for unit in units),
             misses=sum(unit.misses for unit in units),

@@ -97,8 +97,13 @@ class Stored:
             place.give_back(self.master.copy(place))
 
     def reveal(self) -> None:
-        """Let modules hold the originals."""
-        self.show([place.original for place in self.unit.places])
+        """Let modules hold the originals, though `hide` was interrupted."""
+        originals = [place.original for place in self.unit.places]
+        for module, kind, name, number in self._spots:
+            slots = module[kind]
+            if slots.get(name) is self._outside[number]:
+                slots[name] = originals[number]
+        self.show(originals)
 
     def retire(self) -> None:
         """Let stand-ins that others have kept raise from now on."""

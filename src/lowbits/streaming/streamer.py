@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Self, final
 import torch
 
 from lowbits.config import LOCATIONS, SWAPS, parse_size, require_choice
+from lowbits.core.packed import workspace_bytes
 from lowbits.core.source import SourceFiles
 from lowbits.errors import AlreadyPatchedError, ConfigError, NotPatchedError
+from lowbits.streaming.activations import Activations
 from lowbits.streaming.arbiter import Arbiter
 from lowbits.streaming.budget import BUDGETS, reserve_bytes
 from lowbits.streaming.device_ops import DeviceOps, device_ops
@@ -68,7 +70,7 @@ class LayerStreamer:
             device: that it computes on.
             budget: bytes of weights on the device at any instant, a hard cap: an int, a string as
                 ``"6GB"`` or ``"6GiB"``, or ``"auto"``: what is free at `attach` but a reserve, as
-                `lowbits.apply` leaves.
+                `lowbits.apply` leaves; attached again, what calls are known to take.
             method: ``"queue"`` copies a block, then computes it; ``"async"`` copies ahead into a
                 ring of slots; ``"auto"`` times two passes of each and keeps the faster.
             location: of the weights: ``"cpu"`` is host memory, ``"shared"`` page-locked host
@@ -90,6 +92,7 @@ class LayerStreamer:
         self._method, self._location = method, location
         self._depth = _depth(depth)
         self._source = None if source is None else SourceFiles(source)
+        self._activations = Activations()
         self._engine: Engine | None = None
         self._is_wanted = False
 
@@ -121,14 +124,28 @@ class LayerStreamer:
 
     def _attach(self, *, must_fit: bool) -> None:
         ops = device_ops(self.device)
-        budget = self._budget if isinstance(self._budget, int) else free_budget(ops)
+        budget = self._budget if isinstance(self._budget, int) else self._free_budget(ops)
         shared = BUDGETS.of(self.device)
         arbiter = Arbiter(ops, budget, method=self._method, depth=self._depth, shared=shared)
         locate = partial(self._source.locate, "") if self._source else None
         layout = cut(self.module, arbiter)
         if must_fit:
             require_fit(layout, arbiter)
-        self._engine = Engine("", self.module, layout, arbiter, self._location, locate)
+        self._engine = Engine(
+            "", self.module, layout, arbiter, self._location, self._activations, locate
+        )
+
+    def _free_budget(self, ops: DeviceOps) -> int:
+        """Return what ``budget="auto"`` is now: what is free, but a reserve.
+
+        Raises:
+            ConfigError: the device does not say what is free.
+        """
+        free = ops.free_bytes()
+        if free is None:
+            raise ConfigError(f"budget: {ops.device} does not say what is free; give a size")
+        workspace = workspace_bytes(self.module)
+        return max(0, free - reserve_bytes(ops, free, [self._activations], workspace))
 
     def place_again(self, *, must_fit: bool = True) -> None:
         """Stream the module in the budget that its device has now; nothing where it is detached.
@@ -173,18 +190,6 @@ class LayerStreamer:
     ) -> None:
         if self.is_attached:
             self.detach()
-
-
-def free_budget(ops: DeviceOps) -> int:
-    """Return what ``budget="auto"`` is now: what is free, but a reserve.
-
-    Raises:
-        ConfigError: the device does not say what is free.
-    """
-    free = ops.free_bytes()
-    if free is None:
-        raise ConfigError(f"budget: {ops.device} does not say what is free; give a size")
-    return max(0, free - reserve_bytes(ops, free))
 
 
 def _depth(value: int | str) -> int | None:

@@ -42,7 +42,7 @@ class _CountedOps(DeviceOps):
     def __init__(self, device: torch.device, capacity_bytes: int | None) -> None:
         super().__init__(device)
         self.capacity_bytes, self.peak_bytes = capacity_bytes, 0
-        self._made = 0
+        self._made = self._most_used = 0
         self._lock = threading.Lock()
         # A finalizer may run in any thread, between any two instructions: it only appends.
         self._freed: deque[int] = deque()
@@ -77,6 +77,14 @@ class _CountedOps(DeviceOps):
             self._made += nbytes
             self.peak_bytes = max(self.peak_bytes, self._made)
         return tensor
+
+    def use(self, nbytes: int) -> None:
+        """Take memory for a moment, beside what `empty` made, as activations do."""
+        self._most_used = max(self._most_used, self.allocated_bytes + nbytes)
+
+    def used_bytes(self) -> tuple[int, int]:
+        """Return what is allocated, and the most that was, or was in use."""
+        return self.allocated_bytes, max(self.peak_bytes, self._most_used)
 
     def free_bytes(self) -> int | None:
         """Return what is left of the capacity."""
