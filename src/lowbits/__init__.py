@@ -18,14 +18,14 @@ if TYPE_CHECKING:
     from lowbits import testing as testing
     from lowbits._api import apply as apply
     from lowbits._api import backend as backend
-    from lowbits._api import dequantize as dequantize
-    from lowbits._api import handle as handle
-    from lowbits._api import merge_lora as merge_lora
     from lowbits._api import quantize as quantize
     from lowbits._api import register_backend as register_backend
-    from lowbits._api import restore as restore
     from lowbits._api import schemes as schemes
-    from lowbits._api import unmerge_lora as unmerge_lora
+    from lowbits._applied import dequantize as dequantize
+    from lowbits._applied import handle as handle
+    from lowbits._applied import merge_lora as merge_lora
+    from lowbits._applied import restore as restore
+    from lowbits._applied import unmerge_lora as unmerge_lora
     from lowbits._convert import convert as convert
     from lowbits._convert import inspect as inspect
     from lowbits._convert import save_gguf as save_gguf
@@ -55,8 +55,8 @@ if TYPE_CHECKING:
 
 #: Where each public name lives; it is imported at its first use.
 _HOMES = {
-    "lowbits._api": """apply backend dequantize handle merge_lora quantize register_backend
-        restore schemes unmerge_lora""",
+    "lowbits._api": "apply backend quantize register_backend schemes",
+    "lowbits._applied": "dequantize handle merge_lora restore unmerge_lora",
     "lowbits._convert": "convert inspect save_gguf",
     "lowbits._files": "adopt load load_pipeline save",
     "lowbits.config": "LowbitsConfig",

@@ -23,19 +23,18 @@ from lowbits._target import (
 )
 from lowbits.config import LowbitsConfig
 from lowbits.core.convert import ConvertOptions, convert, stored_bytes_of
-from lowbits.core.guards import allow_methods
-from lowbits.core.handle import Handle, Placed, find_handle
+from lowbits.core.handle import Handle, Placed
 from lowbits.core.homes import homes_of, same_device
-from lowbits.core.interception import interceptor_of
+from lowbits.core.interception import streamed_part
 from lowbits.core.memory import storage_bytes
-from lowbits.core.packed import PackedLayer, workspace_bytes
+from lowbits.core.packed import workspace_bytes
 from lowbits.core.registry import DEFAULT
 from lowbits.core.requantize import requantized
 from lowbits.core.scheme import NATIVE, SchemeInfo
 from lowbits.core.select import Selection, select
 from lowbits.core.source import SourceFiles
-from lowbits.core.surgery import Journal, dequantize_layers, undo
-from lowbits.errors import ConfigError, NotPatchedError
+from lowbits.core.surgery import Journal, undo
+from lowbits.errors import ConfigError
 from lowbits.integrations.adapters import Adapters
 from lowbits.integrations.configs import request_of
 from lowbits.integrations.diffusers import announce_device, denoisers_of
@@ -44,6 +43,7 @@ from lowbits.streaming.activations import Activations
 from lowbits.streaming.budget import BUDGETS
 from lowbits.streaming.device_ops import free_bytes
 from lowbits.streaming.engine import refuse_streamed
+from lowbits.streaming.layout import loose_bytes
 from lowbits.streaming.models import (
     PlacedModels,
     Placement,
@@ -53,7 +53,7 @@ from lowbits.streaming.models import (
 from lowbits.streaming.stats import tensors_of
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Mapping, Sequence
+    from collections.abc import Collection, Mapping, Sequence
     from pathlib import Path
 
     from lowbits.core.backend import QuantBackend
@@ -96,8 +96,7 @@ def apply(  # noqa: PLR0913 - one place for every option
         compute_dtype: that packed layers multiply in; None: what is fast on their device.
         gpu_weights: a hard cap on weights on the device, as ``"6GB"``; ``"all"``: they fit, or it
             raises; ``"auto"``: what reserve leaves, on a CPU everything. The rest is streamed.
-        reserve: left free by ``"auto"``: a size, or ``"auto"``: 10 % of the device, at least 1 GiB;
-            when it is streamed and placed again, what calls are known to take beside weights.
+        reserve: left free by ``"auto"``: a size; ``"auto"``: 10 % or more, or what calls took.
         swap: how streamed weights are copied: `LayerStreamer`'s ``method``.
         location: where they wait, see `LayerStreamer`.
         lora: adapters act ``"fp16"`` beside packed weights, ``"merge"`` in them, or as ``"auto"``.
@@ -139,102 +138,6 @@ def quantize(module: nn.Module, scheme: Any, **options: Any) -> Handle:
         if option in options:
             raise ConfigError(f"{option}: quantize moves nothing; use lowbits.apply for that")
     return _apply(modules_of(module), LowbitsConfig(scheme, **options), None)
-
-
-def dequantize(target: Any) -> None:
-    """Turn packed layers into ordinary ones, with the weights *as quantized*, in place.
-
-    Lossy: the originals are let go. To get them back, use `restore` instead. Works on any packed
-    module, copies and unpickled ones too.
-
-    Raises:
-        NotPatchedError: nothing in the target is packed.
-    """
-    roots = modules_of(target).values()
-    modules = {id(module): module for root in roots for module in root.modules()}
-    layers = [module for module in modules.values() if isinstance(module, PackedLayer)]
-    if not layers:
-        raise NotPatchedError(f"nothing in this {type(target).__name__} is packed")
-    for streamed in _handles_of(modules.values()):
-        streamed.end_streaming()
-    for root in roots:
-        refuse_streamed(root)
-    dequantize_layers(layers)
-    for module in modules.values():
-        owned = find_handle(module)
-        # A handle of more than this target keeps the way back to the rest, and to this.
-        if owned and not _reaches_beyond(owned, modules.values()):
-            owned.release()
-        allow_methods(module)
-
-
-def handle(target: Any) -> Handle | None:
-    """Return the handle of a module or pipeline that was applied, or None.
-
-    A pipeline that has components of another one has its own handle, where it was applied too.
-    """
-    modules = list(modules_of(target).values())
-    return min(
-        _handles_of(modules), key=lambda owned: _reaches_beyond(owned, modules), default=None
-    )
-
-
-def _reaches_beyond(owned: Handle, modules: Collection[nn.Module]) -> bool:
-    """Say whether a handle is of more than some modules."""
-    known = {id(module) for module in modules}
-    return any(id(component) not in known for component in owned.components.values())
-
-
-def restore(target: Any) -> None:
-    """Undo `apply` or `quantize`: see `Handle.restore`; all of a pipeline's handles."""
-    # One that streams what another one has packed comes first.
-    for owned in sorted(_require_handles(target), key=lambda found: not found.is_streamed):
-        owned.restore()
-
-
-def merge_lora(target: Any) -> None:
-    """Merge the adapters that act into the packed weights, with their strengths now.
-
-    W + what they add is quantized from the original W, on the device that computes; only layers
-    whose adapters, or strengths, are other ones than in their codes are written. Until it is called
-    again, a strength that changes acts beside the codes.
-
-    Raises:
-        NotPatchedError: the target has no handle.
-        SourceUnavailableError: originals were not kept; nothing changes.
-        PatchError: an adapter is of a kind that cannot be merged; nothing changes.
-    """
-    for owned in _require_handles(target):
-        owned.adapters.merge()
-
-
-def unmerge_lora(target: Any) -> None:
-    """Take out of the packed weights what was merged into them: their codes are as packed.
-
-    Adapters that are there still act beside the weights again; what was merged and then unloaded is
-    gone.
-
-    Raises:
-        NotPatchedError: the target has no handle.
-        SourceUnavailableError: originals were not kept; nothing changes.
-    """
-    for owned in _require_handles(target):
-        owned.adapters.unmerge()
-
-
-def _require_handles(target: Any) -> list[Handle]:
-    handles = _handles_of(modules_of(target).values())
-    if not handles:
-        raise NotPatchedError(
-            f"this {type(target).__name__} has no handle: it was not applied, was restored "
-            "already, or is a copy of an applied one (lowbits.dequantize works on those)"
-        )
-    return handles
-
-
-def _handles_of(modules: Iterable[nn.Module]) -> list[Handle]:
-    """Return the handles of some modules, each once."""
-    return list({id(owned): owned for owned in map(find_handle, modules) if owned}.values())
 
 
 def schemes() -> tuple[SchemeInfo, ...]:
@@ -359,6 +262,10 @@ class _Target:
         self._config, self._device = config, device
         self._activations: defaultdict[str, Activations] = defaultdict(Activations)
 
+    def modules(self) -> list[nn.Module]:
+        """Return all of its models that still exist."""
+        return list(self._modules.values())
+
     def choose(
         self,
         modules: Mapping[str, nn.Module],
@@ -401,14 +308,31 @@ class _Target:
     ) -> Placed:
         """Place the target in another way, or as it was if that fails."""
         if self._device is None:
+            if not changes:
+                return placed
             raise ConfigError("lowbits.quantize never moves a module: use lowbits.apply for that")
         config = replace(self._config, **changes)
         files = _source_files(config)
+        with placed.turn():
+            return self._place(
+                owned, placed, config, files, is_asked=bool(changes), must_fit=must_fit
+            )
+
+    def _place(
+        self,
+        owned: Handle,
+        placed: Placed,
+        config: LowbitsConfig,
+        files: SourceFiles | None,
+        *,
+        is_asked: bool,
+        must_fit: bool,
+    ) -> Placed:
         placed.detach()
         homes: list[tuple[nn.Module, torch.device]] = []
         try:
-            left = _left_to_place(dict(self._modules), is_asked=bool(changes))
-            nbytes = sum({id(t): t.nbytes for t in tensors_of(left.values())}.values())
+            left = _left_to_place(dict(self._modules), is_asked=is_asked)
+            nbytes = loose_bytes(tensors_of(left.values()))
             new = self.choose(left, config, nbytes, files)
             if not new.is_streamed:
                 homes = homes_of(left, self._device, is_ours=placed.is_streamed)
@@ -431,7 +355,7 @@ def _left_to_place(modules: Mapping[str, nn.Module], *, is_asked: bool) -> dict[
     Raises:
         AlreadyPatchedError: somebody asked for it, and others stream all of them.
     """
-    left = {name: module for name, module in modules.items() if interceptor_of(module) is None}
+    left = {name: module for name, module in modules.items() if streamed_part(module) is None}
     for module in modules.values() if is_asked and not left else ():
         refuse_streamed(module)
     return left
@@ -452,18 +376,30 @@ def _switch(
     }
     names = None if "" in modules else list(asked)
     new = replace(config, scheme=scheme, components=names, rules=rules)
-    baked = owned.adapters.baked()
+    fused = owned.adapters.fused()
     owned.restore()
     try:
-        switched = _apply(modules, new, device)
-        try:
-            switched.adapters.bake(baked)
-        except BaseException:
-            switched.restore()
-            raise
+        return _apply_fused(modules, new, device, fused)
     except BaseException:
         # The caller's callbacks may be what failed, or cancelled: they are not asked again.
         old = replace(config, progress=None, cancel=None)
-        _apply(modules, old, device, must_fit=False).adapters.bake(baked)
+        _apply_fused(modules, old, device, fused, must_fit=False)
         raise
-    return switched
+
+
+def _apply_fused(
+    modules: Mapping[str, nn.Module],
+    config: LowbitsConfig,
+    device: torch.device | None,
+    fused: Mapping[nn.Module, Any],
+    *,
+    must_fit: bool = True,
+) -> Handle:
+    """Apply, and merge what had been merged into the layers before."""
+    owned = _apply(modules, config, device, must_fit=must_fit)
+    try:
+        owned.adapters.fuse_again(fused)
+    except BaseException:
+        owned.restore()
+        raise
+    return owned

@@ -69,6 +69,24 @@ def test_a_switch_packs_it_too(place: dict[str, Any], lora: Path) -> None:
     assert torch.equal(draw("flux", pipe), draw("flux", PIPELINES["flux"].build()))
 
 
+def test_a_switch_keeps_what_is_fused_and_still_loaded(place: dict[str, Any], lora: Path) -> None:
+    twin: Any = PIPELINES["flux"].build()
+    applied(twin, SCHEMES[1], place)
+    expected = fuse(twin, lora)
+    pipe: Any = PIPELINES["flux"].build()
+    handle = applied(pipe, SCHEMES[0], place)
+    pipe.load_lora_weights(lora, adapter_name="fused")
+    pipe.fuse_lora()
+    handle = handle.switch(SCHEMES[1])
+    assert torch.equal(draw("flux", pipe), expected)
+    pipe.unfuse_lora()
+    assert not torch.equal(draw("flux", pipe), expected)
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    assert torch.equal(draw("flux", pipe), expected)
+    handle.restore()
+
+
 def test_a_switch_that_fails_packs_it_again(place: dict[str, Any], lora: Path) -> None:
     class Fails:
         layers = 10**6

@@ -119,15 +119,6 @@ def test_a_reconfigure_that_fails_keeps_a_cap_that_is_too_small_now(
     assert owned.stats().peak_device_bytes <= cap
 
 
-def test_what_is_left_of_a_restored_model_is_no_adapter(lora: Path) -> None:
-    pipe: Any = PIPELINES["flux"].build()
-    handle = lowbits.apply(pipe, "bnb-nf4", device="cpu", keep_source="memory")
-    pipe.load_lora_weights(lora)  # peft freezes what is not packed
-    pipe.unload_lora_weights()
-    handle.restore()
-    assert smallest_budget(pipe) == smallest_budget(PIPELINES["flux"].build())
-
-
 def test_a_native_lora_is_fused_while_streamed(mode: dict[str, Any], lora: Path) -> None:
     def fused(pipe: Any) -> list[torch.Tensor]:
         pipe.load_lora_weights(lora, adapter_name="one")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
+import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -177,6 +178,8 @@ def test_a_cap_may_be_raised_and_taken_away_though_an_adapter_is_too_much(tmp_pa
     assert not torch.equal(draw("flux", pipes[0]), expected[0])
     pipes[0].unload_lora_weights()
     assert torch.equal(draw("flux", pipes[0]), expected[0])
+    for pipe in pipes:
+        lowbits.restore(pipe)
 
 
 def test_streamers_count_too() -> None:
@@ -229,6 +232,34 @@ def test_threads_wait_for_each_other() -> None:
         thread.join(60)
     assert not wrong
     assert budget.peak_bytes <= budget.budget_bytes
+
+
+def test_threads_wait_while_a_cap_changes() -> None:
+    class Slow(Net):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            time.sleep(0.01)
+            return super().forward(x)
+
+    model, x = Slow([64] * 4), torch.randn(3, 16)
+    with torch.no_grad():
+        expected = model(x)
+    streamer = lowbits.LayerStreamer(model, device="cpu", budget="30KB", location="cpu").attach()
+    found: list[bool] = []
+
+    def run() -> None:
+        with torch.no_grad():
+            found.extend(torch.equal(model(x), expected) for _ in range(20))
+
+    threads = [threading.Thread(target=run) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for number in range(10):
+        time.sleep(0.02)
+        cap(25_000 + number)
+    for thread in threads:
+        thread.join(60)
+    assert found == [True] * 60
+    streamer.detach()
 
 
 def pipelines_take_turns() -> None:

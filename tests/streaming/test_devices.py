@@ -263,11 +263,21 @@ def copies_are_of_one_device() -> None:
             for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
                 assert {tensor.device.type for tensor in twin.parameters()} == {"cpu"}
                 assert torch.equal(expected_of(twin, x), expected)
-        model(x.to(device))
+        copy.deepcopy(model)
+        with torch.inference_mode():
+            model(x.to(device))
+        assert not factor.is_inference()
         factor.grad = torch.ones_like(factor)
         copy.deepcopy(model)
         assert factor.device.type == device.type, "an optimizer is about to write it"
+        factor.grad = None
         copy.deepcopy(model)
+        factor.grad = torch.ones(16)
+        model(x.to(device))
+        assert factor.device.type == factor.grad.device.type == device.type
+        model.train()
+        copy.deepcopy(model)
+        assert factor.device.type == device.type
     assert factor.device == CPU
     assert model.factor is factor
 

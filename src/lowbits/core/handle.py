@@ -13,7 +13,8 @@ from lowbits.core.surgery import Journal, journal_of, take_back, verify_sources
 from lowbits.errors import AlreadyPatchedError, NotPatchedError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from contextlib import AbstractContextManager
     from types import TracebackType
 
     import torch
@@ -43,6 +44,9 @@ class Placed(Protocol):
     def detach(self) -> None:
         """Leave them where they were, all of them or none."""
 
+    def turn(self) -> AbstractContextManager[Any]:
+        """Keep others from running them: who waits for a turn goes on when this is over."""
+
     def resume(self) -> None:
         """Place them as before `detach`, though they would not fit any more."""
 
@@ -59,10 +63,10 @@ class Adapters(Protocol):
     def forget(self) -> None:
         """Let those that were merged act again: the packed weights are gone."""
 
-    def baked(self) -> Mapping[nn.Module, Any]:
-        """Return what only the packed weights have: it was merged, and let go of since."""
+    def fused(self) -> Mapping[nn.Module, Any]:
+        """Return what was merged on request into each layer, and is there still."""
 
-    def bake(self, baked: Mapping[nn.Module, Any]) -> None:
+    def fuse_again(self, fused: Mapping[nn.Module, Any]) -> None:
         """Merge that into layers that were packed anew."""
 
     def merge(self) -> None:
@@ -74,6 +78,9 @@ class Adapters(Protocol):
 
 class Target(Protocol):
     """What a handle needs to do to its target, and cannot do itself."""
+
+    def modules(self) -> list[nn.Module]:
+        """Return all of its models that still exist."""
 
     def switch(self, owned: Handle, scheme: Any) -> Handle:
         """Pack the target in another scheme."""
@@ -113,7 +120,8 @@ class Handle:
     def attach(self, journals: Mapping[str, Journal], save: Save) -> None:
         """Make each component own this handle, and its journal.
 
-        Components that another handle owns stay that one's: it has the way back.
+        Components that another handle owns stay that one's, which has the way back; it is noted
+        there that this one may stream them.
 
         Args:
             journals: by component.
@@ -125,6 +133,9 @@ class Handle:
                 module.__dict__[_OWNED] = _Owned(self, journal)
                 self._journals.add(journal)
                 self._hooks.append(guard(module, save))
+        for part in map(_owned, self._target.modules()):
+            if part.handle is not self and self not in part.guests:
+                part.guests.append(self)
         self.adapters.attach(self)
 
     @property
@@ -139,12 +150,15 @@ class Handle:
 
     @property
     def is_active(self) -> bool:
-        """Whether the target is still packed by this handle."""
-        return bool(self._parts())
+        """Whether the target is still packed, or streamed, by this handle."""
+        return bool(self._parts()) or (self.is_streamed and bool(self._hosts()))
+
+    def _hosts(self) -> list[_Owned]:
+        """Return what models of the target have that are another handle's."""
+        return [part for part in map(_owned, self._target.modules()) if self in part.guests]
 
     def _parts(self) -> list[_Owned]:
-        parts = (module.__dict__.get(_OWNED) for module in self.components.values())
-        mine = (part for part in parts if isinstance(part, _Owned) and part.handle is self)
+        mine = (part for part in map(_owned, self.components.values()) if part.handle is self)
         return list({id(part): part for part in mine}.values())
 
     def report(self) -> Report:
@@ -158,8 +172,7 @@ class Handle:
         """Say which packed layers are not in the target any more."""
         for module in self.components.values():
             present = {id(part) for part in module.modules()}
-            owned = module.__dict__.get(_OWNED)
-            for fqn, part in owned.journal.modules() if isinstance(owned, _Owned) else ():
+            for fqn, part in _owned(module).journal.modules():
                 if id(part) not in present:
                     yield (
                         f"{fqn} was replaced by another module since it was packed (by a LoRA?), "
@@ -244,24 +257,25 @@ class Handle:
         self._require_active("restore")
         journals = [part.journal for part in self._parts()]
         verify_sources(journals)  # before streaming ends: it is not begun again for nothing
-        self._placed.detach()
-        try:
-            self._require_unstreamed()
-            take_back(journals)
-        except BaseException:
-            self._placed.resume()
-            raise
+        with self._placed.turn():
+            self._placed.detach()
+            try:
+                self._require_unstreamed()
+                take_back(journals)
+            except BaseException:
+                self._placed.resume()
+                raise
         self.adapters.forget()
-        self.detach()
+        self._leave()
         for reference, device in self._homes:
             module = reference()
-            if module is not None:
+            if module is not None and streamed_part(module) is None:
                 module.to(device)
 
     def switch(self, scheme: Any) -> Handle:
         """Pack the same components in another scheme, from the originals, with the same options.
 
-        A LoRA that was fused and unloaded since stays, in layers that are packed in both.
+        A LoRA that was fused stays, unloaded since or not, in layers that are packed in both.
 
         Args:
             scheme: as for `lowbits.apply`. Rules that named the old scheme name this one.
@@ -280,6 +294,10 @@ class Handle:
         """Stop streaming: weights are where they were before."""
         self._placed.detach()
 
+    def resume_streaming(self) -> None:
+        """Begin again as it was before `end_streaming`."""
+        self._placed.resume()
+
     def release(self) -> None:
         """Let the target go without restoring it: it stays packed, and has no handle.
 
@@ -287,7 +305,15 @@ class Handle:
         """
         self._require_active("release")
         self._placed.detach()
+        self._leave()
+
+    def _leave(self) -> None:
+        """Detach, and let those who own what this one has streamed place it themselves."""
+        hosts = {id(part.handle): part.handle for part in self._hosts() if self.is_streamed}
         self.detach()
+        for host in hosts.values():
+            if host is not None:
+                host.place_again(must_fit=False)
 
     def detach(self) -> None:
         """Make the target forget this handle; nothing else changes.
@@ -298,6 +324,8 @@ class Handle:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
+        for host in self._hosts():
+            host.guests.remove(self)
         for module in self.components.values():
             if find_handle(module) is self:
                 del module.__dict__[_OWNED]
@@ -311,7 +339,9 @@ class Handle:
     def _require_unstreamed(self) -> None:
         """Raise where somebody else streams a component: originals would be streamed no more."""
         for name, component in self.components.items():
-            if (part := streamed_part(component)) is not None:
+            owned = _owned(component)
+            is_packed = owned.handle is self and any(True for _ in owned.journal.modules())
+            if is_packed and (part := streamed_part(component)) is not None:
                 raise AlreadyPatchedError(
                     f"cannot restore {name or type(component).__name__}: its {part} is streamed by "
                     "a LayerStreamer, or as a part of another pipeline: call that one's detach(), "
@@ -337,11 +367,18 @@ class Handle:
 
 @final
 class _Owned:
-    """What a component owns: its handle and journal, which copies and pickles do not share."""
+    """What a component owns, which copies and pickles do not share.
+
+    Attributes:
+        handle: that has packed it; None: nobody has.
+        journal: the way back.
+        guests: handles of other targets that have it too, and may stream it.
+    """
 
     def __init__(self, handle: Handle | None = None, journal: Journal | None = None) -> None:
         self.handle = handle
         self.journal = journal or Journal()
+        self.guests: list[Handle] = []
 
     def __reduce__(self) -> tuple[type[_Owned], tuple[()]]:
         return _Owned, ()
@@ -349,8 +386,23 @@ class _Owned:
 
 def find_handle(module: nn.Module) -> Handle | None:
     """Return the handle of a component, if it has one."""
+    return _owned(module).handle
+
+
+def handles_of(modules: Iterable[nn.Module]) -> list[Handle]:
+    """Return all handles of some modules, each once: first those that are to be restored first.
+
+    These stream what another one has packed.
+    """
+    parts = list(map(_owned, modules))
+    guests = [guest for part in parts for guest in part.guests if guest.is_streamed]
+    owners = [part.handle for part in parts if part.handle is not None]
+    return list({id(owned): owned for owned in (*guests, *owners)}.values())
+
+
+def _owned(module: nn.Module) -> _Owned:
     owned = module.__dict__.get(_OWNED)
-    return owned.handle if isinstance(owned, _Owned) else None
+    return owned if isinstance(owned, _Owned) else _Owned()
 
 
 def guard(module: nn.Module, save: Save) -> RemovableHandle:

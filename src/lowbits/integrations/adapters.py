@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import weakref
-from typing import TYPE_CHECKING, Any, Final, cast, final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, cast, final
 
 import torch
 from torch import nn
@@ -56,6 +56,13 @@ _LEAST_BITS: Final = {"fp16": None, "auto": 16.0, "merge": 0.0}
 
 #: What is packed of a layer that adapters are merged into.
 WEIGHT: Final = ("weight",)
+
+
+class _Fused(NamedTuple):
+    """What was merged into a layer on request: what peft has let go of since, and what it has."""
+
+    deltas: tuple[Delta, ...]
+    scales: Scales
 
 
 @final
@@ -135,39 +142,47 @@ class Adapters:
             for layer, state in list(self._merged.items()):
                 self._reset(layer, state)
 
-    def baked(self) -> dict[nn.Module, tuple[Delta, ...]]:
-        """Return what was merged into each layer and unloaded since: only the codes have it."""
+    def fused(self) -> dict[nn.Module, _Fused]:
+        """Return what was merged on request into each layer, and is there still."""
         wrapped = {id(wrapper.base_layer) for wrapper in self._present()}
         found = {}
         for layer, state in self._merged.items():
-            is_loaded = id(layer) in wrapped or state.is_automatic
-            found[layer] = state.baked if is_loaded else (*state.baked, *state.deltas)
-        return {layer: deltas for layer, deltas in found.items() if deltas}
+            if state.is_automatic:
+                found[layer] = _Fused(state.baked, {})
+            elif id(layer) in wrapped:
+                found[layer] = _Fused(state.baked, state.merged)
+            else:
+                found[layer] = _Fused((*state.baked, *state.deltas), {})
+        return found
 
     @torch.no_grad()
     @torch.inference_mode(mode=False)
-    def bake(self, baked: Mapping[nn.Module, tuple[Delta, ...]]) -> None:
-        """Merge what was merged into layers before they were packed anew.
+    def fuse_again(self, fused: Mapping[nn.Module, _Fused]) -> None:
+        """Merge that into layers that were packed anew.
 
         Raises:
             NonFiniteWeightError: a sum holds NaN or infinity.
+            PatchError: an adapter cannot be merged into a packed weight.
         """
-        wrappers = {id(wrapper.base_layer): wrapper for wrapper in self._present()}
-        lost = []
-        for layer, deltas in baked.items():
-            if not isinstance(layer, PackedLayer) or layer.lowbits_names != WEIGHT:
-                lost.append(layer)
-                continue
-            wrapper = wrappers.get(id(layer))
-            state = State(self) if wrapper is None else state_of(wrapper)
-            _, parts = self._quantize(layer, (*deltas, *state.deltas))
-            state.baked = deltas
-            self._merged[layer] = state
-            rewrite(layer, parts)
+        with self._lock:
+            wrappers = {id(wrapper.base_layer): wrapper for wrapper in self._present()}
+            lost = 0
+            for layer, (deltas, scales) in fused.items():
+                if not isinstance(layer, PackedLayer) or layer.lowbits_names != WEIGHT:
+                    lost += bool(deltas)
+                    continue
+                wrapper = wrappers.get(id(layer))
+                state = State(self) if wrapper is None else state_of(wrapper)
+                if deltas:
+                    state.baked = deltas
+                    self._rewrite(layer, state, (*deltas, *state.deltas))
+                if wrapper is not None and scales:
+                    self.write([(wrapper, scales)])
+                    state.is_automatic = False
         if lost:
             logger.warning(
                 "a LoRA that was fused and unloaded is gone from %d layers, which are not packed "
-                "any more: load it again", len(lost),
+                "any more: load it again", lost,
             )  # fmt: skip
 
     def before_pass(self, *, trains: bool = False) -> None:
@@ -247,11 +262,12 @@ class Adapters:
                 )
 
     def _present(self) -> list[Any]:
-        """Return the wrappers that are in the target now."""
+        """Return the wrappers that are in the target now, but for those of another handle."""
         owned = self._owned() if self._owned else None
         roots = owned.components.values() if owned else ()
         modules = {id(module): module for root in roots for module in root.modules()}
-        return [module for module in modules.values() if KEY in module.__dict__]
+        wrappers = [module for module in modules.values() if KEY in module.__dict__]
+        return [wrapper for wrapper in wrappers if state_of(wrapper).adapters() is self]
 
     def _is_automatic(self, module: nn.Module) -> bool:
         least = self._least_bits
@@ -317,10 +333,15 @@ class Adapters:
     @torch.inference_mode(mode=False)
     def _reset(self, layer: Any, state: State) -> None:
         """Give a layer that no adapter wraps any more the codes of its weight and what is baked."""
-        _, parts = self._quantize(layer, state.baked)
-        rewrite(layer, parts)
+        self._rewrite(layer, state, state.baked)
         state.merged, state.deltas, state.is_automatic = dict(state.inside), (), False
-        if not state.baked:
+
+    def _rewrite(self, layer: Any, state: State, deltas: Sequence[Delta]) -> None:
+        """Give a layer the codes of its weight, and what is added to it."""
+        _, parts = self._quantize(layer, deltas)
+        self._merged[layer] = state
+        rewrite(layer, parts)
+        if not deltas:
             del self._merged[layer]
 
 

@@ -18,6 +18,7 @@ from lowbits.streaming.models import PlacedModels
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
+    from contextlib import AbstractContextManager
 
     from torch import nn
 
@@ -85,6 +86,10 @@ class GuardedModels(PlacedModels):
         self._placed.detach()
         for guard in self._guards:
             guard.detach()
+
+    def turn(self) -> AbstractContextManager[Any]:
+        """Keep others from running the models."""
+        return self._placed.turn()
 
     def resume(self) -> None:
         """Place the models as before, and stand before their VAEs' calls."""

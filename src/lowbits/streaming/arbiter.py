@@ -142,6 +142,9 @@ class Arbiter:
                     other.park()
         room = budget - sum(other.reserved_bytes for other in others)
         if stage.plan is None or own > room or stage.is_outgrown:
+            if room < stage.minimum_bytes and len(stage.components) > 1 and not stage.uses:
+                self._part(stage)
+                return self.enter(component)
             if room < stage.minimum_bytes:
                 room = self._share(stage, [other for other in others if other.uses], budget)
             stage.activate(room)
@@ -169,6 +172,13 @@ class Arbiter:
             caller.give_way(caller.busy_bytes + above // (len(callers) + 1))
         self.ops.release_cached()
         return budget - apart - sum(caller.reserved_bytes for caller in callers)
+
+    def _part(self, stage: Stage) -> None:
+        """Make several stages of one that has outgrown the budget: an adapter came."""
+        stage.close()
+        self._turns.clear()
+        for component in stage.components:
+            self.add(component)
 
     def _too_small(
         self, stage: Stage, apart: int, busy: int, *, missing: int, left: int

@@ -148,10 +148,13 @@ class Budgets:
                     if _with_index(where) == place:
                         done.append(placed)
                         placed.place_again(must_fit=is_less)
-            except BaseException:
+            except BaseException as error:
                 self._put(place, before)
                 for placed in reversed(done):
-                    placed.place_again(must_fit=False)
+                    try:
+                        placed.place_again(must_fit=False)
+                    except Exception as second:  # noqa: BLE001 - the first one is raised
+                        error.add_note(f"lowbits: {placed!r} is not placed as before: {second}")
                 raise
             return self._budgets.get(place)
 

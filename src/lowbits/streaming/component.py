@@ -151,10 +151,14 @@ class Component:
             extra.move(self._device)
 
     def settle(self) -> None:
-        """Bring to the host what is moved one by one, where all the rest is, until `unsettle`."""
-        self._is_settled = True
-        for loose in (*self._loose, *self._extras):
-            loose.move_shown(torch.device("cpu"))
+        """Bring to the host what is moved one by one, where all the rest is, until `unsettle`.
+
+        Not while it is trained: a backward pass, and an optimizer, want it where it is.
+        """
+        self._is_settled = not self.root.training
+        for loose in (*self._loose, *self._extras) if self._is_settled else ():
+            if loose.tensor.grad is None:
+                loose.move_shown(torch.device("cpu"))
 
     def unsettle(self) -> None:
         """Bring it to the device again."""
@@ -246,10 +250,13 @@ class _Loose:
             self._set(self.tensor.detach().to(device))
 
     def move_shown(self, device: torch.device) -> None:
-        """Move what the module was given, unless it is somebody else's, or about to be trained."""
-        is_free = self.held() is self._shown and self._shown.grad is None
-        if is_free and self._shown.device != device:
-            self._set(self._shown.detach().to(device))
+        """Move what the module was given, and its gradient, unless it is somebody else's."""
+        shown = self._shown
+        if self.held() is not shown or shown.device == device or shown.is_meta:
+            return
+        grad, shown.grad = shown.grad, None
+        self._set(shown.detach().to(device))
+        self._shown.grad = None if grad is None else grad.to(device)
 
     def cast(self, dtype: torch.dtype) -> None:
         """Convert it; where it was replaced on its device, there too."""
@@ -277,7 +284,10 @@ class _Loose:
         if self.tensor.device != self._device:
             self._set(self.tensor.detach().to(self._device))
 
+    @torch.inference_mode(mode=False)
     def _set(self, value: Tensor) -> None:
+        if value.is_inference():
+            value = value.clone()  # it outlives the caller's inference mode
         if torch._has_compatible_shallow_copy_type(self.tensor, value):
             self.tensor.data = value
             return

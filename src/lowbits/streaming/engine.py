@@ -105,7 +105,7 @@ class Engine:
         _require_streamable(root)
         self.name, self.root = name, root
         self._arbiter, self.activations = arbiter, activations
-        self._is_running = False
+        self._is_running = self._is_over = False
         self.recoveries = 0
         tier = Tier(location, layout.nbytes, arbiter.ops, locate)
         self.component = Component(name, root, layout, tier, arbiter.ops.device)
@@ -147,6 +147,7 @@ class Engine:
             except BaseException:
                 self._arbiter.add(self.component)
                 raise
+            self._is_over = True
             self._guard.remove()
             for module in self._calls:
                 if interceptor_of(module) is not None:
@@ -158,11 +159,14 @@ class Engine:
         with self._arbiter.lock:
             if self._is_running:
                 return self._run_part(call, forward)
-            self._is_running = True
-            try:
-                return self._run_first(call, forward)
-            finally:
-                self._is_running = False
+            if not self._is_over:
+                self._is_running = True
+                try:
+                    return self._run_first(call, forward)
+                finally:
+                    self._is_running = False
+        # While this thread waited for its turn, the streaming ended: somebody else may have begun.
+        return call.module(*forward.args, **forward.keywords)
 
     def _run_part(self, call: _Call, forward: partial[Any]) -> Any:
         if call.unit is None:
@@ -279,6 +283,11 @@ class Engine:
             stage.renumber()
 
     @property
+    def lock(self) -> AbstractContextManager[Any]:
+        """Held for the whole of a forward."""
+        return self._arbiter.lock
+
+    @property
     def device(self) -> torch.device:
         """The device that the model computes on."""
         return self._arbiter.ops.device
@@ -302,7 +311,7 @@ class _Call(Interceptor):
         self, engine: Engine, module: nn.Module, unit: int | None, *, is_root: bool
     ) -> None:
         self.unit, self.is_root = unit, is_root
-        self._engine, self._module = engine, module
+        self._engine, self.module = engine, module
 
     @_outside_of_graphs
     def call(
@@ -321,11 +330,11 @@ class _Call(Interceptor):
 
     def convert(self, function: Callable[..., Any]) -> None:
         """Convert masters instead of what modules hold."""
-        self._engine.convert(self._module, function)
+        self._engine.convert(self.module, function)
 
     def refuse(self, attribute: str) -> None:
         """Raise before accelerate's hooks move weights."""
-        refuse_hook(self._module, attribute)
+        refuse_hook(self.module, attribute)
 
 
 def cut(

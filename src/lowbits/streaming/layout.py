@@ -412,16 +412,13 @@ def padded(nbytes: int) -> int:
 
 
 def _adapters(root: nn.Module) -> set[int]:
-    """Return the Parameters that are trained in a model that is frozen for the larger part.
+    """Return the Parameters that are trained in a model whose others are frozen.
 
-    An optimizer holds them, so they stay on the device, and stay the same objects. What is trained
-    in larger part is a model that somebody froze in part, or that was restored since peft did.
+    An optimizer holds them, so they stay on the device, and stay the same objects.
     """
-    parameters = [p for p in root.parameters() if p.numel()]
-    floating = [p for p in parameters if p.is_floating_point()]
-    trained = [p for p in floating if p.requires_grad]
-    is_small = 2 * sum(p.nbytes for p in trained) < sum(p.nbytes for p in parameters)
-    return {id(p) for p in trained} if is_small and len(trained) < len(floating) else set()
+    floating = [p for p in root.parameters() if p.is_floating_point() and p.numel()]
+    trained = {id(p) for p in floating if p.requires_grad}
+    return trained if len(trained) < len(floating) else set()
 
 
 def _is_loose(tensor: Tensor, adapters: set[int]) -> bool:

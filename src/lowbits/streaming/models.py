@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import weakref
 from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
-from typing import TYPE_CHECKING, final
+from typing import TYPE_CHECKING, Any, final
 
 from lowbits.core.report import format_bytes
 from lowbits.errors import InsufficientMemoryError
@@ -122,6 +123,10 @@ class PlacedModels(ABC):
     @abstractmethod
     def detach(self) -> None:
         """Leave them where they were, all of them or none."""
+
+    def turn(self) -> AbstractContextManager[Any]:
+        """Keep others from running them: who waits for a turn goes on when this is over."""
+        return nullcontext()
 
     @abstractmethod
     def resume(self) -> None:
@@ -252,6 +257,10 @@ class StreamedModels(PlacedModels):
         self._engines[name] = engine
         if self._announce is not None:
             self._take_back[name] = self._announce(module, engine)
+
+    def turn(self) -> AbstractContextManager[Any]:
+        """Hold the lock of every forward."""
+        return self._arbiter.lock if self._arbiter else nullcontext()
 
     def detach(self) -> None:
         """Stop, the last one first: all of them, or none."""

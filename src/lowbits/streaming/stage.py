@@ -196,7 +196,8 @@ class Stage:
         Raises:
             InsufficientMemoryError: the budget is below `minimum_bytes`.
         """
-        self._budget_bytes = min(budget_bytes, self._limit_bytes or budget_bytes)
+        limit = max(self._limit_bytes or budget_bytes, self.minimum_bytes)
+        self._budget_bytes = min(budget_bytes, limit)
         self.replan()
 
     def _make_plan(self) -> StreamPlan:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Self, final
 
@@ -153,11 +154,12 @@ class LayerStreamer:
         Args:
             must_fit: False: where it does not fit, its next pass says so.
         """
-        if self._engine is not None:
-            self._engine.detach()
-            self._engine = None
-        if self._is_wanted:
-            self._attach(must_fit=must_fit)
+        with self._engine.lock if self._engine else nullcontext():
+            if self._engine is not None:
+                self._engine.detach()
+                self._engine = None
+            if self._is_wanted:
+                self._attach(must_fit=must_fit)
 
     def detach(self) -> None:
         """Stop streaming: every Parameter and buffer is the object that it was, bit for bit.

@@ -1,0 +1,85 @@
+"""How much of a device a placement may take."""
+
+from __future__ import annotations
+
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+from lowbits.errors import InsufficientMemoryError
+from lowbits.streaming.models import Placement
+
+CPU = torch.device("cpu")
+GIB = 1 << 30
+
+
+class Card:
+    """What a device says about its memory."""
+
+    def __init__(self, free: int | None, total: int | None = None) -> None:
+        self.free, self.total = free, total
+
+    def free_bytes(self) -> int | None:
+        return self.free
+
+    def total_bytes(self) -> int | None:
+        return self.total
+
+
+@pytest.mark.parametrize(
+    ("card", "options", "nbytes", "held", "expected"),
+    [
+        # Sizes do not ask the device.
+        (Card(None), {"gpu_weights": 5 * GIB}, 4 * GIB, 0, None),
+        (Card(None), {"gpu_weights": 5 * GIB}, 5 * GIB, 0, None),
+        (Card(None), {"gpu_weights": 5 * GIB}, 5 * GIB + 1, 0, 5 * GIB),
+        (Card(2 * GIB), {"gpu_weights": 5 * GIB}, 6 * GIB, 0, 5 * GIB),
+        # Of 8 GiB free a tenth of the whole device stays free, and a GiB at least.
+        (Card(8 * GIB, 8 * GIB), {}, 7 * GIB, 0, None),
+        (Card(8 * GIB, 8 * GIB), {}, 7 * GIB + 1, 0, 7 * GIB),
+        (Card(8 * GIB, 40 * GIB), {}, 4 * GIB, 0, None),
+        (Card(8 * GIB, 40 * GIB), {}, 4 * GIB + 1, 0, 4 * GIB),
+        (Card(20 * GIB), {}, 18 * GIB, 0, None),
+        (Card(20 * GIB), {}, 18 * GIB + 1, 0, 18 * GIB),
+        # What is on the device already makes room.
+        (Card(3 * GIB, 8 * GIB), {}, 7 * GIB, 5 * GIB, None),
+        (Card(3 * GIB, 8 * GIB), {}, 8 * GIB, 5 * GIB, 7 * GIB),
+        (Card(GIB // 2, 8 * GIB), {}, GIB, 0, 0),
+        (Card(8 * GIB, 8 * GIB), {"reserve": 0}, 8 * GIB, 0, None),
+        (Card(8 * GIB, 8 * GIB), {"reserve": 3 * GIB}, 8 * GIB, 0, 5 * GIB),
+        (Card(8 * GIB, 8 * GIB), {"reserve": 9 * GIB}, GIB, 0, 0),
+        (Card(8 * GIB, 8 * GIB), {"gpu_weights": "all"}, 8 * GIB, 0, None),
+        (Card(8 * GIB, 8 * GIB), {"gpu_weights": "all"}, 9 * GIB, GIB, None),
+        # A device that does not say is trusted.
+        (Card(None), {}, 100 * GIB, 0, None),
+        (Card(None), {"gpu_weights": "all"}, 100 * GIB, 0, None),
+    ],
+)
+def test_the_budget_of_a_placement(
+    card: Card, options: dict[str, Any], nbytes: int, held: int, expected: int | None
+) -> None:
+    placement = Placement(torch.device("cuda"), **options)
+    with (
+        mock.patch("lowbits.streaming.models.device_ops", return_value=card),
+        mock.patch("lowbits.streaming.budget.sys.platform", "linux"),
+    ):
+        assert placement.budget(nbytes, held) == expected
+
+
+def test_windows_keeps_more_free_and_all_may_be_too_much() -> None:
+    card = Card(8 * GIB, 8 * GIB)
+    with (
+        mock.patch("lowbits.streaming.models.device_ops", return_value=card),
+        mock.patch("lowbits.streaming.budget.sys.platform", "win32"),
+    ):
+        assert Placement(torch.device("cuda")).budget(9 * GIB, 0) == 6 * GIB
+        with pytest.raises(InsufficientMemoryError, match="gpu_weights='all'") as caught:
+            Placement(torch.device("cuda"), "all").budget(9 * GIB, GIB - 1)
+    error = caught.value
+    assert (error.needed_bytes, error.available_bytes) == (9 * GIB, 9 * GIB - 1)
+    assert error.device == "cuda"
+    # On the CPU weights are loaded already: only a size streams.
+    assert Placement(CPU).budget(9 * GIB, 0) is None
+    assert Placement(CPU, GIB).budget(9 * GIB, 0) == GIB
