@@ -195,7 +195,7 @@ def _apply(
         conversion = convert(decisions, options, journals)
         for module, _ in homes:
             module.to(device)
-        (placed.attach if must_fit else placed.resume)()
+        placed.attach(must_fit=must_fit)
         report = conversion.report.noting((*notes, *placed.stats().notes))
         adapters = Adapters(config.lora)
         parts = modules if placed.is_streamed else touched or modules
@@ -338,11 +338,11 @@ class _Target:
                 homes = homes_of(left, self._device, is_ours=placed.is_streamed)
             for module, _ in homes:
                 module.to(self._device)
-            (new.attach if must_fit else new.resume)()
+            new.attach(must_fit=must_fit)
         except BaseException:
             for module, home in homes:
                 module.to(home)
-            placed.resume()
+            placed.attach(must_fit=False)
             raise
         owned.came_from(homes)
         self._config = config

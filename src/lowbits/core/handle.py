@@ -38,17 +38,14 @@ class Placed(Protocol):
     def stats(self) -> Any:
         """Return `lowbits.StreamStats`."""
 
-    def attach(self) -> None:
-        """Place them."""
+    def attach(self, *, must_fit: bool = True) -> None:
+        """Place them, or, after `detach`, place them as before, though they fit no more."""
 
     def detach(self) -> None:
         """Leave them where they were, all of them or none."""
 
     def turn(self) -> AbstractContextManager[Any]:
         """Keep others from running them: who waits for a turn goes on when this is over."""
-
-    def resume(self) -> None:
-        """Place them as before `detach`, though they would not fit any more."""
 
 
 class Adapters(Protocol):
@@ -263,7 +260,7 @@ class Handle:
                 self._require_unstreamed()
                 take_back(journals)
             except BaseException:
-                self._placed.resume()
+                self._placed.attach(must_fit=False)
                 raise
         self.adapters.forget()
         self._leave()
@@ -296,7 +293,7 @@ class Handle:
 
     def resume_streaming(self) -> None:
         """Begin again as it was before `end_streaming`."""
-        self._placed.resume()
+        self._placed.attach(must_fit=False)
 
     def release(self) -> None:
         """Let the target go without restoring it: it stays packed, and has no handle.

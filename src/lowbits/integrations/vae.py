@@ -76,10 +76,11 @@ class GuardedModels(PlacedModels):
         recoveries = stats.recoveries + sum(guard.recoveries for guard in self._guards)
         return replace(stats, recoveries=recoveries, notes=notes)
 
-    def attach(self) -> None:
+    def attach(self, *, must_fit: bool = True) -> None:
         """Place the models, and stand before their VAEs' calls."""
-        self._placed.attach()
-        self._guard()
+        self._placed.attach(must_fit=must_fit)
+        for guard in self._guards:
+            guard.attach(is_always_tiled=self._is_always_tiled)
 
     def detach(self) -> None:
         """Undo `attach`."""
@@ -90,15 +91,6 @@ class GuardedModels(PlacedModels):
     def turn(self) -> AbstractContextManager[Any]:
         """Keep others from running the models."""
         return self._placed.turn()
-
-    def resume(self) -> None:
-        """Place the models as before, and stand before their VAEs' calls."""
-        self._placed.resume()
-        self._guard()
-
-    def _guard(self) -> None:
-        for guard in self._guards:
-            guard.attach(is_always_tiled=self._is_always_tiled)
 
 
 @final

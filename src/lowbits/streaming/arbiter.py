@@ -210,11 +210,11 @@ class Arbiter:
 
     def _least_bytes(self) -> int:
         """Return the budget that would do for any of the models alone, and what the others keep."""
-        kept = {component: component.loose_bytes for component in self._stages}
-        return max(
-            stage.minimum_bytes + sum(n for c, n in kept.items() if c not in stage.components)
-            for stage in self.stages()
-        )
+        return max(stage.minimum_bytes + self._kept_beside(stage) for stage in self.stages())
+
+    def _kept_beside(self, stage: Stage) -> int:
+        """Return what models of other stages keep on the device, parked too."""
+        return sum(c.loose_bytes for c in self._stages if c not in stage.components)
 
     def stages(self) -> list[Stage]:
         """Return the stages, each once."""
@@ -231,8 +231,8 @@ class Arbiter:
         joined = self._stage(*a.components, *b.components)
         is_free = not (a.uses or b.uses)
         is_short = max(a_now - a_passes, b_now - b_passes) <= _SHORT_TURN
-        apart = sum(c.loose_bytes for c in self._stages if c not in joined.components)
-        if not (is_short and is_free) or joined.minimum_bytes + apart > self.budget_bytes:
+        needed = joined.minimum_bytes + self._kept_beside(joined)
+        if not (is_short and is_free) or needed > self.budget_bytes:
             return stage
         for old in (a, b):
             old.close()

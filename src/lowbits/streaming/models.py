@@ -117,8 +117,12 @@ class PlacedModels(ABC):
         """Return what was done so far."""
 
     @abstractmethod
-    def attach(self) -> None:
-        """Begin, or begin again, to place them; all or nothing."""
+    def attach(self, *, must_fit: bool = True) -> None:
+        """Begin, or begin again, to place them; all or nothing.
+
+        Args:
+            must_fit: False: where one does not fit any more, its next pass says so.
+        """
 
     @abstractmethod
     def detach(self) -> None:
@@ -127,10 +131,6 @@ class PlacedModels(ABC):
     def turn(self) -> AbstractContextManager[Any]:
         """Keep others from running them: who waits for a turn goes on when this is over."""
         return nullcontext()
-
-    @abstractmethod
-    def resume(self) -> None:
-        """Place them as before `detach`; where they do not fit any more, a pass says so."""
 
 
 @final
@@ -155,13 +155,10 @@ class ResidentModels(PlacedModels):
         devices = dict.fromkeys(str(self._device or tensor.device) for tensor in tensors_of(live))
         return resident_stats(", ".join(devices), live)
 
-    def attach(self) -> None:
+    def attach(self, *, must_fit: bool = True) -> None:
         """Nothing to do."""
 
     def detach(self) -> None:
-        """Nothing to do."""
-
-    def resume(self) -> None:
         """Nothing to do."""
 
 
@@ -196,15 +193,8 @@ class StreamedModels(PlacedModels):
         self._announce, self._source = announce, source
         self._take_back: dict[str, Callable[[], None]] = {}
 
-    def attach(self) -> None:
+    def attach(self, *, must_fit: bool = True) -> None:
         """Begin to stream all of them, or none."""
-        self._attach(must_fit=True)
-
-    def resume(self) -> None:
-        """Stream all of them again; where one does not fit any more, its next pass says so."""
-        self._attach(must_fit=False)
-
-    def _attach(self, *, must_fit: bool) -> None:
         where = self._placement
         self._arbiter = Arbiter(
             device_ops(where.device), self._budget_bytes, method=where.method, depth=None,
