@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from peft import LoHaConfig, LoraConfig, inject_adapter_in_model
 from streaming.models import WIDTH, inputs, reference, same, streamer_of
 from torch import nn
 from torch.nn import functional
@@ -107,6 +109,40 @@ def test_what_a_forward_writes_is_kept(
     model.eval()
     twin.eval()
     assert same(model(inputs()), twin(inputs()))
+
+
+@pytest.mark.parametrize("location", LOCATIONS)
+@pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoraConfig(target_modules=["linear"], init_lora_weights=False),
+        LoHaConfig(target_modules=["linear"], init_weights=False),
+    ],
+)
+@torch.no_grad()
+def test_merged_adapters_that_are_switched_off_stay_off(
+    config: Any, budget: int | None, location: str
+) -> None:
+    """Peft takes them out of the weights in the forward, by ``.data``."""
+    blocks = (nn.Sequential(OrderedDict(linear=nn.Linear(WIDTH, WIDTH))) for _ in range(5))
+    twin = inject_adapter_in_model(config, nn.Sequential(*blocks)).eval()
+    model = copy.deepcopy(twin)
+    without = twin.state_dict()["0.linear.base_layer.weight"].clone()
+    layers = [[m for m in each.modules() if hasattr(m, "merge")] for each in (twin, model)]
+    with streamer_of(model, budget=budget, location=location):
+        for _ in range(2):
+            for layer in layers[0] + layers[1]:
+                layer.merge()
+            assert same(model(inputs()), twin(inputs()))
+            for layer in layers[0] + layers[1]:
+                layer.enable_adapters(enabled=False)
+            for _ in range(3):
+                assert same(model(inputs()), twin(inputs()))
+            for layer in layers[0] + layers[1]:
+                layer.enable_adapters(enabled=True)
+    assert same(list(model.state_dict().values()), list(twin.state_dict().values()))
+    torch.testing.assert_close(twin.state_dict()["0.linear.base_layer.weight"], without)
 
 
 class Encoder(nn.Module):

@@ -271,9 +271,9 @@ class Residency:
         return self._held[number].flat()
 
     def versions(self, number: int) -> list[int]:
-        """Return how often the Parameters of a unit in use, and each buffer, were written."""
-        home = self._held[number]
-        return [home.flat()._version, *[buffer._version for buffer in home.buffers]]
+        """Return what tells of writes to a unit in use, as `Stored.keep_writes` takes it."""
+        home, merged = self._held[number], self._stored[number].count_merged()
+        return [merged, home.flat()._version, *[buffer._version for buffer in home.buffers]]
 
     def keep_writes(self, number: int, before: Sequence[int]) -> None:
         """Write to the master what a unit's forward has written since it had these versions."""

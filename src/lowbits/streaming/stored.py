@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Final, final
+from typing import TYPE_CHECKING, Any, Final, final
 
 from torch.nn.utils import stateless
 
@@ -70,6 +70,10 @@ class Stored:
         ]
         # Buffers of theirs may be written without a count while they are in training.
         self._writers = {holder.module for holder, _ in unit.holders() if not holder.is_parameter}
+        # Layers of peft may take what is merged out of a weight as they run, without a count.
+        self._mergers: list[Any] = [
+            layer for layer in unit.module.modules() if hasattr(layer, "merged_adapters")
+        ]
         self._uses = 0
         # Originals at first: `hide` takes them away.
         self._held: Sequence[Tensor] = [place.original for place in unit.places]
@@ -248,28 +252,35 @@ class Stored:
                 place.original.requires_grad_(held.requires_grad)
             self._keep(place, held)
 
+    def count_merged(self) -> int:
+        """Return how many adapters are merged into layers of the unit, as peft notes them."""
+        return sum(len(layer.merged_adapters) for layer in self._mergers)
+
     def keep_writes(self, before: Sequence[int], after: Sequence[int]) -> bool:
         """Write to the master what a unit's forward has written; return whether it was anything.
 
         Torch counts most writes. Those by ``.data``, and those of `torch.batch_norm` to running
-        statistics, it does not: they are made in training, where all buffers are looked at.
+        statistics, it does not. They are made in training, where all buffers are looked at; and by
+        peft, where a merged adapter is not to act any more, to weights.
 
         Args:
-            before: how often its Parameters, and each of its buffers, were written.
+            before: `count_merged`, and how often its Parameters, and each buffer, were written.
             after: the same, after the forward.
         """
         is_training = any(module.training for module in self._writers)
         if after == before and not is_training:
             return False
         counts = zip(before, after, strict=True)
-        is_counted = [old != new for old, new in counts]
-        buffers = iter(is_counted[1:])
+        is_merged, is_counted, *rest = [old != new for old, new in counts]
+        buffers = iter(rest)
         has_changed = False
         for place, held in zip(self.unit.places, self._held, strict=True):
             is_buffer = self.is_buffer(place)
-            is_written = next(buffers) if is_buffer else is_counted[0]
-            is_secret = is_buffer and any(holder.module.training for holder in place.holders)
-            if is_written or is_secret:
+            is_written = next(buffers) if is_buffer else is_counted
+            may_be_secret = is_merged
+            if is_buffer:
+                may_be_secret = any(holder.module.training for holder in place.holders)
+            if is_written or may_be_secret:
                 has_changed |= self._keep(place, held, is_counted=is_written)
         return has_changed
 
