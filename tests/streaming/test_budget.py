@@ -10,10 +10,13 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from loras import save_lora
+from peft import LoraConfig, inject_adapter_in_model
 from pipelines import PIPELINES, draw
 from schemes import every_scheme
 from streamed import Anatomy, smallest_budget
+from streaming import models
 from streaming.devices import Net, faked, unit_bytes
+from torch import nn
 
 import lowbits
 from lowbits import errors
@@ -146,9 +149,12 @@ def test_a_cap_that_is_too_small_changes_nothing() -> None:
         assert streamer.stats().budget_bytes == 10**6
     assert all(torch.equal(model(x), y) for model, y in zip(models, expected, strict=True))
     budget = cap("1MB")
-    with pytest.raises(errors.InsufficientMemoryError):
+    with pytest.raises(errors.InsufficientMemoryError) as caught:
         lowbits.device_budget("cpu", 10)
     assert BUDGETS.of(torch.device("cpu")) is budget
+    cap(caught.value.needed_bytes)  # of the one that needs most, which is not the first
+    assert all(torch.equal(model(x), y) for model, y in zip(models, expected, strict=True))
+    budget = cap("1MB")
     with pytest.raises(errors.ConfigError, match="size: got 'lots'"):
         lowbits.device_budget("cpu", "lots")
     streamer.detach()
@@ -180,6 +186,35 @@ def test_a_cap_may_be_raised_and_taken_away_though_an_adapter_is_too_much(tmp_pa
     assert torch.equal(draw("flux", pipes[0]), expected[0])
     for pipe in pipes:
         lowbits.restore(pipe)
+
+
+def test_what_a_streamer_needs_is_for_the_slots_that_it_was_asked_for() -> None:
+    """Beside the adapter that another one keeps there."""
+    other: Any = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+    config = LoraConfig(target_modules=["0", "1"], init_lora_weights=False)
+    other, model, x = inject_adapter_in_model(config, other), build(), torch.randn(2, 16)
+    expected = [other(x), model(x)]
+    alone = models.smallest_budget(model, depth=3, location="cpu")
+    options: dict[str, Any] = {"device": "cpu", "budget": "1MB", "location": "cpu"}
+    streamers = [
+        lowbits.LayerStreamer(other, **options).attach(),
+        lowbits.LayerStreamer(model, depth=3, **options).attach(),
+    ]
+    budget = cap(alone)
+    with torch.no_grad():
+        assert torch.equal(other(x), expected[0])
+        for _ in range(2):  # in more memory, parts are larger
+            with pytest.raises(errors.InsufficientMemoryError, match="other pipelines") as caught:
+                model(x)
+            assert caught.value.needed_bytes > budget.budget_bytes
+            budget = cap(caught.value.needed_bytes)
+        for _ in range(2):
+            assert torch.equal(model(x), expected[1])
+            assert torch.equal(other(x), expected[0])
+    assert budget.peak_bytes <= budget.budget_bytes
+    assert streamers[1].stats().depth == 3
+    for streamer in streamers:
+        streamer.detach()
 
 
 def test_streamers_count_too() -> None:

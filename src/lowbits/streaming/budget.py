@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Final, Protocol, final
 import torch
 
 from lowbits.config import parse_size
+from lowbits.errors import InsufficientMemoryError
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Collection, Iterable
 
     from lowbits.streaming.activations import Activations
     from lowbits.streaming.arbiter import Arbiter
@@ -142,15 +143,12 @@ class Budgets:
                 before is None or budget_bytes < before.budget_bytes
             )
             self._put(place, None if budget_bytes is None else DeviceBudget(budget_bytes))
-            done: list[Placed] = []
+            there = [p for p, where in list(self._placed.items()) if _with_index(where) == place]
             try:
-                for placed, where in list(self._placed.items()):
-                    if _with_index(where) == place:
-                        done.append(placed)
-                        placed.place_again(must_fit=is_less)
+                _place_all(there, must_fit=is_less)
             except BaseException as error:
                 self._put(place, before)
-                for placed in reversed(done):
+                for placed in reversed(there):
                     try:
                         placed.place_again(must_fit=False)
                     except Exception as second:  # noqa: BLE001 - the first one is raised
@@ -163,6 +161,23 @@ class Budgets:
             self._budgets.pop(place, None)
         else:
             self._budgets[place] = budget
+
+
+def _place_all(there: Iterable[Placed], *, must_fit: bool) -> None:
+    """Place them again.
+
+    Raises:
+        InsufficientMemoryError: of the one that needs most, so that what it says will do for all.
+    """
+    worst: InsufficientMemoryError | None = None
+    for placed in there:
+        try:
+            placed.place_again(must_fit=must_fit)
+        except InsufficientMemoryError as error:
+            if worst is None or error.needed_bytes > worst.needed_bytes:
+                worst = error
+    if worst is not None:
+        raise worst
 
 
 #: Of this process: the second registry that it has, beside the one of backends.
@@ -187,7 +202,8 @@ def device_budget(device: torch.device | str, size: int | str | None) -> DeviceB
 
     Raises:
         ConfigError: not a size.
-        InsufficientMemoryError: too small for a pipeline that is there; nothing has changed.
+        InsufficientMemoryError: too small for a pipeline that is there, of the one that needs most;
+            nothing has changed.
 
     Example:
         >>> import lowbits

@@ -139,11 +139,23 @@ def make_plan(
     search = _Search(costs, order, bandwidth, budget_bytes - fixed_bytes, prefetch=prefetch)
     if search.fits(everything := search.layout(frozenset(range(len(costs))), 1)):
         return _plan(search, search.candidate(everything), fixed_bytes)
-    exact = 1 if depth is None or not prefetch else min(depth, max(1, len(search.called)))
+    exact = 1 if depth is None or not prefetch else search.slots_at_most(depth)
     best = search.fastest() if depth is None and prefetch else search.best(exact)
     if best is None:
         raise _too_small(search.smallest(exact), budget_bytes, fixed_bytes, device)
     return _plan(search, best, fixed_bytes)
+
+
+def least_bytes(nbytes: Sequence[int], order: Sequence[int], depth: int) -> int:
+    """Return the bytes of the smallest ring with so many slots, and of residents that go with it.
+
+    Args:
+        nbytes: of each unit.
+        order: as `make_plan` takes it.
+        depth: number of slots; no more than there are units to use them.
+    """
+    search = _Search([UnitCost(each, 0.0) for each in nbytes], order, 1.0, 0, prefetch=True)
+    return search.smallest(search.slots_at_most(depth)).nbytes
 
 
 class _Layout(NamedTuple):
@@ -237,6 +249,10 @@ class _Search:
         self.called = [unit for unit in dict.fromkeys(order) if unit not in self.weightless]
         self.uncalled = sorted(set(range(len(costs))) - set(order) - self.weightless)
         self._count_uses()
+
+    def slots_at_most(self, depth: int) -> int:
+        """Return how many slots of those wanted there are units for."""
+        return min(depth, max(1, len(self.called)))
 
     def _count_uses(self) -> None:
         """Sum up what each unit computes in a pass, and how much must be copied for it."""

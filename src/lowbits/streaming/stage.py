@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final, final
 
 from lowbits.streaming.autograd import refuse_training, reread_for_backward
 from lowbits.streaming.order import CallOrder
-from lowbits.streaming.plan import StreamPlan, UnitCost, make_plan
+from lowbits.streaming.plan import StreamPlan, UnitCost, least_bytes, make_plan
 from lowbits.streaming.residency import Residency
 from lowbits.streaming.timing import MethodTrial, Timing
 from lowbits.streaming.transfer import DirectTransfer, InlineTransfer, ThreadTransfer, Transfer
@@ -153,7 +153,7 @@ class Stage:
     @property
     def can_shrink(self) -> bool:
         """Whether less of the device would do."""
-        return self.plan is not None and self.plan.device_bytes > self.minimum_bytes
+        return self.plan is not None and self.plan.device_bytes > self._one_slot_bytes
 
     def writes(self) -> list[int]:
         """Return how often each weight was written, wherever that is counted."""
@@ -166,9 +166,9 @@ class Stage:
     def shrink(self) -> None:
         """Halve what is above the smallest budget, for good; what goes returns to the device."""
         assert self.plan
+        self._depth = None
         above = self.plan.device_bytes - self.minimum_bytes
         self._budget_bytes = self._limit_bytes = self.minimum_bytes + above // 2
-        self._depth = None
         self.replan()
         self._ops.release_cached()
 
@@ -186,8 +186,15 @@ class Stage:
 
     @property
     def minimum_bytes(self) -> int:
-        """The smallest budget that the stage can run in."""
-        largest = max((e.unit.nbytes for e in self._units), default=0)
+        """The smallest budget that the stage can run in, with the slots that were asked for."""
+        if self._depth is None or self.method == "queue":
+            return self._one_slot_bytes
+        nbytes = [entry.unit.nbytes for entry in self._units]
+        return self.fixed_bytes + least_bytes(nbytes, self._order.expected, self._depth)
+
+    @property
+    def _one_slot_bytes(self) -> int:
+        largest = max((entry.unit.nbytes for entry in self._units), default=0)
         return self.fixed_bytes + largest
 
     def activate(self, budget_bytes: int) -> None:
