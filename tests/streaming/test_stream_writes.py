@@ -18,12 +18,15 @@ from streaming.models import (
     streamer_of,
 )
 from torch import nn
+from torch.nn import functional
 
 import lowbits
-from lowbits.errors import AlreadyPatchedError, LowbitsError
+from lowbits.errors import AlreadyPatchedError, LowbitsError, PatchError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from torch import Tensor
 
 LOCATIONS = ("cpu", "disk")
 PARTS = ("stem", "blocks.0.up", "blocks.1.up", "blocks.3.down")
@@ -340,3 +343,28 @@ def test_what_is_packed_is_not_restored_while_it_is_streamed(part: str, share: f
                 handle.restore()
     handle.restore()
     assert same(model(inputs(64)), expected)
+
+
+@pytest.mark.parametrize("scheme", ["native", "float8-e4m3fn"])
+@pytest.mark.parametrize(
+    "compute",
+    [
+        lambda a, b: a.weight.T @ b.weight,
+        lambda a, b: a.weight @ b.weight.T,
+        lambda a, b: a.weight.T[0] + b.bias,
+        lambda a, b: functional.conv1d(a.weight[..., None].transpose(0, 1), b.weight[..., None]),
+        lambda a, b: torch.cat([a.weight[:2], b.weight, b.bias[None]]),
+    ],
+)
+def test_views_of_weights_beside_other_weights(
+    compute: Callable[[Any, Any], Tensor], scheme: str
+) -> None:
+    """As peft multiplies the factors of a convolution's adapter; a write to a view is refused."""
+    model: Any = nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(4))).eval()
+    lowbits.quantize(model, scheme, rules={"*": scheme})
+    expected = compute(model[0], model[1])
+    with streamer_of(model):
+        model(inputs())
+        assert same(compute(model[0], model[1]).as_subclass(torch.Tensor), expected)
+        with pytest.raises(PatchError, match="read only"):
+            model[0].weight.T.add_(model[1].weight)

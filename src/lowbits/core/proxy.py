@@ -158,7 +158,12 @@ class _ReadOnlyView(torch.Tensor):
             raise PatchError(_refusal(name, None))
         views = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, cls)]
         with torch._C.DisableTorchFunctionSubclass():
-            return read_only(func(*args, **kwargs), views)
+            if all(kind is cls for kind in types):
+                return read_only(func(*args, **kwargs), views)
+            plain = {id(view): view.as_subclass(torch.Tensor) for view in views}
+        # Others answer for themselves: a stand-in beside it has no bytes of its own.
+        args, kwargs = tree_map(lambda leaf: plain.get(id(leaf), leaf), (tuple(args), kwargs))
+        return read_only(func(*args, **kwargs), views)
 
 
 def read_only(result: Any, copies: Iterable[torch.Tensor]) -> Any:
