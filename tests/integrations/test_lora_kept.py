@@ -174,3 +174,20 @@ def test_threads_compute_with_a_strength_that_changed_since(lora: Path) -> None:
     assert not any(wrong)
     assert layer.scaling == {"one": 0.3}
     assert layer.merged_adapters == ["one"]
+
+
+def test_a_restored_pipeline_that_peft_froze_is_streamed_again(lora: Path) -> None:
+    """Its restored weights want gradients, as before; they are no adapters for that."""
+    pipe: Any = PIPELINES["flux"].build()
+    least = smallest_budget(pipe)
+    handle = lowbits.apply(pipe, "bnb-nf4", device="cpu")
+    pipe.load_lora_weights(lora)
+    packed = draw("flux", pipe)
+    handle.restore()
+    expected = draw("flux", pipe)
+    assert not torch.equal(expected, packed)
+    handle = lowbits.apply(pipe, device="cpu", gpu_weights=2 * least, location="cpu")
+    assert torch.equal(draw("flux", pipe), expected)
+    assert handle.stats().depth
+    handle.restore()
+    assert torch.equal(draw("flux", pipe), expected)

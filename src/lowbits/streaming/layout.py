@@ -412,13 +412,14 @@ def padded(nbytes: int) -> int:
 
 
 def _adapters(root: nn.Module) -> set[int]:
-    """Return the Parameters that are trained in a model whose others are frozen.
+    """Return the Parameters that are trained in a model that is frozen, but for less than half.
 
-    An optimizer holds them, so they stay on the device, and stay the same objects.
+    An optimizer holds them, so they stay on the device, and stay the same objects. Where more wants
+    gradients, it is the model itself: one whose packed weights were restored after peft froze it.
     """
     floating = [p for p in root.parameters() if p.is_floating_point() and p.numel()]
-    trained = {id(p) for p in floating if p.requires_grad}
-    return trained if len(trained) < len(floating) else set()
+    trained = {id(p): p.nbytes for p in floating if p.requires_grad}
+    return set(trained) if 2 * sum(trained.values()) < sum(p.nbytes for p in floating) else set()
 
 
 def _is_loose(tensor: Tensor, adapters: set[int]) -> bool:
