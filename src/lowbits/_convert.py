@@ -23,6 +23,7 @@ from lowbits.core.select import Component, Selection, select
 from lowbits.errors import ConfigError, SourceUnavailableError
 from lowbits.files.checkpoint import CONFIG, GGUF, OpenOptions, open_checkpoint
 from lowbits.files.convert import converted, stored_name, twice_quantized, untied, widened
+from lowbits.files.folders import atomic_folder
 from lowbits.files.gguf_export import ExportOptions, export, planned
 from lowbits.files.inspection import Inspection, inspected
 from lowbits.files.own import OWN_FILE, versions, weights_of
@@ -246,27 +247,28 @@ def _write(part: _Part, how: _How, done_bytes: int, total_bytes: int) -> None:
 
 
 def _convert_pipeline(src: Path, dst: Path, how: _How) -> Report:
-    """Convert what is packed by default, or named; the rest is copied, the index last."""
+    """Convert what is packed by default, or named; the rest is copied."""
     if dst.suffix in (SUFFIX, _GGUF):
         raise ConfigError(f"dst: {src} is a pipeline of several models: name a folder, not {dst}")
     if dst.resolve().is_relative_to(src.resolve()):
         raise ConfigError(f"dst: {dst} is the pipeline's own folder, or in it: name another one")
     listed = components_in(src)
     named = {glob.split(".")[0] for glob in how.rules}
-    parts, others = [], []
-    for path in (path for path in sorted(src.iterdir()) if path.name != INDEX):
-        is_asked = packed_by_default(path.name, listed.get(path.name))
-        if is_asked or (path.name in named and path.name in listed):
-            parts.append(_part(path, dst / path.name, how, path.name, is_asked=is_asked))
-        else:
-            others.append(path)
-    report = _convert_models(parts, how)
-    for path in others:
-        if path.is_dir():
-            shutil.copytree(path, dst / path.name, dirs_exist_ok=True)
-        else:
-            shutil.copyfile(path, dst / path.name)
-    shutil.copyfile(src / INDEX, dst / INDEX)
+    with atomic_folder(dst) as new:
+        parts, others = [], []
+        for path in sorted(src.iterdir()):
+            is_asked = packed_by_default(path.name, listed.get(path.name))
+            if is_asked or (path.name in named and path.name in listed):
+                refuse_other_weights(dst / path.name, BESIDE_SAVED)
+                parts.append(_part(path, new / path.name, how, path.name, is_asked=is_asked))
+            else:
+                others.append(path)
+        report = _convert_models(parts, how)
+        for path in others:
+            if path.is_dir():
+                shutil.copytree(path, new / path.name)
+            else:
+                shutil.copyfile(path, new / path.name)
     return report
 
 

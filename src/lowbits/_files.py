@@ -14,6 +14,7 @@ from lowbits.core.handle import find_handle, guard
 from lowbits.core.registry import DEFAULT
 from lowbits.errors import AlreadyPatchedError, ConfigError, FormatError
 from lowbits.files.checkpoint import GGUF, OpenOptions, open_checkpoint
+from lowbits.files.folders import atomic_folder
 from lowbits.files.forms.quanto import fitted
 from lowbits.files.load import LoadOptions, install, stage
 from lowbits.files.own import OWN_FILE, own_file_in, versions, weights_of
@@ -62,7 +63,7 @@ def save(
 
     Args:
         target: a module, packed or not, streamed or not; or a diffusers pipeline, whose own
-            ``save_pretrained`` does the same.
+            ``save_pretrained`` writes the same, but one model after the other into its place.
         path: a ``.safetensors`` file, or a folder: ``lowbits.safetensors`` and ``config.json`` of a
             module, a pipeline's own layout.
         max_shard_size: bytes of a file's tensors; what is larger is split, with an index beside it.
@@ -102,12 +103,14 @@ def _save_pipeline(
     """Let a pipeline save itself, its packed models as they are stored, copies too."""
 
     def save_part(module: nn.Module, part: Path, size: int | str | None) -> None:
+        refuse_other_weights(folder / part.name, BESIDE_SAVED)
         save(module, part, max_shard_size=size or SHARD_BYTES, progress=progress, cancel=cancel)
 
     with ExitStack() as stack:
         for module in modules_of(pipe).values():
             stack.enter_context(saved_by(module, save_part))
-        pipe.save_pretrained(folder, max_shard_size=max_shard_size)
+        new = stack.enter_context(atomic_folder(folder))
+        pipe.save_pretrained(new, max_shard_size=max_shard_size)
 
 
 def save_component(module: nn.Module, folder: Path, max_shard_size: int | str | None) -> None:
@@ -269,6 +272,4 @@ def load_pipeline(
             f"{folder} has no component that lowbits wrote: load it with "
             "DiffusionPipeline.from_pretrained, and lowbits.apply(pipe, scheme)"
         )
-    if dtype is None:
-        dtype = next(p.dtype for p in next(iter(parts.values())).parameters())
     return load_rest(folder, parts, dtype, **options)

@@ -217,6 +217,39 @@ def test_pipelines_are_not_written_into_themselves(tmp_path: Path, flux_folder: 
     assert sorted(flux_folder.rglob("*")) == before
 
 
+def test_a_pipeline_over_a_former_one(tmp_path: Path, flux_folder: Path) -> None:
+    """What is only copied is of the same source as the rest: nothing else is left to be read."""
+    src, dst = tmp_path / "src", tmp_path / "dst"
+    shutil.copytree(flux_folder, src)
+    lowbits.convert(flux_folder, dst, "bnb-nf4")
+    whole = next((src / "vae").glob("*.safetensors"))
+    shard = whole.with_name(f"{whole.stem}-00001-of-00001.safetensors")
+    whole.rename(shard)
+    index = whole.with_name(f"{whole.name}.index.json")
+    index.write_text('{"metadata": {}, "weight_map": {}}')
+    lowbits.convert(src, dst, "bnb-nf4")
+    assert {path.name for path in (dst / "vae").iterdir()} == {
+        path.name for path in (src / "vae").iterdir()
+    }
+
+
+def test_a_pipeline_whose_rest_cannot_be_copied(
+    tmp_path: Path, flux_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dst = tmp_path / "dst"
+    lowbits.convert(flux_folder, dst, "bnb-nf4")
+    before = {path: path.read_bytes() for path in dst.rglob("*") if path.is_file()}
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(shutil, "copytree", refuse)
+    with pytest.raises(OSError, match="No space left"):
+        lowbits.convert(flux_folder, dst, "gguf-q8_0")
+    assert {path: path.read_bytes() for path in dst.rglob("*") if path.is_file()} == before
+    assert list(tmp_path.iterdir()) == [dst]
+
+
 def test_folders_that_are_missing_or_closed(tmp_path: Path) -> None:
     src = net_file(tmp_path)
     for name in ("x.safetensors", "x.gguf"):

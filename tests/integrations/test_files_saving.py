@@ -113,6 +113,59 @@ def test_an_ordinary_pipeline_over_a_packed_one(pipe: Any, tmp_path: Path) -> No
         lowbits.load_pipeline(tmp_path)
 
 
+def test_an_ordinary_pipeline_over_a_packed_one_takes_its_place(pipe: Any, tmp_path: Path) -> None:
+    with lowbits.apply(pipe, SCHEME, device="cpu"):
+        lowbits.save(pipe, tmp_path)
+    plain = picture(pipe)
+    (tmp_path / "transformer" / "notes.txt").write_text("mine")
+    lowbits.save(pipe, tmp_path)
+    again = type(pipe).from_pretrained(tmp_path, local_files_only=True)
+    assert torch.equal(picture(again), plain)
+    assert not list(tmp_path.rglob("lowbits*"))
+    assert (tmp_path / "transformer" / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("how", ["cancelled", "refused", "full"])
+def test_a_pipeline_that_cannot_be_saved_leaves_the_old_one(
+    pipe: Any, tmp_path: Path, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of it: its models belong together."""
+    folder = tmp_path / "pipe"
+    lowbits.apply(pipe, SCHEME, device="cpu")
+    lowbits.save(pipe, folder)
+    with torch.no_grad():
+        for part in (pipe.vae, pipe.text_encoder):
+            for parameter in part.parameters():
+                parameter.add_(1) if parameter.is_floating_point() else None
+    options: dict[str, Any] = {}
+    error: type[Exception] = OSError
+    if how == "cancelled":
+        options["cancel"] = lowbits.CancelToken()
+        options["progress"] = lambda event: options["cancel"].cancel()
+        error = CancelledError
+    elif how == "refused":
+        (folder / "transformer" / "diffusion_pytorch_model.bin").write_bytes(b"old")
+        error = ConfigError
+    else:
+        monkeypatch.setattr(pipe.scheduler, "save_pretrained", full)
+    before = files(folder)
+    with pytest.raises(error):
+        lowbits.save(pipe, folder, **options)
+    assert files(folder) == before
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def full(*_: object, **__: object) -> None:
+    raise OSError(28, "No space left on device")
+
+
+def test_a_pipeline_is_not_saved_over_a_file(pipe: Any, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(NotADirectoryError):
+        lowbits.save(pipe, tmp_path / "file")
+    assert files(tmp_path) == {"file": b"mine"}
+
+
 def test_in_parts_over_one_file_and_back(pipe: Any, tmp_path: Path) -> None:
     """Whichever was written last is what is read, and nothing else stays."""
     module = pipe.transformer

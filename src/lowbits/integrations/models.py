@@ -5,10 +5,13 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+from collections import Counter
 from typing import TYPE_CHECKING, Any, Final
 
 from lowbits.errors import ConfigError, FormatError
 from lowbits.files.checkpoint import read_config
+from lowbits.files.safetensors import read_safetensors
+from lowbits.files.sharded import SUFFIX
 from lowbits.integrations.diffusers import default_reason
 from lowbits.integrations.module_tensors import tensors_of
 
@@ -112,14 +115,42 @@ def skeleton(folder: Path, library: str, class_name: str) -> nn.Module:
     return empty
 
 
-def load_rest(folder: Path, parts: dict[str, Any], dtype: torch.dtype, **options: Any) -> Any:
-    """Return a pipeline of a folder around models that are loaded already."""
+def load_rest(
+    folder: Path, parts: dict[str, nn.Module], dtype: torch.dtype | None, **options: Any
+) -> Any:
+    """Return a pipeline of a folder around models that are loaded already.
+
+    Args:
+        folder: of the pipeline.
+        parts: by name; at least one.
+        dtype: of the others; None: what most of each one's bytes are stored in, or, where no
+            safetensors file tells, that of the first part.
+        options: of ``DiffusionPipeline.from_pretrained``.
+    """
     import diffusers
 
+    wanted: Any = dtype
+    if dtype is None:
+        names = components_in(folder).keys() - parts.keys()
+        found = {name: _stored_dtype(folder / name, options.get("variant")) for name in names}
+        first = next(p.dtype for p in next(iter(parts.values())).parameters())
+        wanted = {name: stored or first for name, stored in found.items()} | {"default": first}
     version = tuple(map(int, diffusers.__version__.split(".")[:2]))
     name = "dtype" if version >= _DTYPE_RENAMED else "torch_dtype"
     options.setdefault("local_files_only", True)
-    return diffusers.DiffusionPipeline.from_pretrained(folder, **{name: dtype}, **parts, **options)
+    return diffusers.DiffusionPipeline.from_pretrained(folder, **{name: wanted}, **parts, **options)
+
+
+def _stored_dtype(folder: Path, variant: str | None) -> torch.dtype | None:
+    """Return the dtype that most of a model's floating bytes are stored in."""
+    between = f".{variant}" if variant else ""
+    sizes: Counter[torch.dtype] = Counter()
+    for path in folder.glob(f"*{SUFFIX}"):
+        if "".join(path.suffixes) == between + SUFFIX:
+            for tensor in read_safetensors(path).tensors.values():
+                if tensor.dtype.is_floating_point:
+                    sizes[tensor.dtype] += tensor.extent.nbytes
+    return sizes.most_common(1)[0][0] if sizes else None
 
 
 def packed_by_default(name: str, listed: tuple[str, str] | None) -> bool:
