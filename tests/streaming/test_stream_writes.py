@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -368,3 +369,90 @@ def test_views_of_weights_beside_other_weights(
         assert same(compute(model[0], model[1]).as_subclass(torch.Tensor), expected)
         with pytest.raises(PatchError, match="read only"):
             model[0].weight.T.add_(model[1].weight)
+
+
+SAVES: dict[str, Any] = {
+    "nothing": lambda model: None,
+    "state_dict": lambda model: model.state_dict(),
+    "twice": lambda model: (model.state_dict(), model.state_dict()),
+    "a part": lambda model: (model.stem.state_dict(), model.stem.state_dict()),
+    "deepcopy": copy.deepcopy,
+}
+
+
+@pytest.mark.parametrize("location", LOCATIONS)
+@pytest.mark.parametrize("save", SAVES)
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("budget", [None, 10**6])
+@torch.no_grad()
+def test_what_was_replaced_stays_although_it_is_saved(
+    budget: int | None, part: str, save: str, location: str
+) -> None:
+    twin = reference()
+    model = copy.deepcopy(twin)
+    with streamer_of(model, budget=budget, location=location):
+        model(inputs())
+        for each in (twin, model):
+            layer: Any = each.get_submodule(part)
+            layer.weight = nn.Parameter(layer.weight.detach() * 2)
+        SAVES[save](model)
+        assert same(model.state_dict()[f"{part}.weight"], twin.state_dict()[f"{part}.weight"])
+        for _ in range(2):
+            assert same(model(inputs()), twin(inputs()))
+    assert same(list(model.state_dict().values()), list(twin.state_dict().values()))
+
+
+@pytest.mark.parametrize("location", LOCATIONS)
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("budget", [None, 10**6])
+@torch.no_grad()
+def test_a_weight_that_is_kept_from_before_the_first_pass(
+    budget: int | None, part: str, location: str
+) -> None:
+    """What is written into it later is used, and there in the end, of the base as of units."""
+    twin = reference()
+    model = copy.deepcopy(twin)
+    with streamer_of(model, budget=budget, location=location):
+        kept = [each.get_submodule(part).weight for each in (twin, model)]
+        for _ in range(2):
+            assert same(model(inputs()), twin(inputs()))
+            for weight in kept:
+                weight.mul_(2)  # type: ignore[operator] # a Parameter
+        assert same(model(inputs()), twin(inputs()))
+    assert same(list(model.state_dict().values()), list(twin.state_dict().values()))
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda w: torch.ops.aten.add_.Tensor(w.data, 1),
+        lambda w: torch.ops.aten.copy_.default(w, w + 1),
+        lambda w: functional.relu(w, inplace=True),
+        lambda w: functional.leaky_relu(w, 0.1, inplace=True),
+        lambda w: torch._foreach_add_([w], 1),
+    ],
+)
+@pytest.mark.parametrize("part", PARTS)
+@torch.no_grad()
+def test_writes_whose_names_do_not_say_so(write: Callable[[Any], object], part: str) -> None:
+    twin = reference()
+    model = copy.deepcopy(twin)
+    with streamer_of(model):
+        for _ in range(2):
+            assert same(model(inputs()), twin(inputs()))
+            for each in (twin, model):
+                write(each.get_submodule(part).weight)
+    assert same(list(model.state_dict().values()), list(twin.state_dict().values()))
+
+
+@pytest.mark.parametrize("scheme", ["native", "float8-e4m3fn"])
+def test_arrays_of_weights_are_read_only(scheme: str) -> None:
+    """A write into one would be lost."""
+    model: Any = nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(4)))
+    lowbits.quantize(model, scheme, rules={"*": scheme})
+    expected = model[0].weight.detach().clone().numpy()
+    with streamer_of(model):
+        array = model[0].weight.data.numpy()
+        assert (array == expected).all()
+        with pytest.raises(ValueError, match="read-only"):
+            array[:] = 0

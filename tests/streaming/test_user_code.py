@@ -13,6 +13,7 @@ from streaming.models import WIDTH, Stack, inputs, reference, same, stage_of, st
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 from lowbits.core import memory
@@ -452,3 +453,30 @@ def test_bits_are_compared_to_the_last_one(monkeypatch: pytest.MonkeyPatch, nbyt
         assert not memory.same_bits(values, other)
     assert memory.same_bits(values.bfloat16().t(), values.t())
     assert not memory.same_bits(torch.tensor(0.0), torch.tensor(-0.0))
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_autocast_keeps_no_casts_of_weights(budget: int | None) -> None:
+    """All of a model's in the end, beside its budget: of weights that could be trained."""
+    twin = reference()
+    model = copy.deepcopy(twin)
+    sizes: list[int] = []
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected = [twin(inputs()) for _ in range(2)]
+    with streamer_of(model, budget=budget), torch.no_grad():
+        with torch.autocast("cpu", torch.bfloat16), Casts() as casts:  # type: ignore[no-untyped-call]
+            for before in expected:
+                assert same(model(inputs()), before)
+                sizes.append(casts.count)
+        assert torch.is_autocast_cache_enabled()
+    assert sizes[1] == 2 * sizes[0] > 0
+
+
+class Casts(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts casts."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._to_copy.default
+        return func(*args, **(kwargs or {}))

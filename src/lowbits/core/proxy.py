@@ -112,7 +112,7 @@ class WeightProxy(torch.Tensor):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         """Answer metadata, refuse writes, dequantize for the rest."""
-        name, is_write = describe_call(func)
+        name, is_write = describe_call(func, kwargs)
         kwargs = dict(kwargs or {})
         written = written_argument(args, kwargs) if is_write else kwargs.get("out")
         proxy = None if written is None else _find(written)
@@ -151,7 +151,7 @@ class _ReadOnlyView(torch.Tensor):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        name, is_write = describe_call(func)
+        name, is_write = describe_call(func, kwargs)
         kwargs = dict(kwargs or {})
         written = written_argument(args, kwargs) if is_write else kwargs.get("out")
         if any(isinstance(leaf, cls) for leaf in tree_leaves(written)):
@@ -167,11 +167,17 @@ class _ReadOnlyView(torch.Tensor):
 
 
 def read_only(result: Any, copies: Iterable[torch.Tensor]) -> Any:
-    """Guard those results that share memory with copies: a write into them would be lost."""
+    """Guard those results that share memory with copies: a write into them would be lost.
+
+    Numpy's arrays are made read only.
+    """
     with torch._C.DisableTorchFunctionSubclass():
         pointers = {copy.untyped_storage().data_ptr() for copy in copies} - {0}
 
         def guard(leaf: Any) -> Any:
+            if hasattr(leaf, "__array_interface__"):
+                leaf.setflags(write=False)
+                return leaf
             is_view = (
                 isinstance(leaf, torch.Tensor)
                 and type(leaf) in (torch.Tensor, _ReadOnlyView)
@@ -196,11 +202,19 @@ def is_metadata(name: str, args: Sequence[Any]) -> bool:
     return name in _METADATA and not (name == "type" and len(args) > 1)
 
 
-def describe_call(func: Callable[..., Any]) -> tuple[str, bool]:
+def describe_call(
+    func: Callable[..., Any], kwargs: Mapping[str, Any] | None = None
+) -> tuple[str, bool]:
     """Return the name of the attribute or function asked for by a `__torch_function__`.
 
     Also whether it writes into its first argument.
     """
+    if (kwargs or {}).get("inplace") is True:  # as torch.nn.functional's activations
+        return getattr(func, "__name__", ""), True
+    if isinstance(func, torch._ops.OpOverload):
+        schema = func._schema
+        first = schema.arguments[0].alias_info if schema.arguments else None
+        return func._opname, first is not None and first.is_write
     name = getattr(func, "__name__", "")
     if name in ("__get__", "__set__", "__delete__"):
         return getattr(getattr(func, "__self__", None), "__name__", name), name != "__get__"

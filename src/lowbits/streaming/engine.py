@@ -185,7 +185,8 @@ class Engine:
             moment = self._moment(call, stage, forward)
             stage.uses += 1
             try:
-                with self.activations.measured(self._arbiter.ops, is_due=stage.timing.times_uses):
+                is_due = stage.timing.times_uses
+                with self.activations.measured(self._arbiter.ops, is_due=is_due), _casts_let_go():
                     result = self._run_part(call, forward)
             except torch.OutOfMemoryError as error:
                 if moment is None or not self._may_repeat(moment, stage):
@@ -373,6 +374,17 @@ def require_fit(layout: ModelLayout, arbiter: Arbiter, *, apart_bytes: int = 0) 
         prefetch=arbiter.is_ahead,
         device=str(arbiter.ops.device),
     )
+
+
+@contextmanager
+def _casts_let_go() -> Iterator[None]:
+    """Let autocast keep no casts of weights: all of a model's, in the end, beside its budget."""
+    is_enabled = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(is_enabled)
 
 
 def refuse_streamed(root: nn.Module) -> None:

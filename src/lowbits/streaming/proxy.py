@@ -153,7 +153,7 @@ class StreamedTensor(torch.Tensor):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         """Answer metadata, hand writes to the master, read it for the rest."""
-        name, is_write = describe_call(func)
+        name, is_write = describe_call(func, kwargs)
         kwargs = dict(kwargs or {})
         first = args[0] if args else None
         if isinstance(first, StreamedTensor):

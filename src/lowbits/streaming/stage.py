@@ -249,7 +249,7 @@ class Stage:
         for component in self.components:
             base = component.base
             base.check(at_end=True)
-            base.show(residency.acquire(self._numbers[base]))
+            base.show_copy(residency.acquire(self._numbers[base]))
 
     def _leave(self, residency: Residency) -> None:
         """Take everything off the device."""
@@ -300,13 +300,14 @@ class Stage:
             self.activate(budget)
 
     def look(self) -> None:
-        """See whether something happened since the last pass: a fork, a new tensor in a base."""
+        """See what happened since the last pass: a fork, a new tensor in a base, or new values."""
         if self._pid != os.getpid():
             self._pid = os.getpid()
             if self._residency is not None:
                 self._residency.forget_unfinished()
         for component in self.components:
             component.base.check()
+            component.base.refresh()
 
     def begin_pass(self) -> None:
         """Begin a pass: the order starts again.

@@ -78,6 +78,10 @@ class Stored:
         # Originals at first: `hide` takes them away.
         self._held: Sequence[Tensor] = [place.original for place in unit.places]
         self._seen: list[Tensor | None] = []
+        # What modules hold on the device, while stand-ins are in its place for a moment.
+        self._aside: Sequence[Tensor] | None = None
+        self._copied: list[int] = []
+        self._copied_version = -1
 
     @staticmethod
     def is_buffer(place: Place) -> bool:
@@ -144,13 +148,37 @@ class Stored:
 
     @contextmanager
     def hidden(self) -> Iterator[None]:
-        """Hide for a moment, inside a use."""
-        held = self._held
+        """Hide for a moment, inside a use, or another such moment."""
+        held, outer = self._held, self._aside
+        if held is not self._outside:
+            self._aside = held
         self.hide()
         try:
             yield
         finally:
             self.show(held)
+            self._aside = outer
+
+    def show_copy(self, tensors: Sequence[Tensor]) -> None:
+        """Let a base's modules hold the device's tensors, which are as the master is now."""
+        self.show(tensors)
+        self._note_copied()
+
+    def _note_copied(self) -> None:
+        self._copied_version = self.master.version
+        self._copied = list(map(self.master.version_of, self.unit.places))
+
+    def refresh(self) -> None:
+        """Copy to the device what was written to the master, by who kept a stand-in, or by savers.
+
+        Nothing while modules hold stand-ins: the next copy has it.
+        """
+        if self._held is self._outside or self.master.version == self._copied_version:
+            return
+        for place, held, version in zip(self.unit.places, self._held, self._copied, strict=True):
+            if self.master.version_of(place) != version:
+                held.detach().copy_(self.master.tensor(place))
+        self._note_copied()
 
     def check(self, *, at_end: bool = False) -> None:
         """Accept what somebody has put in the place of what modules held.
@@ -223,8 +251,9 @@ class Stored:
         self.master.write(place, values)
         if not isinstance(first, StreamedTensor):  # another unit's is not given away
             place.adopt(first, before)
-        if self._held is not self._outside:
-            self._held[number].detach().copy_(values)  # a base's, which is on the device
+        on_device = self._aside if self._held is self._outside else self._held
+        if on_device is not None:
+            on_device[number].detach().copy_(values)  # a base's
         # Whoever kept the stand-in for the old values would have the new ones.
         self._outside[number].retire()
         self._outside[number] = self._stand_in(place)
@@ -247,10 +276,12 @@ class Stored:
 
         They are in the open: whoever merges an adapter writes into them.
         """
+        self.refresh()
         for place, held in zip(self.unit.places, self._held, strict=True):
             if held.requires_grad != place.original.requires_grad:
                 place.original.requires_grad_(held.requires_grad)
             self._keep(place, held)
+        self._note_copied()
 
     def count_merged(self) -> int:
         """Return how many adapters are merged into layers of the unit, as peft notes them."""
