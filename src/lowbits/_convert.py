@@ -23,7 +23,7 @@ from lowbits.core.select import Component, Selection, select
 from lowbits.errors import ConfigError, SourceUnavailableError
 from lowbits.files.checkpoint import CONFIG, GGUF, OpenOptions, open_checkpoint
 from lowbits.files.convert import converted, stored_name, twice_quantized, untied, widened
-from lowbits.files.folders import atomic_folder
+from lowbits.files.folders import BESIDE_SAVED, atomic_folder, refuse_other_weights
 from lowbits.files.gguf_export import ExportOptions, export, planned
 from lowbits.files.inspection import Inspection, inspected
 from lowbits.files.own import OWN_FILE, versions, weights_of
@@ -36,12 +36,10 @@ from lowbits.integrations.architectures import recognized
 from lowbits.integrations.configs import Request, request_of
 from lowbits.integrations.keymaps import classes_of, to_reference
 from lowbits.integrations.models import (
-    BESIDE_SAVED,
     INDEX,
     components_in,
     empty_model,
     packed_by_default,
-    refuse_other_weights,
 )
 from lowbits.progress import CancelToken, ProgressCallback, ProgressEvent
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ from lowbits.core.handle import find_handle, guard
 from lowbits.core.registry import DEFAULT
 from lowbits.errors import AlreadyPatchedError, ConfigError, FormatError
 from lowbits.files.checkpoint import GGUF, OpenOptions, open_checkpoint
-from lowbits.files.folders import atomic_folder
+from lowbits.files.folders import BESIDE_LOADED, BESIDE_SAVED, atomic_folder, refuse_other_weights
 from lowbits.files.forms.quanto import fitted
 from lowbits.files.load import LoadOptions, install, stage
 from lowbits.files.own import OWN_FILE, own_file_in, versions, weights_of
@@ -24,11 +24,8 @@ from lowbits.files.sharded import SUFFIX
 from lowbits.integrations.diffusers import forget_quantizer, is_pipeline, kept_in_fp32
 from lowbits.integrations.keymaps import map_for
 from lowbits.integrations.models import (
-    BESIDE_LOADED,
-    BESIDE_SAVED,
     components_in,
     load_rest,
-    refuse_other_weights,
     save_config,
     skeleton,
 )
@@ -88,9 +85,10 @@ def save(
         file = path / OWN_FILE
     weights, ties = weights_of(target)
     options = WriteOptions(versions(weights.values()), shard_bytes, "save", progress, cancel)
-    write_own(file, weights, ties, options)
-    if file is not path:
-        save_config(target, path)
+    with atomic_folder(path) if file is not path else nullcontext() as new:
+        if new is not None:
+            save_config(target, new)
+        write_own(file, weights, ties, options)
 
 
 def _save_pipeline(
@@ -154,10 +152,13 @@ def load(
     Raises:
         FormatError: the file is not what it claims to be, or not of this model.
         AlreadyPatchedError: the module is packed, has a handle, or is streamed.
-        ConfigError: it is a pickle, or there is no checksum to verify.
+        ConfigError: it is a pickle, there is no checksum to verify, the folder holds weights twice,
+            or `dtype` is none that weights can be in.
         OSError: the system refuses to open it.
     """
     modules = modules_of(into)
+    if dtype is not None and not getattr(dtype, "is_floating_point", False):
+        raise ConfigError(f"dtype: got {dtype}, expected a floating one, as torch.bfloat16")
     opened = open_checkpoint(path, OpenOptions(DEFAULT, verify, allow_pickle, allow_nonfinite))
     staged = []
     for name, (weights, key_map) in _key_maps(modules, opened).items():

@@ -96,7 +96,12 @@ def applied_alike(components: Sequence[Component], selection: Selection) -> Hand
     if owned is None or any(other is not owned for other in handles.values()):
         return None
     decisions = select(components, replace(selection, sees_packed=True))
-    return None if any(d.scheme for d in decisions) else owned
+    # Who leaves layers out, or names some, does not want those packed that are none of them.
+    is_choosy = bool(selection.rules or selection.skip)
+    is_other = any(
+        d.scheme or (is_choosy and d.is_packed and not d.is_in_scheme) for d in decisions
+    )
+    return None if is_other else owned
 
 
 def placed_elsewhere(components: Sequence[Component]) -> set[str]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from pipelines import PIPELINES
 from torch import nn
 
 import lowbits
@@ -205,3 +206,19 @@ def test_layers_whose_weight_is_more_than_a_tensor_are_left_alone() -> None:
     reasons = {row.reason for fqn, row in layers.items() if fqn.startswith("1.parametrizations")}
     assert "parametrized weight" in reasons
     assert [fqn for fqn, row in layers.items() if row.scheme == "bnb-nf4"] == ["2"]
+
+
+def test_what_is_packed_already_and_should_not_be_is_told() -> None:
+    model = Denoiser()
+    handle = lowbits.quantize(model, "float8-e4m3fn")
+    assert lowbits.quantize(model, "float8-e4m3fn") is handle
+    for options in ({"skip": ["blocks.1.*"]}, {"rules": {"blocks.1.*": "native"}}):
+        with pytest.raises(errors.AlreadyPatchedError, match="packed already"):
+            lowbits.quantize(model, "float8-e4m3fn", **options)
+
+
+def test_of_two_names_of_a_module_the_one_that_is_asked_for_counts() -> None:
+    pipe: Any = PIPELINES["flux"].build()
+    pipe.register_modules(text_encoder=pipe.text_encoder_2)
+    report = lowbits.quantize(pipe, "gguf-q8_0", components=["text_encoder_2"]).report()
+    assert {layer.component for layer in report.packed} == {"text_encoder_2"}

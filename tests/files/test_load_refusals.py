@@ -233,3 +233,57 @@ def test_pickles_that_run_code_are_refused(
         lowbits.load(file, into=into, allow_pickle=True)
     assert "unpickled" not in capsys.readouterr().out
     assert_untouched(into, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.bool, torch.complex64, "bfloat16"])
+def test_dtypes_that_no_weight_can_be_in(tmp_path: Path, dtype: Any) -> None:
+    into = model(1)
+    before = state(into)
+    with pytest.raises(ConfigError, match="dtype: got .*, expected a floating one"):
+        lowbits.load(saved(tmp_path, model()), into=into, dtype=dtype)
+    assert_untouched(into, before)
+
+
+class Indexed(nn.Module):
+    """Holds integers, and weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(4))
+        self.register_buffer("ids", torch.arange(4))
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("ids", torch.tensor([0, 1.5, 2, 3])),
+        ("ids", torch.tensor([0, 1, 2, torch.nan])),
+        ("ids", torch.tensor([0, 1, 2, 3e30])),
+        ("weight", torch.tensor([1, 2, 3, 4j])),
+    ],
+)
+def test_values_that_the_model_cannot_hold(tmp_path: Path, name: str, values: Tensor) -> None:
+    file, into = tmp_path / "x.safetensors", Indexed()
+    save_file({**into.state_dict(), name: values}, file)
+    with pytest.raises(FormatError, match="and the model's is"):
+        lowbits.load(file, into=into)
+    assert torch.equal(into.ids, torch.arange(4))  # type: ignore[arg-type] # a buffer
+    assert not into.weight.any()
+
+
+def test_integers_that_a_file_holds_as_floats(tmp_path: Path) -> None:
+    """As GGUF files do."""
+    file, into = tmp_path / "x.safetensors", Indexed()
+    save_file({**into.state_dict(), "ids": torch.tensor([3.0, 2, 1, 0])}, file)
+    lowbits.load(file, into=into)
+    assert torch.equal(into.ids, torch.tensor([3, 2, 1, 0]))  # type: ignore[arg-type] # a buffer
+
+
+def test_a_folder_that_was_saved_into_twice(tmp_path: Path) -> None:
+    """Which weights are newer, nothing tells."""
+    lowbits.save(model(), tmp_path)
+    lowbits.load(tmp_path, into=model(1))
+    (tmp_path / "diffusion_pytorch_model.safetensors").write_bytes(b"new")
+    for read in (lambda: lowbits.load(tmp_path, into=model(1)), lambda: lowbits.inspect(tmp_path)):
+        with pytest.raises(ConfigError, match="was saved into twice"):
+            read()

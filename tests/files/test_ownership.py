@@ -142,3 +142,21 @@ def test_what_is_read_is_not_written_to(tmp_path: Path) -> None:
         assert packed.scheme == scheme
         assert not set(places(bits(packed))) & set(places(states.values()))
     assert all(torch.equal(states[name], tensor) for name, tensor in before.items())
+
+
+class Based(nn.Module):
+    """Has a part that is called as what peft wraps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(64, 64))
+        self.base_layer = nn.Linear(64, 64)
+
+
+def test_a_part_that_is_called_as_what_peft_wraps(tmp_path: Path) -> None:
+    made, loaded = Based(), Based()
+    lowbits.save(made, tmp_path / "x.safetensors")
+    lowbits.load(tmp_path / "x.safetensors", into=loaded)
+    assert all(
+        torch.equal(a, b) for a, b in zip(made.parameters(), loaded.parameters(), strict=True)
+    )

@@ -200,6 +200,17 @@ def test_a_dtype_for_all_of_it(saved: Path) -> None:
     assert picture(loaded).isfinite().all()
 
 
+def test_each_model_in_the_dtype_of_its_file(original: Any, pipe: Any, tmp_path: Path) -> None:
+    pipe.transformer.to(torch.bfloat16)
+    with lowbits.apply(pipe, SCHEME, components=["transformer"], device="cpu"):
+        lowbits.save(pipe, tmp_path)
+    loaded = lowbits.load_pipeline(tmp_path)
+    assert loaded.transformer.dtype == torch.bfloat16
+    assert loaded.vae.dtype == original.vae.dtype == torch.float32
+    before, after = original.vae.state_dict(), loaded.vae.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
 def test_folders_that_are_none(tmp_path: Path, original: Any) -> None:
     with pytest.raises(ConfigError, match="it is not a diffusers pipeline"):
         lowbits.load_pipeline(tmp_path)

@@ -155,6 +155,18 @@ def test_a_pipeline_that_cannot_be_saved_leaves_the_old_one(
     assert list(tmp_path.iterdir()) == [folder]
 
 
+def test_a_config_that_cannot_be_written_leaves_the_old_weights(
+    pipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lowbits.save(pipe.transformer, tmp_path)
+    before = files(tmp_path)
+    lowbits.quantize(pipe.transformer, SCHEME)
+    monkeypatch.setattr(type(pipe.transformer), "save_config", full)
+    with pytest.raises(OSError, match="No space left"):
+        lowbits.save(pipe.transformer, tmp_path)
+    assert files(tmp_path) == before
+
+
 def full(*_: object, **__: object) -> None:
     raise OSError(28, "No space left on device")
 

@@ -230,11 +230,13 @@ def select(components: Sequence[Component], selection: Selection) -> list[Decisi
     """
     rules = Patterns(selection.rules, "rules")
     skip = Patterns(selection.skip, "skip")
-    decisions, seen = [], {}
+    decisions = []
+    unique: dict[int, Component] = {}
     for component in components:
-        if id(component.module) in seen:
-            continue  # a second name of a module that was handled
-        seen[id(component.module)] = component.name
+        known = unique.get(id(component.module))
+        if known is None or (known.scheme is None and component.scheme is not None):
+            unique[id(component.module)] = component  # of several names the one that was asked for
+    for component in unique.values():
         decide = _Decider(component, rules, skip, selection)
         decisions += [decide(tensor) for tensor in _tensors(component)]
     paths = [d.path for d in decisions if _is_layer(d)]

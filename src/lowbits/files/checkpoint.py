@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, final
 
 from lowbits.errors import ConfigError, FormatError
+from lowbits.files.folders import BESIDE_LOADED, refuse_other_weights
 from lowbits.files.forms.recognise import recognise
 from lowbits.files.gguf import read_gguf
 from lowbits.files.manifest import MANIFEST
@@ -79,7 +80,8 @@ def open_checkpoint(path: str | Path, options: OpenOptions) -> Checkpoint:
 
     Raises:
         FormatError: it is none of those, or not what it claims to be.
-        ConfigError: it is a pickle, and those are not allowed; or there is nothing to verify.
+        ConfigError: it is a pickle, and those are not allowed; there is nothing to verify; or the
+            folder holds weights twice.
         OSError: the system refuses to open it.
     """
     opened = _opened(Path(path), options)
@@ -92,7 +94,10 @@ def open_checkpoint(path: str | Path, options: OpenOptions) -> Checkpoint:
 
 def _opened(path: Path, options: OpenOptions) -> Checkpoint:
     if path.is_dir():
-        return _safetensors(own_file_in(path) or path, options)
+        own = own_file_in(path)
+        if own is not None:
+            refuse_other_weights(path, BESIDE_LOADED)
+        return _safetensors(own or path, options)
     kind = SAFETENSORS if path.suffix == ".json" or not path.exists() else _kind(path)
     if kind == GGUF:
         file = read_gguf(path)

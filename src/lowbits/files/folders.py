@@ -1,4 +1,4 @@
-"""Folders whose new contents take their places once all of them are written."""
+"""Folders: written whole or not at all, and without weights that stand for others."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from errno import ENOTDIR
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from lowbits.errors import ConfigError
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -18,6 +20,18 @@ if TYPE_CHECKING:
 _WEIGHTS: Final = re.compile(
     r"(diffusion_pytorch_model|model|pytorch_model|lowbits)(-\d{5,}-of-\d{5,})?"
     r"\.(safetensors|bin)(\.index\.json)?"
+)
+
+#: What ``from_pretrained`` looks for.
+_OTHERS: Final = ("diffusion_pytorch_model*", "model*.safetensors*", "pytorch_model*")
+#: Why packed weights are not written beside those: into a folder, because of a file.
+BESIDE_SAVED: Final = (
+    "{} holds {}, which from_pretrained would go on reading in place of the packed weights: save "
+    "into another folder, or remove it first"
+)
+#: Why they are not read beside those: which are newer, nothing tells.
+BESIDE_LOADED: Final = (
+    "{} holds {} beside packed weights, and was saved into twice: remove what is not to be loaded"
 )
 
 
@@ -62,3 +76,18 @@ def _place(new: Path, target: Path) -> None:
                 shutil.move(old, new / old.name)
         shutil.move(target, new.with_name(f"{new.name}.{secrets.token_hex(6)}"))
     shutil.move(new, target)
+
+
+def refuse_other_weights(folder: Path, message: str) -> None:
+    """Raise where a folder holds weights that ``from_pretrained`` would take for its model's.
+
+    Args:
+        folder: of the model.
+        message: that is raised: `BESIDE_SAVED` or `BESIDE_LOADED`.
+
+    Raises:
+        ConfigError: naming one of them.
+    """
+    found = sorted(path.name for pattern in _OTHERS for path in folder.glob(pattern))
+    if found:
+        raise ConfigError(message.format(folder, found[0]))

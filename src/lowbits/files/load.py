@@ -265,6 +265,7 @@ class _Loader:
         if isinstance(value, Packed) and not reason:
             return self._packed(target, value, dtype, weight)
         tensor = in_float32(value, self._options.registry).reshape(target.tensor.shape)
+        _require_kept(tensor, dtype, weight)
         tensor = tensor.to(target.device, dtype, copy=weight.is_shared)
         if isinstance(target.tensor, nn.Parameter):
             self._require_finite(tensor, weight)
@@ -344,6 +345,15 @@ class _Loader:
             source=source,
             reason=reason,
         )
+
+
+def _require_kept(tensor: Tensor, dtype: torch.dtype, weight: Weight) -> None:
+    """Raise where a cast would lose more than precision; GGUF files hold integers as float32."""
+    is_lost = tensor.dtype.is_complex and not dtype.is_complex
+    if tensor.dtype.is_floating_point and not (dtype.is_floating_point or dtype.is_complex):
+        is_lost = not torch.equal(tensor.to(dtype).to(tensor.dtype), tensor)
+    if is_lost:
+        raise FormatError(f"is {tensor.dtype}, and the model's is {dtype}", tensor=weight.name)
 
 
 def _is_precision(dtype: torch.dtype | None) -> bool:

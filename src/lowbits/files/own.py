@@ -74,9 +74,15 @@ def weights_of(module: nn.Module) -> tuple[dict[str, Weight], dict[str, str]]:
     """
     found = _Found()
     adapters = tuple(f"{fqn}." for fqn in adapter_fqns(module))
+    # By the names that modules have in the file; those of peft's wrappers go before what they wrap.
+    names = {"": ""}
+    wrapped = {fqn.rpartition(".")[0] for fqn in adapter_fqns(module)}
     for fqn, part in module.named_modules():
+        parent, _, name = fqn.rpartition(".")
+        is_wrapped = name == _WRAPPED and parent in wrapped
+        names[fqn] = names[parent] if is_wrapped else dotted(names[parent], name)
         if not f"{fqn}.".startswith(adapters):
-            found.add(".".join(name for name in fqn.split(".") if name != _WRAPPED), part)
+            found.add(names[fqn], part)
     return found.weights, found.ties
 
 

@@ -24,17 +24,6 @@ if TYPE_CHECKING:
     from lowbits.integrations.row_tracing import Shapes
 
 INDEX: Final = "model_index.json"
-#: What ``from_pretrained`` looks for.
-_WEIGHTS: Final = ("diffusion_pytorch_model*", "model*.safetensors*", "pytorch_model*")
-#: Why packed weights are not written beside those: into a folder, because of a file.
-BESIDE_SAVED: Final = (
-    "{} holds {}, which from_pretrained would go on reading in place of the packed weights: save "
-    "into another folder, or remove it first"
-)
-#: Why they are not read beside those: which are newer, nothing tells.
-BESIDE_LOADED: Final = (
-    "{} holds {} beside packed weights, and was saved into twice: remove what is not to be loaded"
-)
 #: Libraries whose classes can be made empty here.
 _LIBRARIES: Final = ("diffusers", "transformers")
 #: The first diffusers whose `from_pretrained` calls its ``torch_dtype`` ``dtype``.
@@ -48,21 +37,6 @@ def save_config(module: nn.Module, folder: Path) -> None:
         model.save_config(folder)
     elif hasattr(getattr(model, "config", None), "save_pretrained"):  # transformers'
         model.config.save_pretrained(folder)
-
-
-def refuse_other_weights(folder: Path, message: str) -> None:
-    """Raise where a folder holds weights that ``from_pretrained`` would take for its model's.
-
-    Args:
-        folder: of the model.
-        message: that is raised: `BESIDE_SAVED` or `BESIDE_LOADED`.
-
-    Raises:
-        ConfigError: naming one of them.
-    """
-    found = sorted(path.name for pattern in _WEIGHTS for path in folder.glob(pattern))
-    if found:
-        raise ConfigError(message.format(folder, found[0]))
 
 
 def components_in(folder: Path) -> dict[str, tuple[str, str]]:
