@@ -23,7 +23,7 @@ from lowbits._target import (
 )
 from lowbits.config import LowbitsConfig
 from lowbits.core.convert import ConvertOptions, convert, stored_bytes_of
-from lowbits.core.handle import Handle, Placed
+from lowbits.core.handle import Handle, Placed, find_handle
 from lowbits.core.homes import homes_of, same_device
 from lowbits.core.interception import streamed_part
 from lowbits.core.memory import storage_bytes
@@ -34,7 +34,7 @@ from lowbits.core.scheme import NATIVE, SchemeInfo
 from lowbits.core.select import Selection, select
 from lowbits.core.source import SourceFiles
 from lowbits.core.surgery import Journal, undo
-from lowbits.errors import ConfigError
+from lowbits.errors import ConfigError, SourceUnavailableError
 from lowbits.integrations.adapters import Adapters
 from lowbits.integrations.configs import request_of
 from lowbits.integrations.diffusers import announce_device, denoisers_of
@@ -381,9 +381,17 @@ def _switch(
     try:
         return _apply_fused(modules, new, device, fused)
     except BaseException:
+        # Interrupted when it was done: nobody has the new handle.
+        made = next(filter(None, (find_handle(modules[name]) for name in asked)), None)
+        if made is not None:
+            made.restore()
         # The caller's callbacks may be what failed, or cancelled: they are not asked again.
         old = replace(config, progress=None, cancel=None)
-        _apply_fused(modules, old, device, fused, must_fit=False)
+        try:
+            _apply_fused(modules, old, device, fused, must_fit=False)
+        except SourceUnavailableError:  # a cast since: no file has what is packed now
+            old = replace(old, keep_source="memory")
+            _apply_fused(modules, old, device, fused, must_fit=False)
         raise
 
 

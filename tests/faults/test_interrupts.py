@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import lowbits
-from lowbits import errors
+from lowbits import _api, errors
 from lowbits.core import convert
 from lowbits.core.packed import PackedLayer
 from lowbits.core.registry import DEFAULT
@@ -362,3 +362,43 @@ def test_a_switch_whose_progress_callback_raises_keeps_the_old_scheme() -> None:
     with pytest.raises(KeyboardInterrupt):
         handle.switch("gguf-q8_0")
     assert isinstance(model.middle, PackedLayer)
+
+
+def test_a_switch_whose_weights_are_in_no_file_any_more_keeps_the_old_scheme(
+    tmp_path: Path,
+) -> None:
+    """A cast since: what it is made of then is kept in memory."""
+    model = nn.Sequential(nn.Linear(128, 128), nn.Linear(128, 128))
+    save_file(model.state_dict(), tmp_path / "x.safetensors")
+    model.bfloat16()
+    handle = lowbits.quantize(model, SCHEME, keep_source="file", source=tmp_path / "x.safetensors")
+    model.half()
+    with pytest.raises(errors.SourceUnavailableError):
+        handle.switch("gguf-q8_0")
+    now = lowbits.handle(model)
+    assert now is not None
+    assert {layer.scheme for layer in now.report().packed} == {SCHEME}
+    now.restore()
+    assert model[0].weight.dtype == torch.float16
+
+
+def test_a_switch_that_is_interrupted_when_it_is_done_keeps_the_old_scheme(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = Tied()
+    untouched = Untouched(model)
+    handle = lowbits.quantize(model, SCHEME, rules={"middle": SCHEME}, keep_source="memory")
+    applied = _api._apply
+
+    def interrupted(modules: Any, config: Any, *args: Any, **options: Any) -> lowbits.Handle:
+        made = applied(modules, config, *args, **options)
+        if config.scheme != SCHEME:
+            raise KeyboardInterrupt
+        return made
+
+    monkeypatch.setattr(_api, "_apply", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        handle.switch("gguf-q8_0")
+    assert {layer.scheme for layer in lowbits.handle(model).report().packed} == {SCHEME}  # type: ignore[union-attr]
+    lowbits.restore(model)
+    untouched.check()
