@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from lowbits._target import modules_of
 from lowbits.config import parse_size
@@ -44,6 +44,9 @@ if TYPE_CHECKING:
     from lowbits.files.weights import Weight
     from lowbits.progress import CancelToken, ProgressCallback
 
+#: What weights' files are called; folders may have any other name with a dot.
+_FILE_SUFFIXES: Final = (SUFFIX, ".gguf", ".pt", ".pth", ".bin", ".ckpt")
+
 
 def save(
     target: Any,
@@ -69,23 +72,30 @@ def save(
 
     Raises:
         PatchError: a weight is another library's tensor: see `adopt`.
-        ConfigError: the folder holds other weights that would be read in place of these.
+        ConfigError: the folder holds other weights that would be read in place of these; or the
+            path is called as a file of another kind.
         OSError: the system refuses to write; what was there before stays.
     """
     path = Path(path)
+    is_file = path.suffix == SUFFIX and not is_pipeline(target)
+    if path.suffix.lower() in _FILE_SUFFIXES and not is_file and not path.is_dir():
+        raise ConfigError(
+            f"path: {path.name} is called as a file of another kind. A module is saved into a "
+            f"{SUFFIX} file or a folder, a pipeline into a folder; lowbits.save_gguf writes .gguf"
+        )
     if is_pipeline(target):
         _save_pipeline(target, path, max_shard_size, progress, cancel)
         return
     modules_of(target)  # says what it is not
     shard_bytes = parse_size(max_shard_size, "max_shard_size")
     file = path
-    if path.suffix != SUFFIX:
+    if not is_file:
         path.mkdir(parents=True, exist_ok=True)
         refuse_other_weights(path, BESIDE_SAVED)
         file = path / OWN_FILE
     weights, ties = weights_of(target)
     options = WriteOptions(versions(weights.values()), shard_bytes, "save", progress, cancel)
-    with atomic_folder(path) if file is not path else nullcontext() as new:
+    with nullcontext() if is_file else atomic_folder(path) as new:
         if new is not None:
             save_config(target, new)
         write_own(file, weights, ties, options)

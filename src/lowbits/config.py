@@ -111,13 +111,16 @@ class LowbitsConfig:
             if value not in words:
                 # The one place where a frozen field is set: sizes are ints from here on.
                 object.__setattr__(self, option, parse_size(value, option))
-        for option in ("skip", "never_oom"):
+        for option in ("components", "skip", "never_oom"):
             if isinstance(value := getattr(self, option), str):
                 raise ConfigError(
                     f"{option}: got the string {value!r}, expected a sequence of them"
                 )
-        if self.compute_dtype is not None and not self.compute_dtype.is_floating_point:
-            raise ConfigError(f"compute_dtype: got {self.compute_dtype}, expected a floating dtype")
+        if self.rules is not None and not isinstance(self.rules, Mapping):
+            raise ConfigError(f"rules: got {self.rules!r}, expected a scheme by glob, as a dict")
+        dtype = self.compute_dtype
+        if dtype is not None and not getattr(dtype, "is_floating_point", False):
+            raise ConfigError(f"compute_dtype: got {dtype!r}, expected one as torch.bfloat16")
 
 
 def require_choice(option: str, value: Any, choices: Sequence[str]) -> None:

@@ -159,6 +159,14 @@ def test_options_are_checked() -> None:
         lowbits.LowbitsConfig(skip="proj_out")
     with pytest.raises(errors.ConfigError, match="compute_dtype: got torch.int8"):
         lowbits.LowbitsConfig(compute_dtype=torch.int8)
+    names: Any = "bfloat16"
+    with pytest.raises(errors.ConfigError, match="compute_dtype: got 'bfloat16', expected one as"):
+        lowbits.LowbitsConfig(compute_dtype=names)
+    with pytest.raises(errors.ConfigError, match="components: got the string 'transformer'"):
+        lowbits.LowbitsConfig(components="transformer")
+    pairs: Any = [("*", "bnb-nf4")]
+    with pytest.raises(errors.ConfigError, match=r"rules: got \[.*expected a scheme by glob"):
+        lowbits.LowbitsConfig(rules=pairs)
     with pytest.raises(
         errors.ConfigError, match="device: quantize moves nothing; use lowbits.apply"
     ):

@@ -155,6 +155,17 @@ def test_a_pipeline_that_cannot_be_saved_leaves_the_old_one(
     assert list(tmp_path.iterdir()) == [folder]
 
 
+@pytest.mark.parametrize("name", ["x.gguf", "x.pt", "x.bin", "x.SAFETENSORS"])
+def test_names_of_other_files(pipe: Any, tmp_path: Path, name: str) -> None:
+    for target in (pipe, pipe.transformer):
+        with pytest.raises(ConfigError, match=f"path: {name} is called as a file of another kind"):
+            lowbits.save(target, tmp_path / name)
+    with pytest.raises(ConfigError, match="a pipeline into a folder"):
+        lowbits.save(pipe, tmp_path / "x.safetensors")
+    assert not files(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_config_that_cannot_be_written_leaves_the_old_weights(
     pipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
