@@ -41,8 +41,8 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
     Whatever is raised until then, what was there stays. Of a folder that is replaced, weights that
     the new one does not have are gone, and all else stays. A process that is killed leaves
-    ``.<name>.*.tmp`` beside it, which may be deleted; one that is killed while folders take their
-    places leaves some of them.
+    ``.<name>.*.tmp`` in it, or beside it where it is new, which may be deleted; one that is killed
+    while folders take their places leaves some of them.
 
     Args:
         path: a folder, which may be there; its parents are made.
@@ -53,9 +53,10 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     target = Path(os.path.realpath(path))
     if target.exists() and not target.is_dir():
         raise NotADirectoryError(ENOTDIR, "not a folder", str(target))
-    target.parent.mkdir(parents=True, exist_ok=True)
-    new = target.with_name(f".{target.name[:32]}.{secrets.token_hex(6)}.tmp")
-    new.mkdir()
+    # In the folder itself, which may be a disk of its own.
+    beside = target if target.is_dir() else target.parent
+    new = beside / f".{target.name[:32]}.{secrets.token_hex(6)}.tmp"
+    new.mkdir(parents=True)
     try:
         yield new
         target.mkdir(exist_ok=True)
