@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from peft import LoraConfig, inject_adapter_in_model
 from streaming.models import (
     WIDTH,
     Block,
@@ -20,8 +21,9 @@ from streaming.models import (
 from torch import nn
 from torch.nn import functional
 
+import lowbits
 from lowbits.errors import InsufficientMemoryError
-from lowbits.streaming.layout import ALIGNMENT, ModelLayout, held_tensors, lay_out
+from lowbits.streaming.layout import ALIGNMENT, ModelLayout, held_tensors, kept_bytes, lay_out
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -457,3 +459,13 @@ def test_a_root_that_is_a_list_is_called_by_its_blocks() -> None:
             assert torch.equal(run(), expected)
         assert streamer.stats().peak_device_bytes <= streamer.stats().budget_bytes
     assert torch.equal(run(), expected)
+
+
+def test_adapters_of_a_packed_model_are_compared_with_its_codes() -> None:
+    """What is left of it in floating point may be less than they are."""
+    model = nn.Sequential(*(nn.Linear(256, 256, bias=False) for _ in range(3)))
+    lowbits.quantize(model, "float8-e4m3fn")
+    config = LoraConfig(r=16, target_modules=["1"])
+    model = inject_adapter_in_model(config, model)
+    adapters = [p for p in model.parameters() if p.requires_grad]
+    assert kept_bytes(model) >= sum(p.nbytes for p in adapters) == 2 * 16 * 256 * 4

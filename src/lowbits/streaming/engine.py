@@ -186,7 +186,8 @@ class Engine:
             stage.uses += 1
             try:
                 is_due = stage.timing.times_uses
-                with self.activations.measured(self._arbiter.ops, is_due=is_due), _casts_let_go():
+                measured = self.activations.measured(self._arbiter.ops, is_due=is_due)
+                with measured, _casts_let_go(self.device):
                     result = self._run_part(call, forward)
             except torch.OutOfMemoryError as error:
                 if moment is None or not self._may_repeat(moment, stage):
@@ -377,14 +378,16 @@ def require_fit(layout: ModelLayout, arbiter: Arbiter, *, apart_bytes: int = 0) 
 
 
 @contextmanager
-def _casts_let_go() -> Iterator[None]:
+def _casts_let_go(device: torch.device) -> Iterator[None]:
     """Let autocast keep no casts of weights: all of a model's, in the end, beside its budget."""
-    is_enabled = torch.is_autocast_cache_enabled()
-    torch.set_autocast_cache_enabled(False)
+    is_kept = torch.is_autocast_enabled(device.type) and torch.is_autocast_cache_enabled()
+    if is_kept:  # compilers guard this switch
+        torch.set_autocast_cache_enabled(False)
     try:
         yield
     finally:
-        torch.set_autocast_cache_enabled(is_enabled)
+        if is_kept:
+            torch.set_autocast_cache_enabled(True)
 
 
 def refuse_streamed(root: nn.Module) -> None:

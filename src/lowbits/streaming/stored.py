@@ -281,7 +281,8 @@ class Stored:
             if held.requires_grad != place.original.requires_grad:
                 place.original.requires_grad_(held.requires_grad)
             self._keep(place, held)
-        self._note_copied()
+        if self._held is not self._outside:
+            self._note_copied()
 
     def count_merged(self) -> int:
         """Return how many adapters are merged into layers of the unit, as peft notes them."""
