@@ -463,7 +463,7 @@ def test_a_root_that_is_a_list_is_called_by_its_blocks() -> None:
 
 def test_adapters_of_a_packed_model_are_compared_with_its_codes() -> None:
     """What is left of it in floating point may be less than they are."""
-    model = nn.Sequential(*(nn.Linear(256, 256, bias=False) for _ in range(3)))
+    model = nn.Sequential(*(nn.Linear(256, 256) for _ in range(3)))
     lowbits.quantize(model, "float8-e4m3fn")
     config = LoraConfig(r=16, target_modules=["1"])
     model = inject_adapter_in_model(config, model)

@@ -417,11 +417,10 @@ def _adapters(root: nn.Module) -> set[int]:
     An optimizer holds them, so they stay on the device, and stay the same objects. Where more wants
     gradients, it is the model itself: one whose packed weights were restored after peft froze it.
     """
-    trained = {
-        id(p): p.nbytes for p in root.parameters() if p.is_floating_point() and p.requires_grad
-    }
+    floating = [p for p in root.parameters() if p.is_floating_point() and p.numel()]
+    trained = {id(p): p.nbytes for p in floating if p.requires_grad}
     is_most = 2 * sum(trained.values()) >= sum(p.nbytes for p in root.parameters())
-    return set() if is_most else set(trained)
+    return set() if is_most or len(trained) == len(floating) else set(trained)
 
 
 def _is_loose(tensor: Tensor, adapters: set[int]) -> bool:
