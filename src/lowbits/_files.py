@@ -14,7 +14,7 @@ from lowbits.core.handle import find_handle, guard
 from lowbits.core.registry import DEFAULT
 from lowbits.errors import AlreadyPatchedError, ConfigError, FormatError
 from lowbits.files.checkpoint import GGUF, OpenOptions, open_checkpoint
-from lowbits.files.folders import BESIDE_LOADED, BESIDE_SAVED, atomic_folder, refuse_other_weights
+from lowbits.files.folders import BESIDE_SAVED, atomic_folder, refuse_other_weights
 from lowbits.files.forms.quanto import fitted
 from lowbits.files.load import LoadOptions, install, stage
 from lowbits.files.own import OWN_FILE, own_file_in, versions, weights_of
@@ -273,11 +273,9 @@ def load_pipeline(
     folder = Path(path)
     parts = {}
     for name, (library, class_name) in components_in(folder).items():
-        own = own_file_in(folder / name)
-        if own and name not in options:
-            refuse_other_weights(folder / name, BESIDE_LOADED)
+        if own_file_in(folder / name) and name not in options:
             parts[name] = skeleton(folder / name, library, class_name)
-            load(own, into=parts[name], dtype=dtype, progress=progress, cancel=cancel)
+            load(folder / name, into=parts[name], dtype=dtype, progress=progress, cancel=cancel)
     if not parts:
         raise ConfigError(
             f"{folder} has no component that lowbits wrote: load it with "

@@ -59,7 +59,7 @@ class AtomicFiles:
         """Open a file under another name; once it is written, it waits for the others."""
         target = Path(os.path.realpath(path))
         mode = _mode(target)
-        temporary = _temporary(target)
+        temporary = temporary_of(target)
         try:
             with temporary.open("xb") as file:
                 if mode is not None:
@@ -81,7 +81,7 @@ class AtomicFiles:
         """
         target = Path(os.path.realpath(path))
         if target.exists():
-            aside = _temporary(target)
+            aside = temporary_of(target)
             target.replace(aside)
             self._hidden = (aside, target)
 
@@ -105,7 +105,8 @@ class AtomicFiles:
                 aside.replace(path)
 
 
-def _temporary(target: Path) -> Path:
+def temporary_of(target: Path) -> Path:
+    """Return a name beside a target's that nothing has yet."""
     # Cut: a name may be as long as the file system admits.
     return target.with_name(f".{target.name[:32]}.{secrets.token_hex(6)}.tmp")
 

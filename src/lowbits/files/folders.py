@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import secrets
 import shutil
 from contextlib import contextmanager
 from errno import ENOTDIR
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from lowbits.errors import ConfigError
+from lowbits.files.atomic import temporary_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -54,8 +54,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     if target.exists() and not target.is_dir():
         raise NotADirectoryError(ENOTDIR, "not a folder", str(target))
     # In the folder itself, which may be a disk of its own.
-    beside = target if target.is_dir() else target.parent
-    new = beside / f".{target.name[:32]}.{secrets.token_hex(6)}.tmp"
+    new = temporary_of(target / target.name if target.is_dir() else target)
     new.mkdir(parents=True)
     try:
         yield new
@@ -75,7 +74,7 @@ def _place(new: Path, target: Path) -> None:
         for old in target.iterdir():
             if not (new / old.name).exists() and not _WEIGHTS.fullmatch(old.name):
                 shutil.move(old, new / old.name)
-        shutil.move(target, new.with_name(f"{new.name}.{secrets.token_hex(6)}"))
+        shutil.move(target, temporary_of(new))
     shutil.move(new, target)
 
 

@@ -412,15 +412,16 @@ def padded(nbytes: int) -> int:
 
 
 def _adapters(root: nn.Module) -> set[int]:
-    """Return the Parameters that are trained in a model that is frozen, but for less than half.
+    """Return the Parameters that are trained in a model that is frozen for the larger part.
 
-    An optimizer holds them, so they stay on the device, and stay the same objects. Where more wants
-    gradients, it is the model itself: one whose packed weights were restored after peft froze it.
+    An optimizer holds them, so they stay on the device, and stay the same objects. What is trained
+    in larger part is a model that somebody froze in part, or that was restored since peft did.
     """
-    floating = [p for p in root.parameters() if p.is_floating_point() and p.numel()]
-    trained = {id(p): p.nbytes for p in floating if p.requires_grad}
-    is_most = 2 * sum(trained.values()) >= sum(p.nbytes for p in root.parameters())
-    return set() if is_most or len(trained) == len(floating) else set(trained)
+    parameters = [p for p in root.parameters() if p.numel()]
+    floating = [p for p in parameters if p.is_floating_point()]
+    trained = [p for p in floating if p.requires_grad]
+    is_small = 2 * sum(p.nbytes for p in trained) < sum(p.nbytes for p in parameters)
+    return {id(p) for p in trained} if is_small and len(trained) < len(floating) else set()
 
 
 def _is_loose(tensor: Tensor, adapters: set[int]) -> bool:
