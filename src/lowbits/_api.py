@@ -15,7 +15,6 @@ from lowbits._files import save_component
 from lowbits._target import (
     applied_alike,
     components_for,
-    default_device,
     modules_of,
     placed_elsewhere,
     refuse_patched,
@@ -23,6 +22,7 @@ from lowbits._target import (
 )
 from lowbits.config import LowbitsConfig
 from lowbits.core.convert import ConvertOptions, convert, stored_bytes_of
+from lowbits.core.device import default_device, usable_device
 from lowbits.core.handle import Handle, Placed, find_handle
 from lowbits.core.homes import homes_of, same_device
 from lowbits.core.interception import streamed_part
@@ -160,7 +160,7 @@ def register_backend(backend: QuantBackend) -> None:
 
 
 def _device_of(config: LowbitsConfig) -> torch.device:
-    return default_device() if config.device is None else torch.device(config.device)
+    return default_device() if config.device is None else usable_device(config.device)
 
 
 def _apply(

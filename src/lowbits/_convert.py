@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any, Final, final
 
 from torch import Tensor, nn
 
-from lowbits._target import default_device, require_one
+from lowbits._target import require_one
 from lowbits.backends.gguf.backend import PREFIX
 from lowbits.config import LowbitsConfig
+from lowbits.core.device import default_device
 from lowbits.core.names import dotted
 from lowbits.core.registry import DEFAULT
 from lowbits.core.report import LayerReport, Report
@@ -124,7 +125,7 @@ def convert(
         ConfigError: a value, a pattern or a pair of paths that means nothing here.
         NoCapableBackendError: no layer would be packed; why not.
         SourceUnavailableError: of ``on_requantize="error"``.
-        NonFiniteWeightError: a weight holds NaN or infinity.
+        NonFiniteWeightError: a weight that is to be packed holds NaN or infinity.
         OSError: the system refuses to write.
     """
     LowbitsConfig(skip=skip, on_requantize=on_requantize)  # says what these may not be
@@ -360,7 +361,7 @@ def save_gguf(
 
     Raises:
         ConfigError: a value that means nothing here, or a model without names of the reference.
-        NonFiniteWeightError: a weight holds NaN or infinity.
+        NonFiniteWeightError: a weight that is to be packed holds NaN or infinity.
         OSError: the system refuses to write.
     """
     if names not in _NAMES:

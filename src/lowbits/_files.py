@@ -71,7 +71,8 @@ def save(
         cancel: stops between two weights when set.
 
     Raises:
-        PatchError: a weight is another library's tensor: see `adopt`.
+        PatchError: a weight is another library's tensor: see `adopt`; or a module has a state
+            that is no tensor.
         ConfigError: the folder holds other weights that would be read in place of these; or the
             path is called as a file of another kind.
         OSError: the system refuses to write; what was there before stays.

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 
 from lowbits.core.handle import find_handle
@@ -30,11 +29,6 @@ if TYPE_CHECKING:
     from lowbits.config import LowbitsConfig
     from lowbits.core.handle import Handle
     from lowbits.core.select import Decision
-
-
-def default_device() -> torch.device:
-    """Return the accelerator if there is one, else the CPU."""
-    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
 def modules_of(target: Any) -> dict[str, nn.Module]:

@@ -111,6 +111,12 @@ class LowbitsConfig:
             if value not in words:
                 # The one place where a frozen field is set: sizes are ints from here on.
                 object.__setattr__(self, option, parse_size(value, option))
+        self._require_types()
+
+    def _require_types(self) -> None:
+        """Raise `ConfigError` where a value has no chance of being one."""
+        if self.scheme is None:
+            raise ConfigError("scheme: got None, expected one as 'bnb-nf4'; 'native' packs nothing")
         for option in ("components", "skip", "never_oom"):
             if isinstance(value := getattr(self, option), str):
                 raise ConfigError(

@@ -25,6 +25,7 @@ from lowbits.errors import (
     CancelledError,
     ConfigError,
     FormatError,
+    PatchError,
 )
 
 if TYPE_CHECKING:
@@ -269,6 +270,32 @@ def test_values_that_the_model_cannot_hold(tmp_path: Path, name: str, values: Te
         lowbits.load(file, into=into)
     assert torch.equal(into.ids, torch.arange(4))  # type: ignore[arg-type] # a buffer
     assert not into.weight.any()
+
+
+def test_values_beyond_the_dtype_that_is_asked_for(tmp_path: Path) -> None:
+    file, into = tmp_path / "x.safetensors", Indexed()
+    save_file({**into.state_dict(), "weight": torch.full((4,), 1e6)}, file)
+    with pytest.raises(FormatError, match=r"weight: it has values beyond torch.float16"):
+        lowbits.load(file, into=into, dtype=torch.float16)
+    assert not into.weight.any()
+    lowbits.load(file, into=into, dtype=torch.float16, allow_nonfinite=True)
+    assert into.weight.isinf().all()
+
+
+class Stateful(nn.Linear):
+    """Keeps a state that is no tensor."""
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"steps": 3}
+
+    def set_extra_state(self, state: Any) -> None:
+        """Do nothing."""
+
+
+def test_a_state_that_files_do_not_hold(tmp_path: Path) -> None:
+    with pytest.raises(PatchError, match=r"cannot save 0: a Stateful keeps a state .*torch.save"):
+        lowbits.save(nn.Sequential(Stateful(4, 4)), tmp_path / "x.safetensors")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_integers_that_a_file_holds_as_floats(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from lowbits.errors import BackendError, CancelledError, FormatError
 from lowbits.files.manifest import MANIFEST
 from lowbits.files.own import manifest_of, own_weights
 from lowbits.files.own_writer import WriteOptions, write_own
-from lowbits.files.safetensors_writer import CHECKSUM
+from lowbits.files.safetensors import CHECKSUM
 from lowbits.files.sharded import open_tensors
 from lowbits.files.weights import Weight
 from lowbits.progress import CancelToken, ProgressEvent
@@ -367,6 +367,14 @@ def entry(own: Own) -> Any:
             lambda own: own.manifest["ties"].update(tied="gone"),
             "tied: is tied to gone, which is not in the file",
         ),
+        (
+            lambda own: own.tensors.update(w=torch.ones(5, 64)),
+            "w: it is there packed, and as it is too",
+        ),
+        (
+            lambda own: own.tensors.update(tied=torch.ones(3)),
+            "tied: is tied to b, and in the file too",
+        ),
     ],
 )
 def test_what_does_not_belong_together(
@@ -458,3 +466,17 @@ def test_a_shard_of_others_among_those_of_lowbits(tmp_path: Path) -> None:
     save_file({"b": torch.ones(2)}, second)
     with pytest.raises(FormatError, match=f"{second.name}: it has no manifest"):
         manifest_of([first, second], verify=False)
+
+
+def test_shards_of_two_saves(tmp_path: Path) -> None:
+    """Two processes that save to one path at once may leave shards of both."""
+    for value, name in enumerate(("one", "two")):
+        (tmp_path / name).mkdir()
+        weights = weights_of({name: torch.full((4,), float(value)) for name in "ab"})
+        options = replace(OPTIONS, max_shard_bytes=16)
+        _, _, second = write_own(tmp_path / name / "m.safetensors", weights, {}, options)
+    (tmp_path / "one" / second.name).replace(second)
+    with pytest.raises(FormatError, match=f"{second.name}: .* another time than its index"):
+        opened(second.parent)
+    save_file({"b": torch.ones(4)}, second)  # by others, who write no checksum
+    assert open_tensors(second.parent).files[1] == second

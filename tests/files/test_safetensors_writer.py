@@ -22,9 +22,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from lowbits.errors import BackendError, CancelledError, ConfigError, FormatError
-from lowbits.files.safetensors import DTYPES, read_safetensors
+from lowbits.files.safetensors import CHECKSUM, DTYPES, read_safetensors
 from lowbits.files.safetensors_writer import (
-    CHECKSUM,
     Metadata,
     TensorGroup,
     header_bytes,
@@ -339,8 +338,9 @@ def test_the_layout_of_shards(tmp_path: Path) -> None:
     shards = [f"model-0000{n}-of-00002.safetensors" for n in (1, 2)]
     index = tmp_path / "model.safetensors.index.json"
     assert written == (index, tmp_path / shards[0], tmp_path / shards[1])
+    checksums = {name: read_safetensors(tmp_path / name).metadata[CHECKSUM] for name in shards}
     assert json.loads(index.read_text()) == {
-        "metadata": {"total_size": 48, "writer": "lowbits"},
+        "metadata": {"total_size": 48, "writer": "lowbits", "checksums": checksums},
         "weight_map": {"a": shards[0], "b": shards[1], "c": shards[0]},
     }
     opened = open_tensors(path)

@@ -148,6 +148,8 @@ def test_bitsandbytes_without_a_scheme_is_refused() -> None:
 
 
 def test_options_are_checked() -> None:
+    with pytest.raises(errors.ConfigError, match="scheme: got None"):
+        lowbits.LowbitsConfig(None)
     with pytest.raises(errors.ConfigError, match="keep_source: got 'ram', expected one of auto"):
         lowbits.LowbitsConfig(keep_source="ram")
     swaps: Any = ["queue"]

@@ -95,6 +95,18 @@ def test_weights_that_would_be_read_in_their_place(pipe: Any, tmp_path: Path, na
     assert files(tmp_path) == {name: b"old"}
 
 
+def test_what_a_packed_model_is_asked_beside_saving(pipe: Any, tmp_path: Path) -> None:
+    lowbits.quantize(pipe.transformer, SCHEME)
+    with pytest.raises(
+        PatchError, match=r"without push_to_hub, then huggingface_hub.upload_folder"
+    ):
+        pipe.transformer.save_pretrained(tmp_path / "pushed", push_to_hub=True)
+    pipe.transformer.save_pretrained(tmp_path / "rank 1", False)
+    assert files(tmp_path) == {}
+    pipe.transformer.save_pretrained(tmp_path / "rank 0", True)
+    assert (tmp_path / "rank 0" / "lowbits.safetensors").exists()
+
+
 def test_a_pipeline_over_an_ordinary_one(pipe: Any, tmp_path: Path) -> None:
     pipe.save_pretrained(tmp_path)
     lowbits.apply(pipe, SCHEME, device="cpu")

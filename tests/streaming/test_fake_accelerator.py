@@ -16,7 +16,7 @@ from torch.nn import functional
 from torch.utils import backend_registration
 
 import lowbits
-from lowbits._target import default_device
+from lowbits.core.device import default_device
 from lowbits.testing.accelerator import count_host_copies, fake_accelerator
 from lowbits.testing.streams import ThreadedOps
 

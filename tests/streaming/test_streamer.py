@@ -226,6 +226,9 @@ def test_options_are_checked_before_anything(option: str, value: Any) -> None:
     options: dict[str, Any] = {"device": "cpu", "budget": 10**6, option: value}
     with pytest.raises(ConfigError, match=option):
         LayerStreamer(Stack(2), **options)
+    target: Any = [Stack(2)]
+    with pytest.raises(ConfigError, match="module: got list, expected a torch.nn.Module"):
+        LayerStreamer(target, device="cpu", budget="1MB")
 
 
 def test_sizes_are_strings_too() -> None:

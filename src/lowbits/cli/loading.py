@@ -41,18 +41,11 @@ def pick_device(device: str | None) -> torch.device:
     """Return the device of this name; None: the accelerator if there is one, else the CPU.
 
     Raises:
-        ConfigError: torch knows no such device.
+        ConfigError: there is no such device.
     """
-    import torch
+    from lowbits.core.device import default_device, usable_device
 
-    from lowbits._target import default_device
-
-    if device is None:
-        return default_device()
-    try:
-        return torch.device(device)
-    except RuntimeError as error:
-        raise ConfigError(f"device: got {device!r}, expected one such as cpu or cuda:0") from error
+    return default_device() if device is None else usable_device(device)
 
 
 def load_pipeline(folder: Path, device: torch.device) -> Any:

@@ -65,14 +65,32 @@ class _Saver:
         self._module, self._save = weakref.ref(module), save
 
     def __call__(
-        self, save_directory: str | Path, *, max_shard_size: int | str | None = None, **_: Any
+        self,
+        save_directory: str | Path,
+        is_main_process: bool = True,  # noqa: FBT001, FBT002 - as the methods that it stands for
+        *,
+        max_shard_size: int | str | None = None,
+        push_to_hub: bool = False,
+        **_: Any,
     ) -> None:
         """Write the model's config, and its weights as they are stored.
 
         Args:
             save_directory: a folder, made if it is not there.
+            is_main_process: of several that run the same; the others write nothing.
             max_shard_size: bytes of a file's tensors, or a size as ``"5GB"``.
+            push_to_hub: is refused.
+
+        Raises:
+            PatchError: `push_to_hub` is set.
         """
+        if push_to_hub:
+            raise PatchError(
+                "save_pretrained of a packed model writes a folder and uploads nothing: save it "
+                "without push_to_hub, then huggingface_hub.upload_folder"
+            )
+        if not is_main_process:
+            return
         module = self._module()
         assert module is not None
         self._save(module, Path(save_directory), max_shard_size)

@@ -64,7 +64,7 @@ class BackendRegistry:
             raise BackendUnavailableError(f"backend {name!r} failed to load: {self._broken[name]}")
         known = ", ".join(sorted(backends))
         raise UnknownBackendError(
-            f"unknown backend {name!r}{suggestion(name, backends)} known: {known}"
+            f"unknown backend {name!r}{suggestion(name, backends)}; known: {known}"
         )
 
     def all(self) -> Mapping[str, QuantBackend]:

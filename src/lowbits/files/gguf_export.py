@@ -99,7 +99,7 @@ def export(path: Path, weights: Mapping[str, Weight], options: ExportOptions) ->
 
     Raises:
         ConfigError: the target cannot read such a file.
-        NonFiniteWeightError: a weight holds NaN or infinity.
+        NonFiniteWeightError: a weight that is to be packed holds NaN or infinity.
         OSError: the system refuses to write; what was at the path stays.
     """
     plans = _checked(_plans(weights, options), weights, options)

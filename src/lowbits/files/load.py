@@ -264,21 +264,24 @@ class _Loader:
             reason = _why_decoded([self._weights[segment.source] for segment in segments])
         if isinstance(value, Packed) and not reason:
             return self._packed(target, value, dtype, weight)
-        tensor = in_float32(value, self._options.registry).reshape(target.tensor.shape)
-        _require_kept(tensor, dtype, weight)
-        tensor = tensor.to(target.device, dtype, copy=weight.is_shared)
+        source = in_float32(value, self._options.registry).reshape(target.tensor.shape)
+        _require_kept(source, dtype, weight)
+        tensor = source.to(target.device, dtype, copy=weight.is_shared)
         if isinstance(target.tensor, nn.Parameter):
-            self._require_finite(tensor, weight)
+            self._require_finite(tensor, weight, source)
             tensor = nn.Parameter(tensor, requires_grad=target.tensor.requires_grad)
         reason = reason or _why_plain(target.kind, weight)
         return _Loaded(target, tensor, self._report(target, NATIVE, tensor.nbytes, "-", reason))
 
-    def _require_finite(self, tensor: Tensor, weight: Weight) -> None:
+    def _require_finite(self, tensor: Tensor, weight: Weight, source: Tensor) -> None:
         is_checked = tensor.is_floating_point() and not self._options.allow_nonfinite
         if is_checked and not are_finite(tensor):
+            is_cast = are_finite(source)
+            problem = (
+                f"it has values beyond {tensor.dtype}" if is_cast else "it holds NaN or infinity"
+            )
             raise FormatError(
-                "it holds NaN or infinity; allow_nonfinite=True reads it all the same",
-                tensor=weight.name,
+                f"{problem}; allow_nonfinite=True reads it all the same", tensor=weight.name
             )
 
     def _dtype(self, target: _Target, weight: Weight) -> torch.dtype:

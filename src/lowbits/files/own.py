@@ -23,8 +23,7 @@ from lowbits.core.packed import (
 from lowbits.core.select import adapter_fqns
 from lowbits.errors import FormatError, PatchError, UnknownSchemeError
 from lowbits.files.manifest import Manifest, field_name, read_manifest
-from lowbits.files.safetensors import read_safetensors
-from lowbits.files.safetensors_writer import CHECKSUM
+from lowbits.files.safetensors import CHECKSUM, read_safetensors
 from lowbits.files.sharded import INDEX_SUFFIX
 from lowbits.files.soundness import require_decodable, require_finite
 from lowbits.files.weights import Weight, open_file, plain_weights
@@ -70,7 +69,8 @@ def weights_of(module: nn.Module) -> tuple[dict[str, Weight], dict[str, str]]:
     are left out, and layers go by the names that they have without them.
 
     Raises:
-        PatchError: a weight is another library's tensor, or has no data.
+        PatchError: a weight is another library's tensor, or has no data; or a module has a state
+            that is no tensor.
     """
     found = _Found()
     adapters = tuple(f"{fqn}." for fqn in adapter_fqns(module))
@@ -98,7 +98,9 @@ class _Found:
     def add(self, fqn: str, part: nn.Module) -> None:
         """Add what a module holds itself."""
         stored: set[str] = set()
-        if isinstance(part, PackedLayer):
+        if not isinstance(part, PackedLayer):
+            _refuse_extra_state(fqn, part)
+        else:
             for name, layout in part.lowbits_layouts.items():
                 stored |= set(stored_names(part, name))
                 self._packed(dotted(fqn, name), part, name, layout)
@@ -142,6 +144,14 @@ class _Found:
             )
         shape, read = tuple(tensor.shape), partial(_on_host, tensor)
         self.weights[full] = Weight(full, shape, tensor.dtype, tensor.nbytes, read, is_shared=True)
+
+
+def _refuse_extra_state(fqn: str, part: nn.Module) -> None:
+    if type(part).get_extra_state is not nn.Module.get_extra_state:
+        raise PatchError(
+            f"cannot save {fqn or 'the module'}: a {type(part).__name__} keeps a state beside its "
+            "tensors (get_extra_state), which files do not hold: torch.save its state_dict()"
+        )
 
 
 def _packed_on_host(layer: PackedLayer, name: str) -> Packed:
@@ -239,11 +249,14 @@ def own_weights(
             entry.scheme,
             entry.compute_dtype,
         )
-    weights |= plain_weights(rest)
+    for name, weight in plain_weights(rest).items():
+        if weights.setdefault(name, weight) is not weight:
+            raise FormatError("it is there packed, and as it is too", path, name)
     for alias, name in manifest.ties.items():
         if name not in weights:
             raise FormatError(f"is tied to {name}, which is not in the file", path, alias)
-        weights.setdefault(alias, weights[name])
+        if weights.setdefault(alias, weights[name]) is not weights[name]:
+            raise FormatError(f"is tied to {name}, and in the file too", path, alias)
     return weights
 
 

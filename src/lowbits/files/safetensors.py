@@ -48,6 +48,9 @@ DTYPES: Final[Mapping[str, torch.dtype]] = {
 #: Key of a header that is no tensor's name.
 METADATA: Final = "__metadata__"
 
+#: Key of a file's metadata: the BLAKE2b digest, of 16 bytes, of everything behind the header.
+CHECKSUM: Final = "lowbits_blake2b"
+
 #: The format's own limit; here also of the text's size in memory.
 MAX_HEADER_BYTES: Final = 100_000_000
 

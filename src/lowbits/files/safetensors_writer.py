@@ -25,8 +25,8 @@ import torch
 from lowbits.core.memory import bytes_of
 from lowbits.errors import BackendError, ConfigError, FormatError
 from lowbits.files.atomic import atomic_files
-from lowbits.files.safetensors import DTYPES, MAX_HEADER_BYTES, METADATA
-from lowbits.files.sharded import INDEX_SUFFIX, SUFFIX, read_index
+from lowbits.files.safetensors import CHECKSUM, DTYPES, MAX_HEADER_BYTES, METADATA
+from lowbits.files.sharded import CHECKSUMS, INDEX_SUFFIX, SUFFIX, read_index
 from lowbits.progress import ProgressEvent
 
 if TYPE_CHECKING:
@@ -39,9 +39,6 @@ if TYPE_CHECKING:
 
 #: Above it, files are split: what huggingface's libraries do by default or did.
 SHARD_BYTES: Final = 5_000_000_000
-
-#: Key of a file's metadata: the BLAKE2b digest, of 16 bytes, of everything behind the header.
-CHECKSUM: Final = "lowbits_blake2b"
 
 #: Stands in an index: shards that others wrote are not removed.
 _WRITER: Final = "lowbits"
@@ -171,7 +168,7 @@ def write_safetensors(
     former = _former_shards(index)
     report = _Report(stage, sum(group.nbytes for group in groups), progress, cancel)
     taken: set[str] = set()
-    listed: dict[Path, dict[str, int]] = {}
+    listed: dict[Path, _Written] = {}
     with atomic_files() as files:
         for file, shard in shards.items():
             with files.open(file) as opened:
@@ -220,6 +217,13 @@ class _Stored(NamedTuple):
     data: bytes | memoryview
 
 
+class _Written(NamedTuple):
+    """What is in a file: the bytes of each tensor, and the checksum of all of them."""
+
+    sizes: Mapping[str, int]
+    checksum: str
+
+
 @final
 class _Writer:
     """Writes one file. See [Note: header last]."""
@@ -247,11 +251,12 @@ class _Writer:
             else:
                 self._write(_Stored(name, held.dtype, shape, data))
 
-    def finish(self, metadata: Mapping[str, str]) -> dict[str, int]:
-        """Write what was kept, and the header; return the bytes of each tensor."""
+    def finish(self, metadata: Mapping[str, str]) -> _Written:
+        """Write what was kept, and the header."""
         for stored in sorted(self._kept, key=lambda stored: -stored.dtype.itemsize):
             self._write(stored)
-        metadata = {**metadata, CHECKSUM: self._digest.hexdigest()}
+        checksum = self._digest.hexdigest()
+        metadata = {**metadata, CHECKSUM: checksum}
         header = _encoded({METADATA: metadata, **self._entries})
         if len(header) > self._room:
             raise BackendError(
@@ -260,7 +265,7 @@ class _Writer:
             )
         self._file.seek(0)
         self._file.write(self._room.to_bytes(8, "little") + header.ljust(self._room))
-        return self._sizes
+        return _Written(self._sizes, checksum)
 
     def _write(self, stored: _Stored) -> None:
         self._file.write(stored.data)
@@ -365,8 +370,8 @@ def _room(path: Path, groups: Iterable[TensorGroup], metadata: Metadata) -> int:
 
 def _write_groups(
     writer: _Writer, groups: Sequence[TensorGroup], metadata: Metadata, report: _Report
-) -> dict[str, int]:
-    """Fill a file; return the bytes of each tensor."""
+) -> _Written:
+    """Fill a file."""
     for group in groups:
         report.begin()
         # Not given a name here: the tensors are let go before the next ones are read.
@@ -375,10 +380,14 @@ def _write_groups(
     return writer.finish(metadata.make([group.name for group in groups]))
 
 
-def _write_index(files: AtomicFiles, index: Path, listed: Mapping[Path, Mapping[str, int]]) -> None:
-    total_size = sum(size for sizes in listed.values() for size in sizes.values())
-    weight_map = {name: file.name for file, sizes in listed.items() for name in sizes}
-    content = {"metadata": {"total_size": total_size, "writer": _WRITER}, "weight_map": weight_map}
+def _write_index(files: AtomicFiles, index: Path, listed: Mapping[Path, _Written]) -> None:
+    metadata = {
+        "total_size": sum(sum(shard.sizes.values()) for shard in listed.values()),
+        "writer": _WRITER,
+        CHECKSUMS: {file.name: shard.checksum for file, shard in listed.items()},
+    }
+    weight_map = {name: file.name for file, shard in listed.items() for name in shard.sizes}
+    content = {"metadata": metadata, "weight_map": weight_map}
     text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False)
     with files.open(index) as opened:
         opened.write(f"{text}\n".encode())

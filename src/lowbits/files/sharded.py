@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, final
 
 from lowbits.core.source import stamp_of
 from lowbits.errors import FormatError
-from lowbits.files.safetensors import MAX_HEADER_BYTES, parse_json, read_safetensors
+from lowbits.files.safetensors import CHECKSUM, MAX_HEADER_BYTES, parse_json, read_safetensors
 from lowbits.files.weights import open_file
 
 if TYPE_CHECKING:
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 SUFFIX: Final = ".safetensors"
 INDEX_SUFFIX: Final = f"{SUFFIX}.index.json"
+
+#: In the metadata of an index: the checksum of each shard, by its name; see `CHECKSUM`.
+CHECKSUMS: Final = "checksums"
 
 #: ``model-00001-of-00002``, the variant before or behind the number.
 _SHARD: Final = re.compile(r"(?P<stem>.+)-(?P<number>\d{5,})-of-(?P<count>\d{5,})(?P<rest>\..+)?")
@@ -75,7 +78,7 @@ def open_tensors(path: str | Path, variant: str | None = None) -> Tensors:
         return _open_index(path, path)
     if index.exists() and not path.exists():
         return _open_index(index, path)
-    return _merge(path, [path])
+    return _merge(path, [path], {})
 
 
 @final
@@ -112,12 +115,14 @@ def _open_folder(folder: Path, variant: str | None) -> Tensors:
     # Hidden: what a killed process left, and what some systems put beside each file.
     names = [_parse(file) for file in sorted(found) if not file.name.startswith(".")]
     if not names:
-        raise FormatError(f"no file in it ends with {SUFFIX}", folder)
+        inner = ", ".join(sorted({file.parent.name for file in folder.glob(f"*/*{SUFFIX}")}))
+        hint = f": read a folder in it, of {inner}, or all by lowbits.load_pipeline"
+        raise FormatError(f"no file in it ends with {SUFFIX}{hint if inner else ''}", folder)
     names = _of_variant(names, variant, folder)
     indices = [name for name in names if name.is_index]
     if not indices:
         _check_whole(names, folder)
-        return _merge(folder, [name.file for name in names])
+        return _merge(folder, [name.file for name in names], {})
     rivals = [n for n in names if n.stem == indices[0].stem and not n.is_index and not n.count]
     if len(indices) > 1 or rivals:
         raise FormatError(_which([n.file.name for n in (*indices, *rivals)]), folder)
@@ -160,13 +165,15 @@ def read_index(index: Path) -> dict[str, Any]:
 
 
 def _open_index(index: Path, path: Path) -> Tensors:
-    listed = read_index(index).get("weight_map")
+    content = read_index(index)
+    listed, metadata = content.get("weight_map"), content.get("metadata")
     if not isinstance(listed, dict) or not all(isinstance(s, str) for s in listed.values()):
         raise FormatError("expected an object 'weight_map' of strings", index)
     shards = {shard: _shard(index, shard) for shard in sorted(set(listed.values()))}
     if not shards:
         raise FormatError("its 'weight_map' lists no tensors", index)
-    merged = _merge(path, shards.values())
+    checksums = metadata.get(CHECKSUMS) if isinstance(metadata, dict) else None
+    merged = _merge(path, shards.values(), checksums if isinstance(checksums, dict) else {})
     for name, shard in listed.items():
         stored = merged.tensors.get(name)
         if name not in merged.problems and (stored is None or stored.extent.path != shards[shard]):
@@ -186,8 +193,8 @@ def _shard(index: Path, name: str) -> Path:
     return shard
 
 
-def _merge(path: Path, files: Iterable[Path]) -> Tensors:
-    """Read the headers of files that hold one checkpoint together."""
+def _merge(path: Path, files: Iterable[Path], checksums: Mapping[str, Any]) -> Tensors:
+    """Read the headers of files that hold one checkpoint together, and are of one save."""
     tensors: dict[str, StoredTensor] = {}
     metadata: dict[str, str] = {}
     problems: dict[str, str] = {}
@@ -195,6 +202,9 @@ def _merge(path: Path, files: Iterable[Path]) -> Tensors:
     files = tuple(files)
     for file in files:
         header = read_safetensors(file)
+        own = header.metadata.get(CHECKSUM)
+        if own and checksums.get(file.name, own) != own:
+            raise FormatError("it was saved at another time than its index: save again", file)
         for name in (*header.tensors, *header.problems):
             if name in holder:
                 raise FormatError(f"{holder[name].name} holds it too", file, name)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Final, Protocol, final
 import torch
 
 from lowbits.config import parse_size
+from lowbits.core.device import usable_device
 from lowbits.errors import InsufficientMemoryError
 
 if TYPE_CHECKING:
@@ -201,7 +202,7 @@ def device_budget(device: torch.device | str, size: int | str | None) -> DeviceB
         What is there, in bytes; None where the cap was taken away.
 
     Raises:
-        ConfigError: not a size.
+        ConfigError: not a size, or there is no such device here.
         InsufficientMemoryError: too small for a pipeline that is there, of the one that needs most;
             nothing has changed.
 
@@ -212,7 +213,7 @@ def device_budget(device: torch.device | str, size: int | str | None) -> DeviceB
         >>> lowbits.device_budget("cpu", None)
     """
     budget_bytes = None if size is None else parse_size(size, "size")
-    return BUDGETS.set(torch.device(device), budget_bytes)
+    return BUDGETS.set(usable_device(device), budget_bytes)
 
 
 def _with_index(device: torch.device) -> torch.device:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from functools import partial
-from typing import TYPE_CHECKING, Self, final
+from typing import TYPE_CHECKING, Any, Self, final
 
-import torch
+from torch import nn
 
 from lowbits.config import LOCATIONS, SWAPS, parse_size, require_choice
+from lowbits.core.device import named_device, usable_device
 from lowbits.core.packed import workspace_bytes
 from lowbits.core.source import SourceFiles
 from lowbits.errors import AlreadyPatchedError, ConfigError, NotPatchedError
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from pathlib import Path
     from types import TracebackType
 
-    from torch import nn
+    import torch
 
     from lowbits.streaming.stats import StreamStats
 
@@ -85,8 +86,8 @@ class LayerStreamer:
         Raises:
             ConfigError: a value that an option does not accept.
         """
-        self.module = module
-        self.device = torch.device(device)
+        self.module = _module(module)
+        self.device = named_device(device)
         self._budget = budget if budget == "auto" else parse_size(budget, "budget")
         require_choice("method", method, SWAPS)
         require_choice("location", location, LOCATIONS)
@@ -111,6 +112,7 @@ class LayerStreamer:
             This object.
 
         Raises:
+            ConfigError: there is no such device here.
             AlreadyPatchedError: the module, or a part of it, is streamed already.
             PatchError: it has offload hooks of another library, or no bytes (the meta device).
             InsufficientMemoryError: the budget, the host's memory or the disk is too small;
@@ -118,6 +120,7 @@ class LayerStreamer:
         """
         if self._engine is not None:
             raise AlreadyPatchedError("this streamer is attached already")
+        usable_device(self.device)
         self._attach(must_fit=True)
         self._is_wanted = True
         BUDGETS.join(self.device, self)
@@ -192,6 +195,15 @@ class LayerStreamer:
     ) -> None:
         if self.is_attached:
             self.detach()
+
+
+def _module(value: Any) -> nn.Module:
+    if not isinstance(value, nn.Module):
+        got = type(value).__name__
+        raise ConfigError(
+            f"module: got {got}, expected a torch.nn.Module; lowbits.apply streams pipelines"
+        )
+    return value
 
 
 def _depth(value: int | str) -> int | None:
