@@ -233,6 +233,23 @@ def writes_through_data_reach_the_master() -> None:
         assert torch.equal(model(x.to(device)).cpu(), expected_of(changed, x))
 
 
+def a_device_may_be_named_without_its_number() -> None:
+    """As ``cuda`` is: tensors there are on ``cuda:0``, which is not equal to it."""
+    device, model, x = fake_accelerator(), Net(SIZES), torch.randn(3, 16)
+    assert device != torch.device(device.type)
+    expected = expected_of(model, x)
+    layer: Any = model.blocks[1].up
+    with streamed(model, late_ops(torch.device(device.type)), 40_000):
+        assert torch.equal(model(x.to(device)).cpu(), expected)
+        stand_in, before = layer.weight, layer._parameters["weight"]
+        assert stand_in.device == device
+        layer.weight = torch.nn.Parameter(torch.zeros_like(stand_in))
+        assert not torch.equal(model(x.to(device)).cpu(), expected)
+        layer._parameters["weight"] = before  # after one pass: it was not the model's own yet
+        assert torch.equal(model(x.to(device)).cpu(), expected)
+    assert torch.equal(expected_of(model, x), expected)
+
+
 def writes_into_the_base_survive(location: str) -> None:
     device, model, x = fake_accelerator(), Net(SIZES), torch.randn(3, 16)
     with streamed(model, late_ops(device), 40_000, location=location) as streamer:
@@ -284,7 +301,12 @@ def copies_are_of_one_device() -> None:
 
 @pytest.mark.parametrize(
     "check",
-    [mixed_devices_are_refused, writes_through_data_reach_the_master, copies_are_of_one_device],
+    [
+        mixed_devices_are_refused,
+        writes_through_data_reach_the_master,
+        copies_are_of_one_device,
+        a_device_may_be_named_without_its_number,
+    ],
     ids=lambda c: c.__name__,
 )
 def test_on_the_fake_accelerator(check: Callable[..., None], run_beside: Any) -> None:

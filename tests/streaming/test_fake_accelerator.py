@@ -131,13 +131,14 @@ def mixed_devices_raise() -> None:
 
 
 def modules_move_both_ways() -> None:
+    device = fake_accelerator()  # before the first backward pass of the process
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
     x, before = torch.randn(3, 4), [*model.parameters()]
     held = weakref.ref(before[0])
     expected = model(x)
     expected.sum().backward()
     gradients = [p.grad for p in before]
-    model.to(fake_accelerator())
+    model.to(device)
     assert [id(p) for p in model.parameters()] == [id(p) for p in before]
     assert held() is model[0].weight
     for tensor, gradient in zip(model.parameters(), gradients, strict=True):
@@ -145,12 +146,12 @@ def modules_move_both_ways() -> None:
         assert tensor.grad is not None
         assert tensor.requires_grad
         assert same(tensor.grad, gradient)
-    assert all(buffer.device == fake_accelerator() for buffer in model.buffers())
-    assert same(model(x.to(fake_accelerator())), expected)
+    assert all(buffer.device == device for buffer in model.buffers())
+    assert same(model(x.to(device)), expected)
     model.cpu()
     assert torch.equal(model(x), expected)
-    before[0].data = before[0].data.to(fake_accelerator())
-    assert before[0].device == model[0].weight.device == fake_accelerator()
+    before[0].data = before[0].data.to(device)
+    assert before[0].device == model[0].weight.device == device
 
 
 def gradients_are_the_same() -> None:

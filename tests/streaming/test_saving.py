@@ -51,6 +51,26 @@ def test_a_state_dict_is_plain_and_bit_equal() -> None:
         assert all(same(state[key], expected[key]) for key in expected)
 
 
+@pytest.mark.parametrize("budget", [None, 10**6])
+def test_a_state_dict_writes_nothing(budget: int | None) -> None:
+    """A backward pass that follows is right, and no unit is copied to the device again."""
+    model, x = reference(), inputs().requires_grad_()
+    twin = inputs().requires_grad_()
+    reference()(twin).sum().backward()
+    with streamer_of(model, budget=budget, location="cpu") as streamer:
+        result = model(x)
+        model.state_dict()
+        result.sum().backward()
+        assert same(x.grad, twin.grad)
+        copied = []
+        for _ in range(5):
+            model(x)
+            copied.append(streamer.stats().copied_bytes)
+            model.state_dict()
+    assert copied[4] - copied[3] == copied[3] - copied[2]
+    assert (copied[4] == copied[0]) == (budget is not None)
+
+
 def test_a_state_dict_survives_detach() -> None:
     states = [model.state_dict() for model in streamed_models()]
     expected = reference().state_dict()

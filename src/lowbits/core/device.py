@@ -43,6 +43,20 @@ def usable_device(value: Any) -> torch.device:
     return device
 
 
+def numbered_device(device: torch.device) -> torch.device:
+    """Return a device with its number, as tensors have it: ``cuda`` alone is what is current now.
+
+    The CPU has none.
+    """
+    if device.type == "cpu":
+        return torch.device("cpu")
+    index = device.index
+    current = torch.accelerator.current_accelerator(check_available=True)
+    if index is None and current is not None and current.type == device.type:
+        index = torch.accelerator.current_device_index()
+    return torch.device(device.type, index or 0)
+
+
 def _refusal(device: torch.device, why: str) -> str:
     here = ", ".join({"cpu": None, default_device().type: None})
     return (

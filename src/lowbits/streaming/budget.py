@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final, Protocol, final
 import torch
 
 from lowbits.config import parse_size
-from lowbits.core.device import usable_device
+from lowbits.core.device import numbered_device, usable_device
 from lowbits.errors import InsufficientMemoryError
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ class Budgets:
 
     def of(self, device: torch.device) -> DeviceBudget | None:
         """Return the budget of a device, if it has one."""
-        return self._budgets.get(_with_index(device)) if self._budgets else None
+        return self._budgets.get(numbered_device(device)) if self._budgets else None
 
     def join(self, device: torch.device, placed: Placed) -> None:
         """Remember what has weights on a device, as long as it lives."""
@@ -136,7 +136,7 @@ class Budgets:
         Raises:
             LowbitsError: what placing raises; everything is as it was.
         """
-        place = _with_index(device)
+        place = numbered_device(device)
         with self._lock:
             before = self._budgets.get(place)
             # Where there is as much room as before, what does not fit now did not before either.
@@ -144,7 +144,9 @@ class Budgets:
                 before is None or budget_bytes < before.budget_bytes
             )
             self._put(place, None if budget_bytes is None else DeviceBudget(budget_bytes))
-            there = [p for p, where in list(self._placed.items()) if _with_index(where) == place]
+            there = [
+                p for p, where in list(self._placed.items()) if numbered_device(where) == place
+            ]
             try:
                 _place_all(there, must_fit=is_less)
             except BaseException as error:
@@ -214,14 +216,3 @@ def device_budget(device: torch.device | str, size: int | str | None) -> DeviceB
     """
     budget_bytes = None if size is None else parse_size(size, "size")
     return BUDGETS.set(usable_device(device), budget_bytes)
-
-
-def _with_index(device: torch.device) -> torch.device:
-    """Return a device with its number, which ``cuda`` alone leaves to what is current."""
-    kind, _, number = str(device).partition(":")
-    if kind == "cpu":
-        return torch.device("cpu")
-    current = torch.accelerator.current_accelerator(check_available=True)
-    if not number and current is not None and current.type == kind:
-        number = str(torch.accelerator.current_device_index())
-    return torch.device(kind, int(number or 0))

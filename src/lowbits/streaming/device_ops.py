@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, final
 
 import torch
 
+from lowbits.core.device import numbered_device
 from lowbits.core.memory import available_host_bytes
 from lowbits.streaming.host import aligned_empty
 
@@ -51,7 +52,8 @@ class DeviceOps(ABC):
         return False
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device
+        # As tensors name it: what has no number would equal none of theirs.
+        self.device = numbered_device(device)
 
     def empty(self, nbytes: int) -> Tensor:
         """Return a new 1-D uint8 tensor on the device, from the stream current now.
@@ -199,7 +201,7 @@ class AcceleratorOps(DeviceOps):
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
         # One stream for all copies of this streamer: a second one would fight for the same link.
-        self._stream = torch.Stream(device)
+        self._stream = torch.Stream(self.device)
         # By number: torch asks a device which accelerator there is, each time.
         self._index = self._stream.device.index
 

@@ -123,6 +123,7 @@ class HostMaster(Master):
             with torch.inference_mode(mode=False):
                 tensor = torch.empty(0, dtype=place.dtype, device="cpu")
                 tensor.set_(storage, 0, place.shape, place.stride)
+                tensor = tensor.data  # whose count of writes begins: that was one
             self._tensors[place.offset] = tensor
         return self._tensors[place.offset]
 

@@ -30,7 +30,8 @@ def fake_accelerator() -> torch.device:
     From then on `torch.accelerator.current_accelerator` answers it, to everybody in the process,
     for good: call it in a process of its own where other tests want the CPU. Tensors on it compute
     what the CPU computes, bit for bit; mixed with the host's they raise, as CUDA's do. A Parameter
-    that is moved stays the same object, as on CUDA. Random numbers are the CPU generator's.
+    that is moved stays the same object, as on CUDA. Random numbers are the CPU generator's. Call it
+    before the first backward pass of the process, at which torch's autograd counts the devices.
 
     It has no streams or events, no memory statistics, and page-locks nothing; autocast casts
     nothing; safetensors cannot load to it.
