@@ -152,13 +152,14 @@ class Timed:
     works: list[float] = field(default_factory=list)
 
     def add(self, call: Callable[[], Tensor], device: torch.device) -> None:
-        """Time a pass.
+        """Time a pass that follows another.
 
         It ends with its result: what is fetched for the next one goes on meanwhile, as it does from
         one step of a picture to the next.
         """
+        self.works.append(host_work_s())  # not between the two: copies would have that time, too
+        call()
         finish_compute(device)
-        self.works.append(host_work_s())
         start = time.perf_counter()
         call()
         self.hosts.append(time.perf_counter() - start)
@@ -185,7 +186,6 @@ def in_turn(twins: Twins, given: argparse.Namespace) -> tuple[Timed, Timed]:
     streamed, resident = Timed(), Timed()
     for _ in range(given.rounds):
         for call, passes in ((twins.resident_call, resident), (twins.call, streamed)):
-            call()
             passes.add(call, given.device)
     return streamed, resident
 

@@ -50,7 +50,7 @@ def numbered_device(device: torch.device) -> torch.device:
     """
     if device.type == "cpu":
         return torch.device("cpu")
-    index = device.index
+    index: Any = device.index  # None where it has no number, whatever torch's stubs say
     current = torch.accelerator.current_accelerator(check_available=True)
     if index is None and current is not None and current.type == device.type:
         index = torch.accelerator.current_device_index()

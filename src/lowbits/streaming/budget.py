@@ -7,14 +7,14 @@ import threading
 import weakref
 from typing import TYPE_CHECKING, Final, Protocol, final
 
-import torch
-
 from lowbits.config import parse_size
 from lowbits.core.device import numbered_device, usable_device
 from lowbits.errors import InsufficientMemoryError
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable
+
+    import torch
 
     from lowbits.streaming.activations import Activations
     from lowbits.streaming.arbiter import Arbiter
