@@ -174,6 +174,35 @@ def test_a_weight_that_changed_before_the_backward_pass_is_told() -> None:
             loss.backward()
 
 
+class Normalised(nn.Module):
+    """Keeps a running scale, and divides by it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDE, WIDE)
+        self.scale = nn.Buffer(torch.ones(WIDE))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.linear(x)
+        with torch.no_grad():
+            self.scale.mul_(0.9).add_(x.abs().mean(0), alpha=0.1)
+        return x / self.scale
+
+
+@pytest.mark.parametrize("budget", [None, 10**6])
+@pytest.mark.parametrize(("method", "location"), WAYS)
+def test_a_buffer_that_is_written_then_used(method: str, location: str, budget: int | None) -> None:
+    def made() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(*(Normalised() for _ in range(4))).requires_grad_(requires_grad=False)
+
+    model, twin = made(), made()
+    with streamer_of(model, budget=budget, method=method, location=location):
+        for _ in range(3):
+            assert same(gradients(model, []), gradients(twin, []))
+    assert all(map(same, model.buffers(), twin.buffers()))
+
+
 def test_a_copy_beside_a_weight_in_use_is_no_write_to_it() -> None:
     """Autograd refuses a weight that is written while it is saved; others may share its slot."""
     model = Stack(7)

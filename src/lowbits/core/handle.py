@@ -430,7 +430,7 @@ class _StateDict(OrderedDict[str, Any]):
         fqn, _, name = key.rpartition(".")
         layer: Any = self.module
         for part in fqn.split(".") if fqn else []:
-            layer = layer._modules.get(part) if layer is not None else None
+            layer = layer._modules[part] if layer is not None and part in layer._modules else None
         while layer is not None and "base_layer" in layer._modules:
             layer = layer._modules["base_layer"]  # what adapter libraries wrap, asked by its name
         if isinstance(layer, PackedLayer) and name in type(layer).lowbits_names:

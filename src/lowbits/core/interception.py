@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, Final, cast
 
 from torch import nn
 
+from lowbits.errors import PatchError
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 
 _KEY: Final = "_lowbits_interceptor"
 _MARK: Final = "_lowbits_streamed"
+_MIXIN: Final = "_lowbits_mixin"
 
 
 class Interceptor(ABC):
@@ -154,8 +157,19 @@ class _StandIn(type):
 
 
 def put_in_front(module: nn.Module, mixin: type[nn.Module]) -> None:
-    """Let a mix-in's methods come before a module's own; its class keeps its name."""
-    module.__class__ = _in_front(mixin, type(module))
+    """Let a mix-in's methods come before a module's own; its class keeps its name.
+
+    Raises:
+        PatchError: its class has a metaclass that does not allow that.
+    """
+    own = type(module)
+    try:
+        _become(module, _in_front(mixin, own, isinstance(own, _Behind)))
+    except TypeError:
+        try:
+            _become(module, _in_front(mixin, own, True))
+        except TypeError as error:
+            raise PatchError(f"cannot stand in front of a {own.__name__}: {error}") from error
 
 
 def take_away(module: nn.Module, mixin: type[nn.Module]) -> None:
@@ -164,16 +178,19 @@ def take_away(module: nn.Module, mixin: type[nn.Module]) -> None:
     while cls.__mro__[1] is not mixin:
         others.append(cls.__mro__[1])
         cls = cls.__mro__[2]
-    cls = cls.__mro__[2]
+    _become(module, cls.__mro__[2])
     for other in reversed(others):
-        cls = _in_front(other, cls)
-    module.__class__ = cls
+        put_in_front(module, other)
+
+
+def _become(module: nn.Module, cls: type[nn.Module]) -> None:
+    object.__setattr__(module, "__class__", cls)  # the module's own may guard its attributes
 
 
 def intercept(module: nn.Module, interceptor: Interceptor) -> None:
     """Let an interceptor run a module's calls from now on; it keeps its class's name."""
-    module.__dict__[_KEY] = interceptor
     put_in_front(module, Intercepted)
+    module.__dict__[_KEY] = interceptor
 
 
 def release(module: nn.Module) -> None:
@@ -217,17 +234,43 @@ def is_streamed(tensor: Tensor | None) -> bool:
     return tensor is not None and tensor.__dict__.get(_MARK) == id(tensor)
 
 
-def _in_front(mixin: type[nn.Module], base: type[nn.Module]) -> type[nn.Module]:
+class _Behind(_StandIn):
+    """The class of those that take their layout from the module's own class.
+
+    Objects of ``class Model(ABC, nn.Module)`` cannot be given one whose first base is another.
+    Python looks attributes up more slowly in classes that order their bases themselves.
+    """
+
+    def mro(cls) -> list[type]:
+        """Put the mix-in in front all the same."""
+        own, *others = super().mro()
+        return [own, cls.__dict__[_MIXIN], *others]
+
+
+def _in_front(
+    mixin: type[nn.Module],
+    base: type[nn.Module],
+    is_behind: bool,  # noqa: FBT001 - for the cache
+) -> type[nn.Module]:
     """Return the same class each time, for compilers."""
-    return _made(cast("Any", mixin), cast("Any", base), id(base))
+    return _made(cast("Any", mixin), cast("Any", base), id(base), is_behind)
 
 
 @cache
-def _made(mixin: type[nn.Module], base: type[nn.Module], _: int) -> type[nn.Module]:
+def _made(
+    mixin: type[nn.Module],
+    base: type[nn.Module],
+    _: int,
+    is_behind: bool,  # noqa: FBT001
+) -> type[nn.Module]:
     """Make a class, for a base and its identity: stand-ins equal what they are for."""
     kind: Any = type(base)
-    meta: Any = _StandIn if kind is type else kind
-    if not issubclass(meta, _StandIn):
-        meta = type("_StandIn", (_StandIn, kind), {})
-    made: type[nn.Module] = meta(base.__name__, (mixin, base), {"__module__": base.__module__})
+    meta: Any = _Behind if is_behind else _StandIn
+    if not issubclass(meta, kind):
+        meta = kind if issubclass(kind, meta) else type(meta.__name__, (meta, kind), {})
+    content: dict[str, Any] = {"__module__": base.__module__}
+    if is_behind:
+        content[_MIXIN] = mixin
+    bases = (base,) if is_behind else (mixin, base)
+    made: type[nn.Module] = meta(base.__name__, bases, content)
     return made

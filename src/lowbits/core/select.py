@@ -51,6 +51,9 @@ _LAYERS: Final[Mapping[str, type[nn.Module]]] = {
 }
 _CONTAINERS: Final = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 
+#: What peft's model keeps prompts in that are tuned, and what makes them.
+_PROMPTS: Final = "prompt_encoder"
+
 
 @final
 @dataclass(frozen=True)
@@ -127,7 +130,8 @@ class Decision:
         Of a packed weight, its marker: the same dtype and device, and no values.
         """
         name = marker_name(self.name) if self.is_packed else self.name
-        tensor = self.module._parameters.get(name, self.module._buffers.get(name))
+        module = self.module
+        tensor = module._parameters[name] if name in module._parameters else module._buffers[name]
         assert tensor is not None
         return tensor
 
@@ -446,6 +450,8 @@ def unsuitable_module(module: nn.Module) -> str:
         return "its max_norm rewrites the weight at each call"
     if isinstance(module, nn.utils.parametrize.ParametrizationList):
         return "parametrized weight"
+    if isinstance(module, torch.jit.ScriptModule):
+        return "torch.jit lets nobody exchange its weights"
     if type(module).get_extra_state is not nn.Module.get_extra_state:
         return "its module has extra state of its own"
     if "layerwise_casting" in getattr(module.__dict__.get("_diffusers_hook"), "hooks", ()):
@@ -462,8 +468,10 @@ def _unsuitable_tensor(tensor: torch.Tensor) -> str:
 
 
 def adapter_fqns(module: nn.Module) -> Iterator[str]:
-    """Yield the dotted prefixes of LoRA factors: what peft's layers list as their adapters."""
+    """Yield the dotted prefixes of adapters: LoRA factors, as peft's layers list them, prompts."""
     for fqn, child in module.named_modules():
+        if hasattr(child, "peft_config") and _PROMPTS in child._modules:
+            yield dotted(fqn, _PROMPTS)
         names = getattr(child, "adapter_layer_names", None)
         if isinstance(names, tuple):
             for name in names:

@@ -136,7 +136,13 @@ class Journal:
         module.__dict__.update(
             {"_parameters": parameters, LAYOUTS: layouts, _OWNER: _Owner(weakref.ref(self))}
         )
-        module.__class__ = _class_after(change)
+        try:
+            module.__class__ = _class_after(change)
+        except TypeError as error:  # as of `class Layer(ABC, nn.Linear)`
+            name = type(module).__name__
+            raise PatchError(
+                f"{fqn}: a {name} cannot become a packed layer: {error}; skip= leaves it alone"
+            ) from error
         for weight in packed.values():
             weight.source.settle()
 

@@ -93,7 +93,8 @@ class Adapters:
         weakref.finalize(owned, self._hooks[0].remove)
         for root in owned.components.values():
             for module in root.modules():
-                wrapped(module, BASE, module._modules.get(BASE))
+                if BASE in module._modules:
+                    wrapped(module, BASE, module._modules[BASE])
             if any(self._is_automatic(module) for module in root.modules()):
                 self._hooks.append(root.register_forward_pre_hook(_BeforePass(self)))
 

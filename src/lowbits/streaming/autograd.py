@@ -54,8 +54,15 @@ class _Saved:
 class _Kept(NamedTuple):
     """A view of a resident's tensor, and how often it had been written."""
 
+    entry: Stored
     tensor: Tensor
     version: int
+
+    def read(self) -> Tensor:
+        """Return it, unless it was written since; as `_Saved.read`."""
+        if self.tensor._version != self.version:
+            raise _changed(self.entry)
+        return self.tensor
 
 
 def reread_for_backward(
@@ -80,14 +87,17 @@ def reread_for_backward(
         return nullcontext()
     pack_other, unpack_other = outer or (_as_it_is, _as_it_is)
     storage, begin = flat.untyped_storage().data_ptr(), flat.storage_offset()
+    versions = entry.buffer_versions()
 
     def pack(tensor: Tensor) -> Any:
         if not tensor.numel() or storage_address(tensor) != storage:
             return pack_other(tensor)
         if not is_streamed:
-            return _Kept(tensor, tensor._version)
-        at = tensor.storage_offset() * tensor.itemsize - begin
-        place = next(p for p in entry.unit.places if p.offset <= at < p.offset + p.nbytes)
+            return _Kept(entry, tensor, tensor._version)
+        at = int(tensor.storage_offset() * tensor.itemsize - begin)
+        place = entry.unit.place_at(at)
+        if versions.get(place.offset, tensor._version) != tensor._version:
+            return pack_other(tensor.clone())  # this forward has written it: it is no weight
         return _Saved(
             entry, place, tensor.shape, tensor.stride(), (at - place.offset) // tensor.itemsize,
             tensor.dtype, tensor.device, entry.master.version_of(place),
@@ -95,14 +105,10 @@ def reread_for_backward(
         )  # fmt: skip
 
     def unpack(saved: Any) -> Tensor:
-        if isinstance(saved, _Saved):
+        if isinstance(saved, (_Saved, _Kept)):
             return saved.read()
-        if not isinstance(saved, _Kept):
-            other: Tensor = unpack_other(saved)
-            return other
-        if saved.tensor._version != saved.version:
-            raise _changed(entry)
-        return saved.tensor
+        other: Tensor = unpack_other(saved)
+        return other
 
     return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 

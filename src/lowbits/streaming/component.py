@@ -87,6 +87,7 @@ class Component:
         except BaseException:
             for entry in done:
                 entry.take_back()
+            for entry in done:
                 entry.reveal()
             for loose in self._loose:
                 loose.give_back()

@@ -47,9 +47,8 @@ _WHOLE_COMPILE: Final = (
 )
 
 _CAPTURE: Final = (
-    "a streamed model cannot be captured into a CUDA graph: its blocks are copied as it runs. Undo "
-    "the streaming first (lowbits.restore, LayerStreamer.detach), or compile its blocks one by one "
-    "instead of capturing the model"
+    "a streamed model cannot be {}: its blocks are copied as it runs. Undo the streaming first "
+    "(lowbits.restore, LayerStreamer.detach), or compile its blocks one by one instead"
 )
 
 
@@ -132,8 +131,8 @@ class Engine:
         modules += [entry.unit.module for entry in self.component.units]
         for module in {id(module): module for module in modules}.values():
             call = _Call(self, module, units.get(id(module)), is_root=module is self.root)
-            self._calls.append(module)
             intercept(module, call)
+            self._calls.append(module)
 
     @torch.inference_mode(mode=False)
     def detach(self) -> None:
@@ -210,7 +209,9 @@ class Engine:
 
     def _enter(self) -> Stage:
         if self._arbiter.ops.is_capturing:
-            raise StreamError(_CAPTURE)
+            raise StreamError(_CAPTURE.format("captured into a CUDA graph"))
+        if _is_tracing():
+            raise StreamError(_CAPTURE.format("traced"))
         refuse_foreign(self.root, self.name or type(self.root).__name__)
         self._guard.install()
         self.component.unsettle()
@@ -390,6 +391,12 @@ def _casts_let_go(device: torch.device) -> Iterator[None]:
             torch.set_autocast_cache_enabled(True)
 
 
+def _is_tracing() -> bool:
+    """Say whether what runs now is written down for later: weights would be constants there."""
+    proxy: Any = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY)
+    return torch._C._is_tracing() or proxy is not None
+
+
 def refuse_streamed(root: nn.Module) -> None:
     """Raise where a model, or a part of it, is streamed.
 
@@ -408,12 +415,25 @@ def _require_streamable(root: nn.Module) -> None:
     refuse_streamed(root)
     for name, module in root.named_modules():
         refuse_foreign(module, name or type(root).__name__)
+        _require_ordinary(module, name or type(root).__name__)
     for holder, tensor in held_tensors(root):
+        if nn.parameter.is_lazy(tensor):
+            raise PatchError(f"{holder.fqn} has no shape yet (lazy): run the model once before")
         if tensor.is_meta and tensor.numel():
             raise PatchError(
                 f"{holder.name} of a {type(holder.module).__name__} has no bytes (the meta "
                 "device): load the weights before streaming"
             )
+
+
+def _require_ordinary(module: nn.Module, where: str) -> None:
+    """Raise where a module's tensors, or modules, cannot be exchanged."""
+    kept: tuple[Any, ...] = (module._parameters, module._buffers, module._modules)
+    if not all(isinstance(slots, dict) or not len(slots) for slots in kept):
+        raise PatchError(
+            f"{where} is of torch.jit (script, trace), which lets nobody exchange its tensors: "
+            "stream the model with the module that it was made of"
+        )
 
 
 def _callable_children(root: nn.Module) -> list[nn.Module]:

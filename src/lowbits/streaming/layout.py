@@ -187,6 +187,10 @@ class Unit:
     places: list[Place] = field(default_factory=list)
     nbytes: int = 0
 
+    def place_at(self, offset: int) -> Place:
+        """Return the place that a byte of the unit belongs to."""
+        return next(p for p in self.places if p.offset <= offset < p.offset + p.nbytes)
+
     def holders(self) -> Iterator[tuple[Holder, int]]:
         """Yield each holder, and the number of its place."""
         for number, place in enumerate(self.places):

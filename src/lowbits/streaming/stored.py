@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any, Final, final
 
 from torch.nn.utils import stateless
 
+from lowbits.core.interception import is_streamed
 from lowbits.core.memory import same_bits
 from lowbits.errors import StreamError
 from lowbits.streaming.proxy import StreamedTensor
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
     from types import FrameType
 
     import torch
@@ -203,7 +204,7 @@ class Stored:
             self._seen = []
             return
         seen, self._seen = self._seen, []
-        is_lent = _is_functional_call()
+        is_lent, taken = _is_functional_call(), list[int]()
         for holder, number in self.unit.holders():
             found = self._found(holder, number)
             if found is self._held[number]:
@@ -211,10 +212,11 @@ class Stored:
             is_elsewhere = found is not None and found.device != self._device
             is_kept = at_end or is_elsewhere or any(found is tensor for tensor in seen)
             if is_kept and not is_lent:
-                self._take_over(number)
+                taken.append(number)
             else:
                 self._require_alike(holder, found, self.unit.places[number])
                 self._seen += () if is_lent else (found,)
+        self._take_over(taken)
 
     def _found(self, holder: Holder, number: int) -> Tensor | None:
         """Return what a module holds; what was its own and is put back is shown as it is now."""
@@ -231,26 +233,38 @@ class Stored:
         Raises:
             StreamError: a Parameter is gone, or of another shape or dtype.
         """
+        taken = []
         for number, place in enumerate(self.unit.places):
             found = [self._found(holder, number) for holder in place.holders]
             is_new = any(tensor is not self._held[number] for tensor in found)
             is_odd = any(_how_unlike(tensor, place, found[0]) for tensor in found)
             if is_new and not (is_odd and self.is_buffer(place)) and not _is_functional_call():
-                self._take_over(number)
+                taken.append(number)
+        self._take_over(taken)
 
-    def _take_over(self, number: int) -> None:
-        """Accept a new tensor; all holders of a tied one must have been given the same values."""
-        place = self.unit.places[number]
+    def _take_over(self, numbers: Iterable[int]) -> None:
+        """Accept new tensors; all holders of a tied one must have been given the same values."""
+        new = {number: self._alike(self.unit.places[number]) for number in numbers}
+        # Weights may have changed places: all are read before one is written.
+        values = {n: t.detach().clone() if is_streamed(t) else t.detach() for n, t in new.items()}
+        for number, tensor in new.items():
+            self._accept(number, tensor, values[number])
+
+    def _alike(self, place: Place) -> Tensor:
+        """Return what the holders of a place hold now."""
         found: list[Tensor] = []
         for holder in place.holders:
             value = holder.slots.get(holder.name)
             self._require_alike(holder, value, place, found[0] if found else None)
             found.append(value)  # type: ignore[arg-type] # it is there, and alike
-        first = found[0]
-        values, before = first.detach(), self.master.copy(place)
+        return found[0]
+
+    def _accept(self, number: int, new: Tensor, values: Tensor) -> None:
+        place = self.unit.places[number]
+        before = self.master.copy(place)
         self.master.write(place, values)
-        if not isinstance(first, StreamedTensor):  # another unit's is not given away
-            place.adopt(first, before)
+        if not is_streamed(new):  # what is another place's is not given away
+            place.adopt(new, before)
         on_device = self._aside if self._held is self._outside else self._held
         if on_device is not None:
             on_device[number].detach().copy_(values)  # a base's
@@ -283,6 +297,11 @@ class Stored:
             self._keep(place, held)
         if self._held is not self._outside:
             self._note_copied()
+
+    def buffer_versions(self) -> dict[int, int]:
+        """Return how often each buffer that modules hold was written, by its place's offset."""
+        pairs = zip(self.unit.places, self._held, strict=True)
+        return {place.offset: held._version for place, held in pairs if self.is_buffer(place)}
 
     def count_merged(self) -> int:
         """Return how many adapters are merged into layers of the unit, as peft notes them."""

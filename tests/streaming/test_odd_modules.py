@@ -1,0 +1,216 @@
+"""Modules of unusual classes, weights that change places, and what writes a pass down."""
+
+from __future__ import annotations
+
+import abc
+import copy
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from streaming.models import WIDTH, Snapshot, Stack, inputs, reference, same, streamer_of
+from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import lowbits
+from lowbits.errors import PatchError, StreamError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
+
+LOCATIONS = ("cpu", "disk")
+
+jit = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+
+
+class Abstract(abc.ABC, nn.Module):
+    """Its objects are laid out as no class is whose first base is a module's."""
+
+
+class Part(Abstract):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.linear(x).tanh()
+        return out
+
+
+class Whole(Abstract):
+    def __init__(self, part: Callable[[], nn.Module] = Part) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(part() for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+class Guarding(Part):
+    """Lets nobody set its class."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "__class__":
+            raise AttributeError(name)
+        super().__setattr__(name, value)
+
+
+@pytest.mark.parametrize("part", [Part, Guarding])
+@torch.no_grad()
+def test_classes_that_lay_their_objects_out_otherwise(part: type[nn.Module]) -> None:
+    model = Whole(part)
+    before, expected = Snapshot(model), model(inputs())
+    tensors = copy.deepcopy(model.state_dict())
+    with streamer_of(model):
+        for _ in range(3):
+            assert same(model(inputs()), expected)
+        assert isinstance(model, Whole)
+        assert isinstance(model.blocks[1], part)
+        copied = copy.deepcopy(model)
+        assert type(copied) is Whole
+        assert same(copied(inputs()), expected)
+        assert same(model.state_dict()["blocks.1.linear.bias"], tensors["blocks.1.linear.bias"])
+    before.require()
+    assert type(model) is Whole
+    assert type(model.blocks[1]) is part
+
+
+def test_layers_that_are_laid_out_otherwise_are_not_packed() -> None:
+    class Layer(abc.ABC, nn.Linear):
+        """Packed layers have torch's class first."""
+
+    model = nn.Sequential(nn.Linear(64, 64), Layer(64, 64))
+    before = Snapshot(model)
+    with pytest.raises(PatchError, match="1: a Layer cannot become a packed layer.*skip= leaves"):
+        lowbits.quantize(model, "float8-e4m3fn")
+    before.require()
+    assert lowbits.quantize(model, "float8-e4m3fn", skip=["1"]).report().layers
+
+
+class Sealed(type):
+    """Allows no class of its classes but one."""
+
+    def __new__(cls, name: str, bases: tuple[type, ...], content: dict[str, Any]) -> Any:
+        if any(isinstance(base, Sealed) for base in bases):
+            raise TypeError("no subclasses")
+        return super().__new__(cls, name, bases, content)
+
+
+class Final(nn.Module, metaclass=Sealed):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+
+
+class Scripted(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+        self.inner = torch.jit.script(nn.Linear(WIDTH, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.inner(self.linear(x))
+        return out
+
+
+@jit
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        (Final, "cannot stand in front of a Final: no subclasses"),
+        (Scripted, "0.inner is of torch.jit"),
+        (lambda: nn.LazyLinear(WIDTH), "0.weight has no shape yet"),
+    ],
+)
+def test_modules_that_cannot_be_streamed(part: Callable[[], nn.Module], message: str) -> None:
+    model = nn.Sequential(part(), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH))
+    tensors = [*model.parameters()]
+    values = [tensor.tolist() for tensor in tensors[-4:]]
+    for _ in range(2):
+        with pytest.raises(PatchError, match=message):
+            lowbits.LayerStreamer(model, device="cpu", budget=10**6).attach()
+        assert [tensor.tolist() for tensor in tensors[-4:]] == values
+    assert all(a is b for a, b in zip(tensors[-4:], [*model.parameters()][-4:], strict=True))
+    assert type(model) is nn.Sequential
+    copy.deepcopy(model)
+
+
+class Table(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.values = nn.Parameter(torch.randn(64, 64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.values
+
+
+@jit
+def test_scripted_parts_are_left_alone_when_the_rest_is_packed() -> None:
+    model = nn.Sequential(nn.Linear(64, 64), torch.jit.script(Table()))
+    handle = lowbits.quantize(model, "float8-e4m3fn", rules={"1.values": "float8-e4m3fn"})
+    reasons = {row.fqn: row.reason for row in handle.report().layers}
+    assert reasons["1.values"] == "torch.jit lets nobody exchange its weights"
+    handle.restore()
+
+
+@pytest.mark.parametrize("location", LOCATIONS)
+@torch.no_grad()
+def test_weights_that_change_places(location: str) -> None:
+    """Outside the blocks, and from there into one: as without streaming, and after it too."""
+    model, twin = reference(), reference()
+    with streamer_of(model, budget=12_000, location=location) as streamer:
+        assert "stem" not in {unit.name for unit in streamer.stats().units}
+        model(inputs())
+        for each in (model, twin):
+            stem, head = each.stem, each.head
+            stem.weight, head.weight = head.weight, stem.weight
+        for _ in range(3):
+            assert same(model(inputs()), twin(inputs()))
+    assert same(model(inputs()), twin(inputs()))
+    with streamer_of(model, budget=12_000, location=location):
+        model(inputs())
+        for each in (model, twin):
+            each.head.weight = each.stem.weight
+            each.blocks[1].up = nn.Linear(WIDTH, 2 * WIDTH)
+            each.blocks[1].up.weight.fill_(0.25)
+            each.blocks[1].up.bias = each.blocks[2].up.bias
+        for _ in range(3):
+            assert same(model(inputs()), twin(inputs()))
+    assert same(model(inputs()), twin(inputs()))
+
+
+@torch.no_grad()
+def test_a_weight_that_is_given_to_another_model() -> None:
+    first, second, twin = reference(), Stack(4), Stack(4)
+    twin.load_state_dict(second.state_dict())
+    expected = first(inputs())
+    with streamer_of(first), streamer_of(second):
+        first(inputs())
+        second(inputs())
+        second.stem.weight = first.head.weight
+        twin.stem.weight = reference().head.weight
+        for _ in range(3):
+            assert same(second(inputs()), twin(inputs()))
+            assert same(first(inputs()), expected)
+    assert same(first(inputs()), expected)
+    assert same(second(inputs()), twin(inputs()))
+
+
+@jit
+@pytest.mark.parametrize(
+    "trace", [torch.jit.trace, lambda model, x: make_fx(model)(x)], ids=["jit", "fx"]
+)
+@torch.no_grad()
+def test_a_pass_is_not_written_down(trace: Callable[[nn.Module, Tensor], Any]) -> None:
+    """Whatever lay in a slot then would be a constant of what is made."""
+    model = reference()
+    expected = model(inputs())
+    with streamer_of(model):
+        for _ in range(2):
+            with pytest.raises(StreamError, match="a streamed model cannot be traced"):
+                trace(model, inputs())
+            assert same(model(inputs()), expected)
