@@ -1,4 +1,4 @@
-"""Modules of unusual classes, weights that change places, and what writes a pass down."""
+"""Modules of unusual classes, weights that become others, and passes inside transforms."""
 
 from __future__ import annotations
 
@@ -168,6 +168,8 @@ def test_weights_that_change_places(location: str) -> None:
         for each in (model, twin):
             stem, head = each.stem, each.head
             stem.weight, head.weight = head.weight, stem.weight
+            norm = each.blocks[3].norm
+            norm.weight, norm.bias = norm.bias, norm.weight
         for _ in range(3):
             assert same(model(inputs()), twin(inputs()))
     assert same(model(inputs()), twin(inputs()))
@@ -214,3 +216,60 @@ def test_a_pass_is_not_written_down(trace: Callable[[nn.Module, Tensor], Any]) -
             with pytest.raises(StreamError, match="a streamed model cannot be traced"):
                 trace(model, inputs())
             assert same(model(inputs()), expected)
+
+
+@pytest.mark.parametrize("budget", [None, 10**6])
+@pytest.mark.parametrize("method", ["queue", "async"])
+@torch.no_grad()
+def test_transforms_make_the_first_pass(method: str, budget: int | None) -> None:
+    def tangents(model: nn.Module) -> Any:
+        return torch.func.jvp(model, (inputs(),), (inputs(rows=3),))
+
+    model, twin = reference(), reference()
+    with streamer_of(model, budget=budget, method=method):
+        for _ in range(3):
+            assert same(tangents(model), tangents(twin))
+            assert same(torch.func.jacfwd(model)(inputs()), torch.func.jacfwd(twin)(inputs()))
+        assert same(model(inputs()), twin(inputs()))
+
+
+def grow(model: Any) -> None:
+    model.head.weight.data = torch.ones(2 * WIDTH, WIDTH)
+    model.head.bias.data = torch.ones(2 * WIDTH)
+
+
+def halve(model: Any) -> None:
+    model.stem.weight.data = model.stem.weight.data.half()
+
+
+def remove(model: Any) -> None:
+    model.blocks[1].down.bias = None
+
+
+def widen(model: Any) -> None:
+    model.blocks[1].norm.weight = nn.Parameter(torch.ones(2 * WIDTH))
+
+
+@pytest.mark.parametrize("change", [grow, halve, remove, widen])
+@pytest.mark.parametrize("then", ["nothing", "pass", "save"])
+@torch.no_grad()
+def test_streaming_is_undone_though_a_weight_became_another(
+    change: Callable[[nn.Module], None], then: str
+) -> None:
+    """It cannot be streamed like that, which is told; it is the model's own, after all."""
+    model, twin = reference(), reference()
+    with streamer_of(model, budget=12_000):
+        model(inputs())
+        change(model)
+        change(twin)
+        if then == "pass" and change in (remove, widen):
+            with pytest.raises(StreamError, match="was replaced by .*: undo the streaming first"):
+                model(inputs())
+        elif then == "save" and change in (grow, halve):
+            with pytest.raises(StreamError, match="by another shape or dtype"):
+                model.state_dict()
+    assert {name: type(p) for name, p in model.named_parameters()} == {
+        name: type(p) for name, p in twin.named_parameters()
+    }
+    assert all(map(same, model.parameters(), twin.parameters()))
+    assert all(map(same, model.buffers(), twin.buffers()))

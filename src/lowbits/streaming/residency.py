@@ -229,13 +229,15 @@ class Residency:
         home = self._held.get(number) or self._homes[number]
         if any(rival.users for rival in home.rivals):
             home = self._spare(home)
-        if not self._is_fresh(home):
-            self._start(home)
-        if not home.has_arrived:
-            self._wait(home)
-        home.users += 1
-        self._held[number] = home
-        return self._tensors(home)
+        # Inside a transform of torch.func, too: its tensors have no memory to copy to.
+        with torch._C._DisableFuncTorch():
+            if not self._is_fresh(home):
+                self._start(home)
+            if not home.has_arrived:
+                self._wait(home)
+            home.users += 1
+            self._held[number] = home
+            return self._tensors(home)
 
     def _wait(self, home: _Home) -> None:
         assert home.load
@@ -331,7 +333,8 @@ class Residency:
             if not self._is_fresh(home):
                 if home.users or any(r.users or r.number in expected for r in home.rivals):
                     return
-                self._start(home)
+                with torch._C._DisableFuncTorch():
+                    self._start(home)
             expected.add(number)
 
     def _is_fresh(self, home: _Home) -> bool:

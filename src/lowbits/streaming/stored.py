@@ -12,6 +12,8 @@ import sys
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final, final
 
+import torch
+from torch import nn
 from torch.nn.utils import stateless
 
 from lowbits.core.interception import is_streamed
@@ -23,7 +25,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
     from types import FrameType
 
-    import torch
     from torch import Tensor
 
     from lowbits.streaming.layout import Holder, Place, Unit
@@ -220,25 +221,38 @@ class Stored:
 
     def _found(self, holder: Holder, number: int) -> Tensor | None:
         """Return what a module holds; what was its own and is put back is shown as it is now."""
-        found = holder.slots.get(holder.name)
-        if found is self._outside[number] or found is self.unit.places[number].original:
+        place, found = self.unit.places[number], holder.slots.get(holder.name)
+        if self.is_base and found is self._held[number] and _is_other_kind(found, place):
+            self._give_away(place, found)
+            found = holder.slots.get(holder.name)
+        if found is self._outside[number] or found is place.original:
             found = holder.slots[holder.name] = self._held[number]
         return found
 
+    def _give_away(self, place: Place, held: Tensor) -> None:
+        """Let a base's modules have for their own what somebody has made another tensor of.
+
+        By ``.data``, which takes any shape and dtype; the streamer's tensor is as it was again.
+        """
+        with torch.inference_mode(mode=False):
+            given, wants_grad = held.detach(), held.requires_grad
+            for holder in place.holders:
+                if holder.slots.get(holder.name) is held:
+                    own = nn.Parameter(given, wants_grad) if holder.is_parameter else given
+                    holder.slots[holder.name] = own
+            held.data = self.master.tensor(place).to(self._device, copy=True)
+
     def accept_all(self) -> None:
-        """Accept new tensors at the end; buffers of another shape, or gone, stay as they were put.
+        """Accept new tensors at the end; what is of another kind, or gone, stays as it was put.
 
-        A forward may do that to a buffer, so that nobody can put back what was there.
-
-        Raises:
-            StreamError: a Parameter is gone, or of another shape or dtype.
+        Else nobody could undo the streaming who has not kept what was there.
         """
         taken = []
         for number, place in enumerate(self.unit.places):
             found = [self._found(holder, number) for holder in place.holders]
             is_new = any(tensor is not self._held[number] for tensor in found)
             is_odd = any(_how_unlike(tensor, place, found[0]) for tensor in found)
-            if is_new and not (is_odd and self.is_buffer(place)) and not _is_functional_call():
+            if is_new and not is_odd and not _is_functional_call():
                 taken.append(number)
         self._take_over(taken)
 
@@ -371,9 +385,15 @@ def _is_functional_call() -> bool:
     return False
 
 
+def _is_other_kind(found: Tensor, place: Place) -> bool:
+    return found.shape != place.shape or found.dtype != place.dtype
+
+
 def _how_unlike(found: Tensor | None, place: Place, tied: Tensor | None) -> str:
     """Say what keeps a tensor from being put at a place; nothing where it can be."""
-    if found is None or found.shape != place.shape or found.dtype != place.dtype:
+    if found is None:
+        return "by None"
+    if _is_other_kind(found, place):
         return "by another shape or dtype"
     if found.is_meta:
         return "by one without bytes (on the meta device)"
