@@ -199,3 +199,29 @@ def test_a_pipelines_folder_has_a_folder_for_each_component(tmp_path: Path) -> N
     assert ("transformer", "file") in sources
     handle.restore()
     assert torch.equal(draw("flux", pipe), expected)
+
+
+def test_a_convolution_comes_back_from_a_file_in_its_memory_format(tmp_path: Path) -> None:
+    target = nn.Sequential(nn.Conv2d(64, 64, 3)).to(memory_format=torch.channels_last)  # type: ignore[call-overload] # torch's stubs lack it
+    save_file(
+        {k: v.contiguous() for k, v in target.state_dict().items()}, tmp_path / "m.safetensors"
+    )
+    before, stride = state(target), target[0].weight.stride()
+    handle = lowbits.quantize(target, "float8-e4m3fn", keep_source="file", source=tmp_path)
+    handle.restore()
+    assert equal(state(target), before)
+    assert target[0].weight.stride() == stride
+
+
+def test_a_relative_path_is_meant_where_it_was_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = model()
+    save_file(target.state_dict(), tmp_path / "model.safetensors")
+    before = state(target)
+    monkeypatch.chdir(tmp_path)
+    handle = lowbits.quantize(target, "bnb-nf4", keep_source="file", source="model.safetensors")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    handle.restore()
+    assert equal(state(target), before)

@@ -1,4 +1,4 @@
-"""How much is decoded at a time, the CPU's scratch, and how much host memory is free."""
+"""How much is decoded at a time, the CPU's scratch, what tensors lie in, and free host memory."""
 
 from __future__ import annotations
 
@@ -166,3 +166,9 @@ def _cgroup_available() -> int | None:
             text = (root / limit).read_text().strip()
             return None if text == "max" else int(text) - int((root / usage).read_text())
     return None
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Say whether a tensor's memory has no holes: in which order of dimensions does not matter."""
+    dense: bool = torch.ops.aten.is_non_overlapping_and_dense.default(tensor)
+    return dense

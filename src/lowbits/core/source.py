@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Final, final
 
+import torch
 from safetensors import safe_open
 from torch import nn
 
-from lowbits.core.memory import bytes_of, same_bits
+from lowbits.core.memory import bytes_of, is_dense, same_bits
 from lowbits.errors import ConfigError, SourceUnavailableError
 
 if TYPE_CHECKING:
@@ -178,6 +179,8 @@ class FileSource(Source):
     def __init__(self, path: Path, key: str, parameter: nn.Parameter, digest: bytes) -> None:
         self._path, self._key, self._digest = path, key, digest
         self._dtype, self._device = parameter.dtype, parameter.device
+        # Convolutions may be in another memory format than files are.
+        self._stride = parameter.stride() if is_dense(parameter) else None
         self._requires_grad = parameter.requires_grad
         # While somebody else holds the Parameter (a tied layer), it is the one to give back.
         self._alive = weakref.ref(parameter)
@@ -191,6 +194,11 @@ class FileSource(Source):
         alive = self._alive()
         if alive is None:
             tensor = self._read().to(self._device, self._dtype, copy=True)
+            if self._stride is not None and self._stride != tensor.stride():
+                laid_out = torch.empty_strided(
+                    tensor.shape, self._stride, dtype=self._dtype, device=self._device
+                )
+                tensor = laid_out.copy_(tensor)
             alive = nn.Parameter(tensor, requires_grad=self._requires_grad)
             self._alive = weakref.ref(alive)
         return alive
@@ -218,9 +226,9 @@ class SourceFiles:
     """The safetensors files that a caller says the weights came from."""
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+        self.path = Path(path).absolute()  # it is read later, too, from wherever the process is
         if not self.path.exists():
-            raise ConfigError(f"source: no such file or folder: {self.path}")
+            raise ConfigError(f"source: no such file or folder: {path}")
         self._index: dict[str, Mapping[str, Sequence[Path]]] = {}
 
     def prove(self, component: str, fqn: str, parameter: nn.Parameter) -> FileSource | None:

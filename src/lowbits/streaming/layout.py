@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lowbits.core.interception import mark_streamed, unmark_streamed
+from lowbits.core.memory import is_dense
 from lowbits.core.names import dotted
 
 if TYPE_CHECKING:
@@ -397,12 +398,6 @@ def held_tensors(root: nn.Module) -> Iterator[tuple[Holder, Tensor]]:
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 yield Holder(module, name, False, dotted(path, name)), buffer
-
-
-def is_dense(tensor: Tensor) -> bool:
-    """Say whether a tensor's memory has no holes: in which order of dimensions does not matter."""
-    dense: bool = torch.ops.aten.is_non_overlapping_and_dense.default(tensor)
-    return dense
 
 
 def _span(shape: torch.Size, stride: tuple[int, ...]) -> int:
