@@ -292,12 +292,14 @@ class Stage:
         self._number_entries()
 
     def set_method(self, method: str) -> None:
-        """Transfer in another way from now on."""
-        if method != self.method:
-            budget = self._budget_bytes
-            self.close()
-            self.method = method
-            self.activate(budget)
+        """Transfer in another way from now on; residents of both plans stay."""
+        if method == self.method:
+            return
+        before, self._transfer, self.method = self._transfer, None, method
+        self.replan()  # waits for the copies that are under way
+        if before is not None:
+            before.close()
+        self._ops.release_cached()
 
     def look(self) -> None:
         """See what happened since the last pass: a fork, a new tensor in a base, or new values."""
