@@ -116,11 +116,10 @@ def apply(  # noqa: PLR0913 - one place for every option
         NoCapableBackendError: not one layer can be packed; `failures` says why.
         InsufficientMemoryError: ``gpu_weights`` is too small; `needed_bytes` says what would do.
     """
-    if not isinstance(config := scheme, LowbitsConfig):
-        config = LowbitsConfig(
-            scheme, components, rules, skip, device, compute_dtype, gpu_weights, reserve, swap,
-            location, lora, keep_source, source, never_oom, on_requantize, progress, cancel,
-        )  # fmt: skip
+    config = _whole(LowbitsConfig(
+        scheme, components, rules, skip, device, compute_dtype, gpu_weights, reserve, swap,
+        location, lora, keep_source, source, never_oom, on_requantize, progress, cancel,
+    ))  # fmt: skip
     return _apply(modules_of(target), config, _device_of(config))
 
 
@@ -131,7 +130,7 @@ def quantize(module: nn.Module, scheme: Any, **options: Any) -> Handle:
 
     Args:
         module: a `torch.nn.Module` or a diffusers pipeline; changed in place.
-        scheme: as for `apply`.
+        scheme: as for `apply`, but no `LowbitsConfig`.
         options: those of `apply`, but ``device`` and what streams.
     """
     for option in ("device", "gpu_weights", "reserve", "swap", "location", "never_oom"):
@@ -157,6 +156,14 @@ def register_backend(backend: QuantBackend) -> None:
         DuplicateBackendError: its name, or a scheme's, is taken.
     """
     DEFAULT.register(backend)
+
+
+def _whole(given: LowbitsConfig) -> LowbitsConfig:
+    """Return the config that stands for all options, where one was given for a scheme."""
+    if not isinstance(config := given.scheme, LowbitsConfig):
+        return given
+    given.require_default("a LowbitsConfig stands for all options: set it in there")
+    return config
 
 
 def _device_of(config: LowbitsConfig) -> torch.device:

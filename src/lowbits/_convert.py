@@ -22,7 +22,14 @@ from lowbits.core.requantize import twice_text
 from lowbits.core.scheme import NATIVE
 from lowbits.core.select import Component, Selection, select
 from lowbits.errors import ConfigError, SourceUnavailableError
-from lowbits.files.checkpoint import CONFIG, GGUF, OpenOptions, open_checkpoint
+from lowbits.files.checkpoint import (
+    CONFIG,
+    FILE_SUFFIXES,
+    GGUF,
+    OpenOptions,
+    open_checkpoint,
+    refuse_adapters,
+)
 from lowbits.files.convert import converted, stored_name, twice_quantized, untied, widened
 from lowbits.files.folders import BESIDE_SAVED, atomic_folder, refuse_other_weights
 from lowbits.files.gguf_export import ExportOptions, export, planned
@@ -40,6 +47,7 @@ from lowbits.integrations.models import (
     INDEX,
     components_in,
     empty_model,
+    model_folders,
     packed_by_default,
 )
 from lowbits.progress import CancelToken, ProgressCallback, ProgressEvent
@@ -73,7 +81,7 @@ def inspect(path: str | Path, *, allow_pickle: bool = False) -> Inspection:
         OSError: the system refuses to open it.
     """
     if (Path(path) / INDEX).is_file():
-        models = ", ".join(sorted(_model_folders(Path(path))))
+        models = ", ".join(model_folders(Path(path)))
         raise ConfigError(f"path: {path} is a pipeline of several models: name one of {models}")
     opened = open_checkpoint(path, OpenOptions(DEFAULT, allow_pickle=allow_pickle))
     found = recognized(_shapes(opened.weights), opened.architecture)
@@ -82,11 +90,6 @@ def inspect(path: str | Path, *, allow_pickle: bool = False) -> Inspection:
     classes = classes_of(found.name)
     kind = f"a {found.part.replace('_', ' ')} of transformers"
     return inspected(opened, found.name, " or ".join(classes) or kind)
-
-
-def _model_folders(pipeline: Path) -> list[str]:
-    listed = components_in(pipeline)
-    return [name for name in listed if any((pipeline / name).glob(f"*{SUFFIX}*"))]
 
 
 def convert(
@@ -110,7 +113,7 @@ def convert(
         dst: a ``.safetensors`` file, which `load` reads; a ``.gguf`` file, for a scheme of GGUF,
             in which a model's folder goes by the reference's names; or a folder, for a folder:
             `load_pipeline` reads a pipeline's.
-        scheme: as for `apply`.
+        scheme: as for `apply`, but no `LowbitsConfig`.
         rules: a scheme, or ``"native"``, for each glob over layer names; not for GGUF files.
         skip: globs of layers that are left alone; not for GGUF files.
         on_requantize: ``"warn"``, ``"error"`` or ``"allow"`` where weights are in low bits already.
@@ -132,7 +135,8 @@ def convert(
     src, dst, request = Path(src), Path(dst), request_of(scheme)
     chosen = {glob: request_of(value).scheme for glob, value in (rules or {}).items()}
     how = _How(request, chosen, tuple(skip), on_requantize, progress, cancel)
-    if src.is_file() and dst.suffix not in ("", SUFFIX, _GGUF):
+    is_file = src.is_file() or dst.suffix.lower() in FILE_SUFFIXES
+    if is_file and dst.suffix not in ("", SUFFIX, _GGUF) and not dst.is_dir():
         raise ConfigError(f"dst: {dst.name} ends with neither {SUFFIX} nor {_GGUF}")
     if (src / INDEX).is_file():
         return _convert_pipeline(src, dst, how)
@@ -185,6 +189,7 @@ class _Part:
 
 def _part(src: Path, dst: Path, how: _How, name: str = "", *, is_asked: bool = True) -> _Part:
     opened = open_checkpoint(src, OpenOptions(DEFAULT))
+    refuse_adapters(opened)
     weights, ties = untied(widened(opened.weights) if opened.format == GGUF else opened.weights)
     model = empty_model(src, _shapes(weights))
     asked = how.request
@@ -347,7 +352,7 @@ def save_gguf(
         model: a module, packed or not; or a state dict, whose names are written as they are.
         path: of the file; what was there stays until the new one is whole.
         type_or_mix: ggml's name, as ``"Q8_0"``, ``"Q4_K"`` or ``"Q4_K_M"``; ``"Q4_K-best"``: the
-            same type, searched longer for less error.
+            same type, searched longer for less error; or a scheme's, as ``"gguf-q4_k"``.
         arch: value of ``general.architecture``; ``"auto"``: what the names tell; None: none.
         names: ``"reference"``: those of the original implementation, which most programs read;
             ``"diffusers"``: the model's own.
@@ -379,8 +384,9 @@ def save_gguf(
     if arch == "auto":
         arch = _architecture(weights)
     device = default_device()
+    asked = type_or_mix.removeprefix(PREFIX)
     options = ExportOptions(
-        type_or_mix, arch, target, linear, DEFAULT, device, progress=progress, cancel=cancel
+        asked, arch, target, linear, DEFAULT, device, progress=progress, cancel=cancel
     )
     return _export(Path(path), weights, options, "warn")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from lowbits._target import modules_of
 from lowbits.config import parse_size
@@ -12,8 +12,14 @@ from lowbits.core.adopt import adopt_layers
 from lowbits.core.guards import saved_by
 from lowbits.core.handle import find_handle, guard
 from lowbits.core.registry import DEFAULT
-from lowbits.errors import AlreadyPatchedError, ConfigError, FormatError
-from lowbits.files.checkpoint import GGUF, OpenOptions, open_checkpoint
+from lowbits.errors import AlreadyPatchedError, ConfigError, FormatError, located
+from lowbits.files.checkpoint import (
+    FILE_SUFFIXES,
+    GGUF,
+    OpenOptions,
+    open_checkpoint,
+    refuse_adapters,
+)
 from lowbits.files.folders import BESIDE_SAVED, atomic_folder, refuse_other_weights
 from lowbits.files.forms.quanto import fitted
 from lowbits.files.load import LoadOptions, install, stage
@@ -24,8 +30,10 @@ from lowbits.files.sharded import SUFFIX
 from lowbits.integrations.diffusers import forget_quantizer, is_pipeline, kept_in_fp32
 from lowbits.integrations.keymaps import map_for
 from lowbits.integrations.models import (
+    INDEX,
     components_in,
     load_rest,
+    model_folders,
     save_config,
     skeleton,
 )
@@ -43,9 +51,6 @@ if TYPE_CHECKING:
     from lowbits.files.rows import KeyMap
     from lowbits.files.weights import Weight
     from lowbits.progress import CancelToken, ProgressCallback
-
-#: What weights' files are called; folders may have any other name with a dot.
-_FILE_SUFFIXES: Final = (SUFFIX, ".gguf", ".pt", ".pth", ".bin", ".ckpt")
 
 
 def save(
@@ -79,7 +84,7 @@ def save(
     """
     path = Path(path)
     is_file = path.suffix == SUFFIX and not is_pipeline(target)
-    if path.suffix.lower() in _FILE_SUFFIXES and not is_file and not path.is_dir():
+    if path.suffix.lower() in FILE_SUFFIXES and not is_file and not path.is_dir():
         raise ConfigError(
             f"path: {path.name} is called as a file of another kind. A module is saved into a "
             f"{SUFFIX} file or a folder, a pipeline into a folder; lowbits.save_gguf writes .gguf"
@@ -163,27 +168,39 @@ def load(
     Raises:
         FormatError: the file is not what it claims to be, or not of this model.
         AlreadyPatchedError: the module is packed, has a handle, or is streamed.
-        ConfigError: it is a pickle, there is no checksum to verify, the folder holds weights twice,
-            or `dtype` is none that weights can be in.
+        ConfigError: it is a pickle, a LoRA, or a pipeline's folder; there is no checksum to verify,
+            the folder holds weights twice, or `dtype` is none that weights can be in.
         OSError: the system refuses to open it.
     """
     modules = modules_of(into)
     if dtype is not None and not getattr(dtype, "is_floating_point", False):
-        raise ConfigError(f"dtype: got {dtype}, expected a floating one, as torch.bfloat16")
+        raise ConfigError(f"dtype: got {dtype!r}, expected a floating one, as torch.bfloat16")
+    _refuse_pipeline(Path(path))
     opened = open_checkpoint(path, OpenOptions(DEFAULT, verify, allow_pickle, allow_nonfinite))
+    refuse_adapters(opened)
     staged = []
-    for name, (weights, key_map) in _key_maps(modules, opened).items():
-        module = modules[name]
-        _refuse_applied(name, module)
-        options = LoadOptions(
-            DEFAULT, name, kept_in_fp32(module), dtype, opened.format != GGUF, allow_nonfinite,
-            progress, cancel,
-        )  # fmt: skip
-        staged.append(stage(module, weights, key_map, options))
+    with located(path):
+        for name, (weights, key_map) in _key_maps(modules, opened).items():
+            module = modules[name]
+            _refuse_applied(name, module)
+            options = LoadOptions(
+                DEFAULT, name, kept_in_fp32(module), dtype, opened.format != GGUF, allow_nonfinite,
+                progress, cancel,
+            )  # fmt: skip
+            staged.append(stage(module, weights, key_map, options))
     report = install(staged)
     for part in staged:
         guard(modules[part.component], save_component)
     return report.noting(opened.problems)
+
+
+def _refuse_pipeline(path: Path) -> None:
+    if (path / INDEX).is_file():
+        models = ", ".join(model_folders(path))
+        raise ConfigError(
+            f"path: {path} is a pipeline of several models: name one of {models}; or "
+            "lowbits.load_pipeline(path), where lowbits wrote it"
+        )
 
 
 def _key_maps(

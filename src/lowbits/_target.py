@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -41,8 +42,10 @@ def modules_of(target: Any) -> dict[str, nn.Module]:
         return components_of(target)
     if isinstance(target, nn.Module):
         return {"": target}
+    loads = "; load it first" if isinstance(target, str | PathLike) else ""
     raise ConfigError(
         f"target: got {type(target).__name__}, expected a torch.nn.Module or a diffusers pipeline"
+        f"{loads}"
     )
 
 
@@ -61,6 +64,9 @@ def components_for(modules: Mapping[str, nn.Module], config: LowbitsConfig) -> l
         wanted = {name: config.scheme for name in modules if name not in reasons}
     for name in wanted:
         if name not in modules:
+            if "" in modules:
+                kind = type(modules[""]).__name__
+                raise ConfigError(f"components: a {kind} is no pipeline, and has no {name!r}")
             raise ConfigError(
                 f"components: the target has no {name!r}{suggestion(name, modules)}; "
                 f"it has {', '.join(modules) or 'none'}"

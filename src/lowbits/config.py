@@ -14,7 +14,7 @@ from lowbits.progress import CancelToken, ProgressCallback
 if TYPE_CHECKING:
     import torch  # not at run time: a command line's help needs the texts and not torch
 
-_SIZE: Final = re.compile(r"(\d+(?:\.\d+)?)\s*(?:([kKMGT])(i?))?B?")
+_SIZE: Final = re.compile(r"(\d+(?:\.\d+)?)\s*(?:([KMGT])(I?))?B?")
 
 #: How streamed weights are copied, and where they wait: the last two are names of other projects.
 SWAPS: Final = ("auto", "queue", "async")
@@ -113,6 +113,12 @@ class LowbitsConfig:
                 object.__setattr__(self, option, parse_size(value, option))
         self._require_types()
 
+    def require_default(self, why: str) -> None:
+        """Raise `ConfigError` where an option is not as by default, but the scheme; and why."""
+        for item in fields(self)[1:]:
+            if getattr(self, item.name) != item.default:
+                raise ConfigError(f"{item.name}: {why}")
+
     def _require_types(self) -> None:
         """Raise `ConfigError` where a value has no chance of being one."""
         if self.scheme is None:
@@ -154,7 +160,7 @@ def parse_size(value: Any, option: str) -> int:
     """
     if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
         return value
-    match = _SIZE.fullmatch(value.strip()) if isinstance(value, str) else None
+    match = _SIZE.fullmatch(value.strip().upper()) if isinstance(value, str) else None
     if match is None:
         raise ConfigError(f"{option}: got {value!r}, expected bytes or a size as '6GB' or '512MiB'")
     number, prefix, binary = match.groups()

@@ -25,10 +25,11 @@ Messages are lower case and say what, where, got, expected, and what to do.
 from __future__ import annotations
 
 import difflib
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
 
 class LowbitsError(Exception):
@@ -174,6 +175,17 @@ class FormatError(LowbitsError, ValueError):
         where = "".join(f"{part}: " for part in (self.path, self.tensor) if part)
         at = "" if self.offset is None else f" (at byte {self.offset})"
         return f"{where}{self.args[0]}{at}"
+
+
+@contextmanager
+def located(path: object) -> Iterator[None]:
+    """Let each `FormatError` that is about no file be about this one."""
+    try:
+        yield
+    except FormatError as error:
+        if error.path:
+            raise
+        raise FormatError(error.args[0], path, error.tensor, error.offset) from error
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:

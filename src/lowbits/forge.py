@@ -90,13 +90,15 @@ def apply(
         ConfigError: no entry of Forge's.
         LowbitsError: what `lowbits.apply` raises.
     """
+    if "gpu_weights" in others:
+        raise ConfigError("gpu_weights: it is called gpu_weights_mb here, as in Forge")
     given = locals()
     chosen = {o.keyword: _choice(o, given[o.keyword]) for o in options() if o.choices}
     never_oom = {"denoiser": never_oom_unet, "vae": never_oom_vae}
     return _api.apply(
         pipe,
         scheme_name(chosen["diffusion_in_low_bits"]),
-        gpu_weights="auto" if gpu_weights_mb is None else gpu_weights_mb * _MB,
+        gpu_weights="auto" if gpu_weights_mb is None else _megabytes(gpu_weights_mb),
         swap=chosen["swap_method"].lower(),
         location=chosen["swap_location"].lower(),
         never_oom=tuple(part for part, is_asked in never_oom.items() if is_asked),
@@ -106,6 +108,13 @@ def apply(
             **others,
         },
     )
+
+
+def _megabytes(value: Any) -> int:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or value < 0 or value != int(value):
+        raise ConfigError(f"gpu_weights_mb: got {value!r}, expected megabytes as 6144")
+    return int(value) * _MB
 
 
 def _choice(option: ForgeOption, value: Any) -> Any:

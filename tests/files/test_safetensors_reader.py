@@ -173,12 +173,7 @@ def test_a_folder_of_files_of_different_names(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_a_file(tmp_path: Path) -> None:
-    with pytest.raises(FormatError, match="no file in it ends with .safetensors$"):
-        open_tensors(tmp_path)
-    for name in ("vae", "transformer"):
-        (tmp_path / name).mkdir()
-        save(tmp_path / name / "model.safetensors", a=1)
-    with pytest.raises(FormatError, match="of transformer, vae, or all by lowbits.load_pipeline"):
+    with pytest.raises(FormatError, match="no file in it ends with .safetensors"):
         open_tensors(tmp_path)
 
 

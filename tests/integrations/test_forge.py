@@ -103,7 +103,7 @@ def test_other_options_go_to_apply() -> None:
         ({"diffusion_in_low_bits": "bnb-nf8"}, "got 'bnb-nf8', expected one of Automatic, .*mean"),
         ({"swap_method": "Stream"}, "swap_method: got 'Stream', expected one of Queue, Async"),
         ({"swap_location": "Disk"}, "swap_location: got 'Disk', expected one of CPU, Shared"),
-        ({"gpu_weights_mb": -1}, "gpu_weights: got"),
+        ({"gpu_weights_mb": -1}, "gpu_weights_mb: got"),
     ],
 )
 def test_what_forge_does_not_offer_is_refused(given: dict[str, Any], message: str) -> None:

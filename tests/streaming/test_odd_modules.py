@@ -246,11 +246,7 @@ def remove(model: Any) -> None:
     model.blocks[1].down.bias = None
 
 
-def widen(model: Any) -> None:
-    model.blocks[1].norm.weight = nn.Parameter(torch.ones(2 * WIDTH))
-
-
-@pytest.mark.parametrize("change", [grow, halve, remove, widen])
+@pytest.mark.parametrize("change", [grow, halve, remove])
 @pytest.mark.parametrize("then", ["nothing", "pass", "save"])
 @torch.no_grad()
 def test_streaming_is_undone_though_a_weight_became_another(
@@ -262,8 +258,8 @@ def test_streaming_is_undone_though_a_weight_became_another(
         model(inputs())
         change(model)
         change(twin)
-        if then == "pass" and change in (remove, widen):
-            with pytest.raises(StreamError, match="was replaced by .*: undo the streaming first"):
+        if then == "pass" and change is remove:
+            with pytest.raises(StreamError, match="was replaced by None .* undo the streaming"):
                 model(inputs())
         elif then == "save" and change in (grow, halve):
             with pytest.raises(StreamError, match="by another shape or dtype"):

@@ -13,11 +13,20 @@ from typer.core import TyperGroup
 import lowbits
 from lowbits.cli import files, options, tables
 from lowbits.cli.bars import Bars
-from lowbits.cli.loading import Recipe, load_loras, load_pipeline, pick_device, quiet, read_recipe
+from lowbits.cli.loading import (
+    Recipe,
+    load_loras,
+    load_pipeline,
+    packed_models,
+    pick_device,
+    quiet,
+    read_recipe,
+)
 from lowbits.errors import ConfigError, LowbitsError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
 #: Packages that commands need, and the extra that brings them.
 _EXTRAS: Final = {
@@ -121,7 +130,7 @@ def run(  # noqa: PLR0913 - a parameter is an option
     *,
     model: options.Model,
     prompt: options.Prompt,
-    scheme: options.Scheme,
+    scheme: options.Scheme = "native",
     out: options.Picture,
     seed: options.Seed = 0,
     steps: options.Steps = None,
@@ -212,6 +221,7 @@ def compare(  # noqa: PLR0913 - a parameter is an option
             names = _scheme_names(scheme_list, all_schemes=all_schemes)
             usable, skipped = comparing.usable_schemes(names)
         place = pick_device(device)
+        _require_full_precision(model)
         pipe = load_pipeline(model, place)
         adapters = load_loras(pipe, strengths)
         plan = comparing.Plan(recipe, usable, seeds, batch or seeds, place, adapters, ways)
@@ -227,6 +237,14 @@ def compare(  # noqa: PLR0913 - a parameter is an option
 
 app.command()(files.convert)
 app.command()(files.inspect)
+
+
+def _require_full_precision(model: Path) -> None:
+    if packed := packed_models(model):
+        raise ConfigError(
+            f"{model} was saved packed ({', '.join(packed)}): compare wants the pipeline in full "
+            "precision, which it measures against; lowbits run draws with this one"
+        )
 
 
 def _require(*schemes: str) -> None:

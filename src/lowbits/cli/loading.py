@@ -51,20 +51,38 @@ def pick_device(device: str | None) -> torch.device:
 def load_pipeline(folder: Path, device: torch.device) -> Any:
     """Load a diffusers pipeline on the CPU: in float32 if it will run there, else in bfloat16.
 
+    What lowbits has packed, and saved, stays packed.
+
     Raises:
         ConfigError: the folder has no pipeline in it.
     """
     import torch
 
-    if not (folder / "model_index.json").exists():
-        raise ConfigError(f"{folder} has no model_index.json: it is not a diffusers pipeline")
+    import lowbits
+
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    is_packed = bool(packed_models(folder))
     with quiet(), _no_loading_bars():
         from lowbits.integrations.models import load_rest
 
-        pipe = load_rest(folder, {}, dtype)
+        if is_packed:
+            pipe = lowbits.load_pipeline(folder, dtype=dtype)
+        else:
+            pipe = load_rest(folder, {}, dtype)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def packed_models(folder: Path) -> list[str]:
+    """Return the names of the models of a pipeline's folder that lowbits has packed.
+
+    Raises:
+        ConfigError: the folder has no pipeline in it.
+    """
+    from lowbits.files.own import own_file_in
+    from lowbits.integrations.models import components_in
+
+    return [name for name in components_in(folder) if own_file_in(folder / name)]
 
 
 def load_loras(pipe: Any, loras: Mapping[Path, float]) -> dict[str, float]:

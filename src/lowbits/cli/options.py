@@ -248,7 +248,7 @@ def strengths(items: Sequence[str] | None) -> dict[Path, float]:
             loras[Path(name)] = float(strength)
         except ValueError as error:
             raise typer.BadParameter(
-                f"got {item!r}, expected PATH=STRENGTH", param_hint="--lora-weights"
+                f"got {item!r}, expected PATH=STRENGTH, a number", param_hint="--lora-weights"
             ) from error
     return loras
 

@@ -228,8 +228,8 @@ def _pack_one(
         packed = pack_weight(values, decision.kind, scheme, backend, device)
     except NonFiniteWeightError as error:
         raise NonFiniteWeightError(
-            f"{decision.path} cannot be packed as {scheme.name}: {error}; leave it alone with "
-            f"skip=({decision.path!r},), or repair the weight"
+            f"{decision.path or 'weight'} cannot be packed as {scheme.name}: {error}; repair the "
+            f"weight, or leave it alone with skip=({decision.path!r},)"
         ) from error
     layout, tensors = storage_form(decision.name, packed, backend, decision.shape)
     if options.hold is not None:

@@ -113,6 +113,7 @@ class Handle:
         self._journals: weakref.WeakSet[Journal] = weakref.WeakSet()
         self._homes: list[tuple[weakref.ref[nn.Module], torch.device]] = []
         self._hooks: list[RemovableHandle] = []
+        self._successor: Handle | None = None
 
     def attach(self, journals: Mapping[str, Journal], save: Save) -> None:
         """Make each component own this handle, and its journal.
@@ -275,7 +276,8 @@ class Handle:
         A LoRA that was fused stays, unloaded since or not, in layers that are packed in both.
 
         Args:
-            scheme: as for `lowbits.apply`. Rules that named the old scheme name this one.
+            scheme: as for `lowbits.apply`, but no `LowbitsConfig`. Rules that named the old scheme
+                name this one.
 
         Returns:
             The new handle; this one is spent.
@@ -285,7 +287,8 @@ class Handle:
             LowbitsError: whatever applying raises; the target is then as it was, in its old scheme.
         """
         self._require_active("switch")
-        return self._target.switch(self, scheme)
+        self._successor = self._target.switch(self, scheme)
+        return self._successor
 
     def end_streaming(self) -> None:
         """Stop streaming: weights are where they were before."""
@@ -331,7 +334,10 @@ class Handle:
 
     def _require_active(self, what: str) -> None:
         if not self.is_active:
-            raise NotPatchedError(f"cannot {what}: this handle's target was restored already")
+            raise NotPatchedError(
+                f"cannot {what}: this handle is spent (its target was switched, restored or "
+                "dequantized); lowbits.handle(target) gives the one in force, if there is one"
+            )
 
     def _require_unstreamed(self) -> None:
         """Raise where somebody else streams a component: originals would be streamed no more."""
@@ -354,8 +360,11 @@ class Handle:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if self.is_active:
-            self.restore()
+        last = self
+        while last._successor is not None:
+            last = last._successor
+        if last.is_active:
+            last.restore()
 
     def __repr__(self) -> str:
         state = "active" if self.is_active else "restored"

@@ -118,7 +118,10 @@ class BackendRegistry:
         if backend is None:
             return backend, scheme
         if not scheme.can_quantize:
-            raise ConfigError(f"scheme {scheme_name!r} can only be decoded, not quantized to")
+            raise ConfigError(
+                f"scheme {scheme_name!r} can only be decoded, not quantized to: lowbits.load reads "
+                "files that hold it"
+            )
         info = self.info(backend.name)
         if not info.available:
             step = f"; {info.install}" if info.install else ""
@@ -201,7 +204,10 @@ def _scheme_info(
 
 
 def _unknown_scheme(name: str, names: list[str]) -> str:
-    close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    # As others write them: Q4_K_M, NF4, fp8.
+    short = name.lower().replace("fp8", "float8")
+    close = [known for known in names if short in (known, known.partition("-")[2])]
+    close = close or difflib.get_close_matches(short, names, n=3, cutoff=0.5)
     hint = (
         f"did you mean {' or '.join(map(repr, close))}?" if close else f"known: {', '.join(names)}"
     )

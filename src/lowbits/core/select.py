@@ -250,8 +250,8 @@ def select(components: Sequence[Component], selection: Selection) -> list[Decisi
     for decision in decisions:
         if decision.scheme and decision.tensor.is_meta and not selection.sees_meta:
             raise PatchError(
-                f"{decision.path} has no data (meta device): load the weights first, and remove "
-                "offload hooks (accelerate, enable_*_offload), which keep them elsewhere"
+                f"{decision.path or 'weight'} has no data (meta device): load the weights first, "
+                "and remove offload hooks (accelerate, enable_*_offload), which keep them elsewhere"
             )
     return decisions
 

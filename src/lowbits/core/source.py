@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Final, final
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from lowbits.core.memory import bytes_of, is_dense, same_bits
@@ -268,9 +268,8 @@ class SourceFiles:
         if component not in self._index:
             index: dict[str, list[Path]] = defaultdict(list)
             for file in self._safetensors_of(component):
-                with safe_open(file, framework="pt") as opened:
-                    for key in opened.keys():  # noqa: SIM118 - not a dict
-                        index[key].append(file)
+                for key in _keys_of(file):
+                    index[key].append(file)
             self._index[component] = index
         return self._index[component]
 
@@ -281,6 +280,17 @@ class SourceFiles:
         return sorted(
             (folder if component and folder.is_dir() else self.path).glob("*.safetensors")
         )
+
+
+def _keys_of(file: Path) -> list[str]:
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return list(opened.keys())
+    except SafetensorError as error:
+        raise ConfigError(
+            f"source: {file} is no safetensors file ({error}): name the one, or the folder, that "
+            "the model was loaded from in full precision"
+        ) from error
 
 
 def read_tensor(path: Path, key: str) -> Tensor:

@@ -28,6 +28,12 @@ SAFETENSORS: Final = "safetensors"
 OWN: Final = "lowbits"
 PICKLE: Final = "pickle"
 
+#: What weights' files are called; folders may have any other name with a dot.
+FILE_SUFFIXES: Final = (".safetensors", ".gguf", ".pt", ".pth", ".bin", ".ckpt")
+
+#: Parts of the names of a LoRA's factors.
+_FACTORS: Final = (".lora_A.", ".lora_B.", ".lora_down.", ".lora_up.")
+
 CONFIG: Final = "config.json"
 _CONFIG_BYTES: Final = 1 << 24
 #: How files begin: GGUF's magic in both byte orders, zip archives and pickles of torch.
@@ -73,6 +79,19 @@ class OpenOptions:
     verify: bool = False
     allow_pickle: bool = False
     allow_nonfinite: bool = False
+
+
+def refuse_adapters(opened: Checkpoint) -> None:
+    """Raise where a checkpoint is a LoRA, whose factors are no model's weights.
+
+    Raises:
+        ConfigError: saying what loads it.
+    """
+    if any(part in f".{name}." for name in opened.weights for part in _FACTORS):
+        raise ConfigError(
+            f"{opened.path} is a LoRA: pipe.load_lora_weights loads it, packed or not; it is not "
+            "packed itself"
+        )
 
 
 def open_checkpoint(path: str | Path, options: OpenOptions) -> Checkpoint:

@@ -115,9 +115,7 @@ def _open_folder(folder: Path, variant: str | None) -> Tensors:
     # Hidden: what a killed process left, and what some systems put beside each file.
     names = [_parse(file) for file in sorted(found) if not file.name.startswith(".")]
     if not names:
-        inner = ", ".join(sorted({file.parent.name for file in folder.glob(f"*/*{SUFFIX}")}))
-        hint = f": read a folder in it, of {inner}, or all by lowbits.load_pipeline"
-        raise FormatError(f"no file in it ends with {SUFFIX}{hint if inner else ''}", folder)
+        raise FormatError(f"no file in it ends with {SUFFIX}", folder)
     names = _of_variant(names, variant, folder)
     indices = [name for name in names if name.is_index]
     if not indices:

@@ -46,6 +46,8 @@ def components_in(folder: Path) -> dict[str, tuple[str, str]]:
         ConfigError: it is no pipeline's.
     """
     index = folder / INDEX
+    if not folder.exists():
+        raise ConfigError(f"there is no folder {folder}; names of the hub are not looked up")
     if not index.is_file():
         raise ConfigError(f"{folder} has no {INDEX}: it is not a diffusers pipeline")
     try:
@@ -58,6 +60,12 @@ def components_in(folder: Path) -> dict[str, tuple[str, str]]:
         }
     except (ValueError, AttributeError) as error:
         raise FormatError(f"it is not what a pipeline's index should be: {error}", index) from error
+
+
+def model_folders(pipeline: Path) -> list[str]:
+    """Return the names of a pipeline's components whose folders hold safetensors files."""
+    listed = components_in(pipeline)
+    return sorted(name for name in listed if any((pipeline / name).glob(f"*{SUFFIX}*")))
 
 
 def skeleton(folder: Path, library: str, class_name: str) -> nn.Module:

@@ -109,7 +109,9 @@ def _trace_at(
     try:
         results = dict(converter(given))
     except _REFUSALS as err:
-        raise FormatError(f"the converter refuses these tensors: {err!r}") from err
+        raise FormatError(
+            f"the converter refuses these tensors: {err!r}; is it a file of another model?"
+        ) from err
     names, firsts = list(shapes), torch.tensor(starts)
     targets = {
         name: _pieces(_row_numbers(name, result), names, firsts, rows)

@@ -166,11 +166,19 @@ class Residency:
         old.drain()
         for number, home in enumerate(old._homes):
             if number not in old._streamed and number not in self._streamed:
+                old._finish(home)
                 self._homes[number] = home
         self._held = old._held
         self._left = {home.slot for home in self._held.values()} - self._slots()
         self.copied_bytes = old.copied_bytes
         old.let_go(self._homes)
+
+    def _finish(self, home: _Home) -> None:
+        """Forget how a unit was copied, by a transfer that may not be the next residency's."""
+        if home.load is not None:
+            home.has_arrived = self._transfer.is_over(home.load)
+            home.is_present = home.is_present and home.has_arrived
+            home.load = None
 
     def let_go(self, kept: Iterable[_Home] = ()) -> None:
         """Let go of all buffers now, but those of some homes, and those in use.

@@ -82,6 +82,7 @@ class Stored:
         self._seen: list[Tensor | None] = []
         # What modules hold on the device, while stand-ins are in its place for a moment.
         self._aside: Sequence[Tensor] | None = None
+        self._given: dict[int, Tensor] = {}
         self._copied: list[int] = []
         self._copied_version = -1
 
@@ -239,20 +240,27 @@ class Stored:
             for holder in place.holders:
                 if holder.slots.get(holder.name) is held:
                     own = nn.Parameter(given, wants_grad) if holder.is_parameter else given
-                    holder.slots[holder.name] = own
+                    holder.slots[holder.name] = self._given[id(own)] = own
             held.data = self.master.tensor(place).to(self._device, copy=True)
 
     def accept_all(self) -> None:
-        """Accept new tensors at the end; what is of another kind, or gone, stays as it was put.
+        """Accept new tensors at the end.
 
-        Else nobody could undo the streaming who has not kept what was there.
+        Where nobody can put back what was there, it stays as it is: what is gone, what was made
+        another tensor of by ``.data``, and buffers of another shape, which forwards make.
+
+        Raises:
+            StreamError: a Parameter was replaced by one of another shape or dtype.
         """
         taken = []
         for number, place in enumerate(self.unit.places):
             found = [self._found(holder, number) for holder in place.holders]
             is_new = any(tensor is not self._held[number] for tensor in found)
             is_odd = any(_how_unlike(tensor, place, found[0]) for tensor in found)
-            if is_new and not is_odd and not _is_functional_call():
+            stays = self.is_buffer(place) or any(
+                tensor is None or id(tensor) in self._given for tensor in found
+            )
+            if is_new and not (is_odd and stays) and not _is_functional_call():
                 taken.append(number)
         self._take_over(taken)
 
@@ -293,8 +301,8 @@ class Stored:
     ) -> None:
         if how := _how_unlike(found, place, tied):
             raise StreamError(
-                f"{holder.fqn} was replaced {how} while it was streamed: undo the streaming first "
-                "(lowbits.restore, or LayerStreamer.detach)",
+                f"{holder.fqn} was replaced {how} while it was streamed: put back what was there, "
+                "and undo the streaming first (lowbits.restore, or LayerStreamer.detach)",
                 self.unit.name,
                 "replaced",
             )
