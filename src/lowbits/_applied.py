@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from lowbits._target import modules_of
 from lowbits.core.guards import allow_methods
-from lowbits.core.handle import find_handle, handles_of
+from lowbits.core.handle import find_handle, handles_of, settle_adapters
 from lowbits.core.packed import PackedLayer
 from lowbits.core.surgery import dequantize_layers
 from lowbits.errors import AlreadyPatchedError, NotPatchedError
@@ -35,6 +35,7 @@ def dequantize(target: Any) -> None:
     if not layers:
         raise NotPatchedError(f"nothing in this {type(target).__name__} is packed")
     handles = handles_of(modules.values())
+    settle_adapters(modules.values())
     _end_streaming(handles, roots)
     dequantize_layers(layers)
     for module in modules.values():

@@ -15,6 +15,7 @@ from lowbits._target import require_one
 from lowbits.backends.gguf.backend import PREFIX
 from lowbits.config import LowbitsConfig
 from lowbits.core.device import default_device
+from lowbits.core.handle import settle_adapters
 from lowbits.core.names import dotted
 from lowbits.core.registry import DEFAULT
 from lowbits.core.report import LayerReport, Report
@@ -373,6 +374,7 @@ def save_gguf(
         raise ConfigError(f"names: got {names!r}, expected one of {', '.join(_NAMES)}")
     linear = None
     if isinstance(model, nn.Module):
+        settle_adapters(model.modules(), takes_out=True)
         weights, _ = weights_of(model)
         linear = _linear_weights(model)
         if names == "reference":

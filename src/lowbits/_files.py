@@ -10,7 +10,7 @@ from lowbits._target import modules_of
 from lowbits.config import parse_size
 from lowbits.core.adopt import adopt_layers
 from lowbits.core.guards import saved_by
-from lowbits.core.handle import find_handle, guard
+from lowbits.core.handle import find_handle, guard, settle_adapters
 from lowbits.core.registry import DEFAULT
 from lowbits.errors import AlreadyPatchedError, ConfigError, FormatError, located
 from lowbits.files.checkpoint import (
@@ -99,6 +99,7 @@ def save(
         path.mkdir(parents=True, exist_ok=True)
         refuse_other_weights(path, BESIDE_SAVED)
         file = path / OWN_FILE
+    settle_adapters(target.modules(), takes_out=True)
     weights, ties = weights_of(target)
     options = WriteOptions(versions(weights.values()), shard_bytes, "save", progress, cancel)
     with nullcontext() if is_file else atomic_folder(path) as new:

@@ -63,6 +63,9 @@ class Adapters(Protocol):
     def fused(self) -> Mapping[nn.Module, Any]:
         """Return what was merged on request into each layer, and is there still."""
 
+    def settle(self, *, takes_out: bool = False) -> None:
+        """Let the packed weights hold what adapters say now, but for what is merged unasked."""
+
     def fuse_again(self, fused: Mapping[nn.Module, Any]) -> None:
         """Merge that into layers that were packed anew."""
 
@@ -404,6 +407,17 @@ def handles_of(modules: Iterable[nn.Module]) -> list[Handle]:
     guests = [guest for part in parts for guest in part.guests if guest.is_streamed]
     owners = [part.handle for part in parts if part.handle is not None]
     return list({id(owned): owned for owned in (*guests, *owners)}.values())
+
+
+def settle_adapters(modules: Iterable[nn.Module], *, takes_out: bool = False) -> None:
+    """Let packed weights hold what adapters say now, for those who look at nothing else.
+
+    Args:
+        modules: all of a target.
+        takes_out: what was merged unasked is not to be in them, until the next pass.
+    """
+    for owned in handles_of(modules):
+        owned.adapters.settle(takes_out=takes_out)
 
 
 def _owned(module: nn.Module) -> _Owned:

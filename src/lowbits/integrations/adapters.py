@@ -114,6 +114,7 @@ class Adapters:
         for wrapper in self._wrappers:
             state = state_of(wrapper)
             note_merged(wrapper, state, state.inside, ())
+            state.is_dirty = False
 
     def merge(self) -> None:
         """Merge the adapters that act, with their strengths now.
@@ -125,7 +126,7 @@ class Adapters:
         """
         with self._lock:
             wanted = [(wrapper, acting(wrapper)) for wrapper in self._present()]
-            self.write((w, scales) for w, scales in wanted if scales != state_of(w).merged)
+            self.write((w, scales) for w, scales in wanted if not state_of(w).holds(scales))
             for wrapper, _ in wanted:
                 state_of(wrapper).is_automatic = False
 
@@ -197,7 +198,8 @@ class Adapters:
             changed = []
             for wrapper in present:
                 scales = {} if trains and wants_grad(wrapper) else acting(wrapper)
-                if scales != state_of(wrapper).merged and self._is_automatic(wrapper.base_layer):
+                is_there = state_of(wrapper).holds(scales)
+                if not is_there and self._is_automatic(wrapper.base_layer):
                     changed.append((wrapper, scales))
             if self._is_lenient:
                 changed = [change for change in changed if self._can_write(*change)]
@@ -205,9 +207,33 @@ class Adapters:
             for wrapper, _ in changed:
                 state_of(wrapper).is_automatic = True
             wrapped = {id(wrapper.base_layer) for wrapper in present}
-            for layer, state in list(self._merged.items()):
-                if state.is_automatic and id(layer) not in wrapped:
-                    self._reset(layer, state)
+            for layer in list(self._merged):
+                if id(layer) not in wrapped:
+                    self.let_go(layer)
+
+    def let_go(self, layer: nn.Module) -> None:
+        """Take out of a layer that is not wrapped any more what nobody has asked to merge."""
+        with self._lock:
+            state = self._merged.get(layer)
+            if state is not None and state.is_automatic:
+                self._reset(layer, state)
+
+    def settle(self, *, takes_out: bool = False) -> None:
+        """Let codes hold what adapters say now, for those who look at nothing else.
+
+        Args:
+            takes_out: what was merged unasked is not to be in them, until the next pass.
+        """
+        with self._lock:
+            changed = []
+            for wrapper in self._present():
+                state = state_of(wrapper)
+                scales = {**({} if state.is_automatic else state.merged), **acting(wrapper)}
+                if takes_out and state.is_automatic:
+                    scales = state.inside
+                if wrapper.base_layer in self._merged and not state.holds(scales):
+                    changed.append((wrapper, scales))
+            self.write(changed)
 
     def _can_write(self, wrapper: Any, scales: Scales) -> bool:
         try:
@@ -313,10 +339,12 @@ class Adapters:
         merged, parts = self._quantize(layer, (*state.baked, *deltas))
         if before is not None and deltas and _bits(layer) < _FEW_BITS:
             survival.add(merged, before, parts, layer.lowbits_layouts["weight"].backend)
-        # Noted first: what an interrupt leaves half written can be written again.
+        # Noted first: what an interrupt leaves half written is written again.
         self._merged[layer] = state
+        state.is_dirty = True
         note_merged(wrapper, state, scales, deltas)
         rewrite(layer, parts)
+        state.is_dirty = False
         if not state.baked and not deltas:
             del self._merged[layer]
 
@@ -336,6 +364,7 @@ class Adapters:
         """Give a layer that no adapter wraps any more the codes of its weight and what is baked."""
         self._rewrite(layer, state, state.baked)
         state.merged, state.deltas, state.is_automatic = dict(state.inside), (), False
+        state.factors, state.is_dirty = [], False
 
     def _rewrite(self, layer: Any, state: State, deltas: Sequence[Delta]) -> None:
         """Give a layer the codes of its weight, and what is added to it."""
@@ -348,16 +377,20 @@ class Adapters:
 
 @final
 class _Wrapped:
-    """Called by torch whenever a module is given a child: sees peft wrap a packed layer."""
+    """Called by torch whenever a module is given a child: sees peft wrap and unwrap layers."""
 
     def __init__(self, adapters: Adapters) -> None:
         self._adapters = weakref.ref(adapters)
 
     def __call__(self, module: nn.Module, name: str, child: nn.Module | None) -> None:
-        if name != BASE or not isinstance(child, PackedLayer) or child.lowbits_names != WEIGHT:
+        if not isinstance(child, PackedLayer) or child.lowbits_names != WEIGHT:
             return
         adapters = self._adapters()
-        if adapters is not None and is_mergeable(module):
+        if adapters is None:
+            return
+        if name != BASE:
+            adapters.let_go(child)  # peft has unwrapped it
+        elif is_mergeable(module):
             adapters.adopt(module, child)
 
 

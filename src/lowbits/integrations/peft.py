@@ -21,6 +21,7 @@ import sys
 import weakref
 from typing import TYPE_CHECKING, Any, Final, final
 
+import torch
 from torch import nn
 
 from lowbits.core.capability import compute_dtype
@@ -29,6 +30,8 @@ from lowbits.errors import PatchError, SourceUnavailableError
 from lowbits.lora.merge import Decomposed, Delta, Dense, LowRank
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from torch import Tensor
 
     from lowbits.integrations.adapters import Adapters
@@ -58,6 +61,8 @@ class State:
         deltas: what those of `merged` that are not `inside` add to the source.
         baked: what adapters add that peft has let go of, after they were merged.
         is_automatic: whether they were merged without being asked for, one by one.
+        is_dirty: whether writing the codes was begun and not finished.
+        factors: tensors of what was merged: who holds each, by which name, and its count of writes.
     """
 
     def __init__(self, adapters: Adapters | None = None, inside: Scales | None = None) -> None:
@@ -65,7 +70,16 @@ class State:
         self.inside, self.merged = dict(inside or {}), dict(inside or {})
         self.deltas: tuple[Delta, ...] = ()
         self.baked: tuple[Delta, ...] = ()
-        self.is_automatic = False
+        self.is_automatic = self.is_dirty = False
+        self.factors: list[tuple[dict[str, Any], str, Tensor, int]] = []
+
+    def holds(self, scales: Scales) -> bool:
+        """Say whether just that is in the codes, with the factors that adapters have now."""
+        is_there = scales == self.merged and not self.is_dirty
+        return is_there and all(
+            slots.get(name) is tensor and _version(tensor) == version
+            for slots, name, tensor, version in self.factors
+        )
 
     def __reduce__(self) -> tuple[type[State], tuple[()]]:
         return State, ()
@@ -80,6 +94,8 @@ class AdapterLayer(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Compute what the adapters say now."""
         _widen(self)
+        if state_of(self).is_dirty and not torch.compiler.is_compiling():
+            _write(self, state_of(self).merged)  # an interrupt came while it was written
         change = _change(self)
         if not change:
             return super().forward(*args, **kwargs)
@@ -112,6 +128,10 @@ class AdapterLayer(nn.Module):
         _peft(self).delete_adapter(adapter_name)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
+        state = state_of(self)
+        if state.is_dirty or _change(self):
+            # Copies have the codes, and nothing that computes a difference.
+            _write(self, {**state.merged, **acting(self)})
         return reduced(super().__reduce_ex__(protocol), type(self), KEY)
 
 
@@ -136,7 +156,20 @@ def state_of(wrapper: nn.Module) -> State:
 def note_merged(wrapper: Any, state: State, scales: Scales, deltas: tuple[Delta, ...]) -> None:
     """Say which adapters are in the codes, to peft as well."""
     state.merged, state.deltas = dict(scales), deltas
+    state.factors = list(_factors(wrapper, scales))
     wrapper.merged_adapters = list(scales)
+
+
+def _factors(wrapper: Any, names: Scales) -> Iterator[tuple[dict[str, Any], str, Tensor, int]]:
+    for kind, child in wrapper._modules.items():
+        for fqn, module in child.named_modules() if kind != BASE else ():
+            for name, tensor in module._parameters.items():
+                if tensor is not None and f"{fqn}.{name}".strip(".").split(".")[0] in names:
+                    yield module._parameters, name, tensor, _version(tensor)
+
+
+def _version(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
 
 
 def _active(wrapper: Any) -> list[str]:
