@@ -31,12 +31,12 @@ from lowbits.core.packed import workspace_bytes
 from lowbits.core.registry import DEFAULT
 from lowbits.core.requantize import requantized
 from lowbits.core.scheme import NATIVE, SchemeInfo
-from lowbits.core.select import Selection, select
+from lowbits.core.select import Component, Selection, select
 from lowbits.core.source import SourceFiles
 from lowbits.core.surgery import Journal, undo
 from lowbits.errors import ConfigError, SourceUnavailableError
 from lowbits.integrations.adapters import Adapters
-from lowbits.integrations.configs import request_of
+from lowbits.integrations.configs import Request, request_of
 from lowbits.integrations.diffusers import announce_device, denoisers_of
 from lowbits.integrations.vae import GuardedModels
 from lowbits.streaming.activations import Activations
@@ -368,6 +368,20 @@ def _left_to_place(modules: Mapping[str, nn.Module], *, is_asked: bool) -> dict[
     return left
 
 
+class _Renamed(str):
+    """The scheme of a rule that names what `switch` goes to, native weights included."""
+
+    __slots__ = ()
+
+
+def _carried(request: Request, before: Component) -> Request:
+    """Return what is asked for of a component now, with what was left alone in it before."""
+    skip = dict.fromkeys((*before.skip, *request.skip))
+    return replace(
+        request, skip=tuple(skip), compute_dtype=request.compute_dtype or before.compute_dtype
+    )
+
+
 def _switch(
     owned: Handle,
     modules: Mapping[str, nn.Module],
@@ -375,14 +389,25 @@ def _switch(
     device: torch.device | None,
     scheme: Any,
 ) -> Handle:
-    DEFAULT.require(request_of(scheme).scheme)  # what is mistyped or missing is not worth a restore
-    asked = {c.name: c.scheme for c in components_for(modules, config) if c.scheme}
+    request = request_of(scheme)
+    DEFAULT.require(request.scheme)  # what is mistyped or missing is not worth a restore
+    asked = {c.name: c for c in components_for(modules, config) if c.scheme}
+    # What was to stay native does, where that was not asked for all.
+    packed = {name: c for name, c in asked.items() if c.scheme != NATIVE}
+    named = {c.scheme for c in packed.values()}
     rules = {
-        glob: scheme if request_of(value).scheme in asked.values() else value
+        glob: _Renamed(request.scheme)
+        if isinstance(value, _Renamed) or request_of(value).scheme in named
+        else value
         for glob, value in (config.rules or {}).items()
     }
-    names = None if "" in modules else list(asked)
-    new = replace(config, scheme=scheme, components=names, rules=rules)
+    parts = {name: _carried(request, c) for name, c in (packed or asked).items()}
+    new = replace(
+        config,
+        scheme=parts.get("", scheme),
+        components=None if "" in modules else parts,
+        rules=rules,
+    )
     fused = owned.adapters.fused()
     owned.restore()
     try:

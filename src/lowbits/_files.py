@@ -146,18 +146,17 @@ def load(
 ) -> Report:
     """Give a module or pipeline the weights of a checkpoint, in place: all of them, or none.
 
-    Low-bit weights become packed layers that hold the same bytes, whoever wrote them: GGUF,
-    bitsandbytes, scaled and plain float8, torchao, quanto, lowbits. Names may be diffusers' or
-    the reference implementation's. Nothing is quantized, and there is no way back to full
-    precision: the result is as a copy of a packed module. `apply` with ``"native"`` places it.
+    Low-bit weights become packed layers that hold the same bytes, whoever wrote them. Names may be
+    diffusers' or the reference's. Nothing is quantized, and there is no way back to full precision:
+    the result is as a copy of a packed module. `apply` with ``"native"`` places it.
 
     Args:
-        path: a file, an index of shards, or a folder; for a pipeline, one file of any of its
-            models, or of several.
-        into: changed in place; may be on the meta device, and costs least there.
+        path: a file, an index of shards, or a folder; for a pipeline, a file of its models.
+        into: changed in place; costs least on the meta device, but for buffers that no file holds
+            (``accelerate.init_empty_weights(include_buffers=False)``).
         dtype: of floating weights, but in float16 of those that the model keeps in float32; None:
             that of the module, on the meta device the file's, which GGUF files do not tell.
-        verify: compare the checksum that lowbits' own files have before anything is changed.
+        verify: compare the checksum that lowbits' own files have first.
         allow_pickle: let torch unpickle ``.pt``, ``.bin`` and the like, harmless types only.
         allow_nonfinite: take scales and weights that are NaN or infinite.
         progress: called after each weight.
@@ -169,8 +168,9 @@ def load(
     Raises:
         FormatError: the file is not what it claims to be, or not of this model.
         AlreadyPatchedError: the module is packed, has a handle, or is streamed.
-        ConfigError: it is a pickle, a LoRA, or a pipeline's folder; there is no checksum to verify,
-            the folder holds weights twice, or `dtype` is none that weights can be in.
+        PatchError: a buffer that no file holds is on the meta device.
+        ConfigError: it is a pickle, a LoRA, a pipeline's folder, or one that holds weights twice;
+            there is no checksum to verify, or `dtype` is none that weights can be in.
         OSError: the system refuses to open it.
     """
     modules = modules_of(into)

@@ -298,6 +298,26 @@ def test_a_state_that_files_do_not_hold(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+class Positioned(nn.Linear):
+    """Has a table that no file holds."""
+
+    def __init__(self) -> None:
+        super().__init__(4, 4)
+        self.register_buffer("positions", torch.arange(4), persistent=False)
+
+
+def test_buffers_without_values_that_no_file_holds(tmp_path: Path) -> None:
+    lowbits.save(nn.Sequential(Positioned()), tmp_path / "x.safetensors")
+    with torch.device("meta"):
+        into = nn.Sequential(Positioned())
+    with pytest.raises(PatchError, match=r"0.positions has no values .*include_buffers=False"):
+        lowbits.load(tmp_path / "x.safetensors", into=into)
+    assert all(tensor.is_meta for tensor in (*into.parameters(), *into.buffers()))
+    into[0].positions = torch.arange(4)
+    lowbits.load(tmp_path / "x.safetensors", into=into)
+    assert not into[0].weight.is_meta
+
+
 def test_integers_that_a_file_holds_as_floats(tmp_path: Path) -> None:
     """As GGUF files do."""
     file, into = tmp_path / "x.safetensors", Indexed()

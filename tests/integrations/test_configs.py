@@ -180,3 +180,47 @@ def test_a_config_stands_for_all_options() -> None:
     config = lowbits.LowbitsConfig("gguf-q8_0", device="cpu", keep_source="none")
     report = lowbits.apply(model, config).report()
     assert [(row.scheme, row.source) for row in report.packed] == [("gguf-q8_0", "none")]
+
+
+@pytest.mark.parametrize("there", ["native", "gguf-q8_0"])
+@pytest.mark.parametrize("how", ["rules", "config"])
+def test_a_switch_leaves_alone_what_was_left_alone(how: str, there: str) -> None:
+    def packed(handle: lowbits.Handle) -> set[str]:
+        return {row.fqn for row in handle.report().packed}
+
+    model = nn.ModuleDict({name: nn.Linear(256, 256) for name in ("a", "b", "head")})
+    config = transformers.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", llm_int8_skip_modules=["head"]
+    )
+    if how == "rules":
+        handle = lowbits.quantize(model, "bnb-nf4", rules={"head": "native", "b": "bnb-nf4"})
+    else:
+        handle = lowbits.quantize(model, config)
+    assert packed(handle) == {"a", "b"}
+    handle = handle.switch(there)
+    assert packed(handle) == (set() if there == "native" else {"a", "b"})
+    handle = handle.switch("bnb-nf4")
+    assert packed(handle) == {"a", "b"}
+    handle.restore()
+
+
+def test_a_switch_leaves_alone_components_that_were_to_stay_native() -> None:
+    pipe = PIPELINES["flux"].build()
+    components = {"transformer": "bnb-nf4", "text_encoder_2": "native"}
+    handle = lowbits.apply(pipe, components=components, device="cpu")
+    for scheme in ("gguf-q8_0", "native", "bnb-nf4"):
+        handle = handle.switch(scheme)
+        packed = {row.component for row in handle.report().packed}
+        assert packed == (set() if scheme == "native" else {"transformer"})
+
+
+def test_options_beside_a_config_are_refused() -> None:
+    model = nn.Linear(256, 256)
+    with pytest.raises(errors.ConfigError, match="gpu_weights: a LowbitsConfig stands for all"):
+        lowbits.apply(model, lowbits.LowbitsConfig("bnb-nf4"), gpu_weights="1KB")
+    assert lowbits.handle(model) is None
+    with lowbits.apply(model, lowbits.LowbitsConfig("bnb-nf4"), device=None) as handle:
+        handle.switch("bnb-int8")
+        with pytest.raises(errors.NotPatchedError, match=r"spent .* lowbits.handle\(target\)"):
+            handle.switch("bnb-nf4")
+    assert lowbits.handle(model) is None

@@ -18,7 +18,7 @@ from lowbits.core.scheme import NATIVE, rows_of
 from lowbits.core.select import tensor_kind, unsuitable_module
 from lowbits.core.source import NoSource
 from lowbits.core.surgery import Journal, PackedParameters, packed_parameters, undo
-from lowbits.errors import AlreadyPatchedError, FormatError
+from lowbits.errors import AlreadyPatchedError, FormatError, PatchError
 from lowbits.files.rows import RowReader, in_float32
 from lowbits.progress import CancelToken, ProgressCallback, ProgressEvent
 
@@ -137,12 +137,14 @@ def stage(
     Raises:
         FormatError: something is missing, of another shape, or not what it claims to be.
         AlreadyPatchedError: the module is packed.
+        PatchError: it has a buffer without values that no file holds.
     """
     if any(isinstance(part, PackedLayer) for part in module.modules()):
         raise AlreadyPatchedError(
             f"{options.component or type(module).__name__} holds packed layers: call "
             "lowbits.restore(target) or lowbits.dequantize(target) before loading into it"
         )
+    _refuse_empty_buffers(module)
     targets = _targets(module)
     sources = _sources(targets, key_map, weights)
     loader = _Loader(weights, options)
@@ -197,6 +199,18 @@ def _targets(module: nn.Module) -> list[_Target]:
                 holder = _Holder(part, name, dotted(fqn, name))
                 found[id(tensor)] = replace(known, holders=(*known.holders, holder))
     return list(found.values())
+
+
+def _refuse_empty_buffers(module: nn.Module) -> None:
+    """Raise where what no file holds has no values: a pass would read whatever lies there."""
+    for fqn, part in module.named_modules():
+        for name in sorted(part._non_persistent_buffers_set):
+            buffer = part._buffers.get(name)
+            if buffer is not None and buffer.is_meta:
+                raise PatchError(
+                    f"{dotted(fqn, name)} has no values (meta device), and files do not hold it: "
+                    "make the model under accelerate.init_empty_weights(include_buffers=False)"
+                )
 
 
 def _sources(
