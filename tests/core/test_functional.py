@@ -15,6 +15,7 @@ import lowbits
 from lowbits.backends.gguf import codebook
 from lowbits.core import memory
 from lowbits.core.decode import ByteTable
+from lowbits.errors import PatchError
 
 DYNAMIC = "torchao-int8-dynamic"
 
@@ -127,3 +128,40 @@ def test_autocast_leaves_float64_alone() -> None:
     layer = packed("torchao-int8").double()
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         assert layer(torch.randn(2, 256).double()).dtype == torch.float64
+
+
+class Reading(nn.Module):
+    """Reads a part of a layer's weight, and never calls the layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(64, 64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.inner.weight[:32].T
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [
+        lambda model, x: torch.vmap(model)(x),
+        lambda model, x: torch.func.jvp(model, (x,), (x,))[1],
+        lambda model, x: torch.func.jacfwd(model)(x[0]),
+        lambda model, x: torch.func.grad(lambda given: model(given).sum())(x),
+    ],
+    ids=["vmap", "jvp", "jacfwd", "grad"],
+)
+def test_transforms_of_what_reads_a_weight(transform: Any) -> None:
+    model = Reading()
+    lowbits.quantize(model, "gguf-q8_0", rules={"*": "gguf-q8_0"})
+    twin = Reading()
+    twin.inner = twin_of(model.inner)
+    x = torch.randn(5, 64)
+    torch.testing.assert_close(transform(model, x), transform(twin, x))
+
+
+def test_a_packed_weight_is_not_trained() -> None:
+    layer = packed("gguf-q8_0")
+    with pytest.raises(PatchError, match="'requires_grad_' to a weight stored as gguf-q8_0"):
+        layer.weight.requires_grad_()
+    assert not layer.weight.requires_grad_(False).requires_grad

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -225,3 +225,24 @@ def test_a_relative_path_is_meant_where_it_was_given(
     monkeypatch.chdir(tmp_path / "elsewhere")
     handle.restore()
     assert equal(state(target), before)
+
+
+@pytest.mark.parametrize("comes", ["before", "after"])
+def test_a_lora_does_not_hide_what_a_file_holds(comes: str, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    target = model()
+    save_file(target.state_dict(), tmp_path / "model.safetensors")
+    config = peft.LoraConfig(r=4, target_modules=["0"])
+    options: dict[str, Any] = {"keep_source": "file", "source": tmp_path}
+    if comes == "before":
+        peft.inject_adapter_in_model(config, target)
+        handle = lowbits.quantize(target, "bnb-nf4", **options)
+    else:
+        handle = lowbits.quantize(target, "bnb-nf4", **options)
+        peft.inject_adapter_in_model(config, target)
+        handle = handle.switch("gguf-q8_0")
+    assert {row.source for row in handle.report().packed} == {"file"}
+    handle.restore()
+    held: Any = target[0]
+    stored = load_file(tmp_path / "model.safetensors")["0.weight"]
+    assert torch.equal(held.base_layer.weight, stored)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, cast, final
+from typing import TYPE_CHECKING, Final, cast, final
 
 import torch
 
@@ -38,6 +38,9 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from lowbits.core.select import Decision
+
+#: What adapter libraries put between a layer and its name.
+_WRAPPED: Final = "base_layer"
 
 
 @final
@@ -124,11 +127,13 @@ def _prove(chosen: Sequence[Decision], options: ConvertOptions) -> dict[int, Fil
     for decision in chosen:
         if decision.tie not in proven and not decision.is_packed:
             fqn = dotted(_module_fqn(decision), decision.name)
-            source = options.source.prove(
-                decision.component, fqn, cast("nn.Parameter", decision.tensor)
-            )
-            if source is not None:
-                proven[decision.tie] = source
+            parameter = cast("nn.Parameter", decision.tensor)
+            # peft has put its layers between; files have the names from before.
+            for name in dict.fromkeys((fqn, fqn.replace(f"{_WRAPPED}.", ""))):
+                source = options.source.prove(decision.component, name, parameter)
+                if source is not None:
+                    proven[decision.tie] = source
+                    break
     missing = [d.path for d in chosen if d.tie not in proven]
     if missing and options.keep_source == "file":
         raise SourceUnavailableError(

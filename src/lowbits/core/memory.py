@@ -172,3 +172,10 @@ def is_dense(tensor: Tensor) -> bool:
     """Say whether a tensor's memory has no holes: in which order of dimensions does not matter."""
     dense: bool = torch.ops.aten.is_non_overlapping_and_dense.default(tensor)
     return dense
+
+
+def storage_address(tensor: Tensor) -> int:
+    """Return where a tensor's storage lies; that of the tensor below, inside torch's transforms."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor.untyped_storage().data_ptr()

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, final
 import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
+from lowbits.core.memory import storage_address
 from lowbits.errors import PatchError
 
 if TYPE_CHECKING:
@@ -122,6 +123,8 @@ class WeightProxy(torch.Tensor):
             if name in STORAGE:
                 raise PatchError(_refusal(name, args[0]))
             if name in _SELF:
+                if name == "requires_grad_" and (*args[1:], *kwargs.values(), True)[0]:
+                    raise PatchError(_refusal(name, args[0]))
                 return args[0]
             if name == "__repr__":
                 return repr(args[0])
@@ -172,7 +175,7 @@ def read_only(result: Any, copies: Iterable[torch.Tensor]) -> Any:
     Numpy's arrays are made read only.
     """
     with torch._C.DisableTorchFunctionSubclass():
-        pointers = {copy.untyped_storage().data_ptr() for copy in copies} - {0}
+        pointers = {storage_address(copy) for copy in copies} - {0}
 
         def guard(leaf: Any) -> Any:
             if hasattr(leaf, "__array_interface__"):
@@ -181,6 +184,8 @@ def read_only(result: Any, copies: Iterable[torch.Tensor]) -> Any:
             is_view = (
                 isinstance(leaf, torch.Tensor)
                 and type(leaf) in (torch.Tensor, _ReadOnlyView)
+                # What a transform of torch.func has wrapped has no memory to ask for.
+                and not torch._C._functorch.is_functorch_wrapped_tensor(leaf)
                 and leaf.untyped_storage().data_ptr() in pointers
             )
             return leaf.as_subclass(_ReadOnlyView) if is_view else leaf

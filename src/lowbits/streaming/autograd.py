@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, final
 import torch
 from torch.utils._pytree import tree_map_only
 
+from lowbits.core.memory import storage_address
 from lowbits.errors import StreamError
-from lowbits.streaming.layout import storage_address
 
 if TYPE_CHECKING:
     from torch import Tensor

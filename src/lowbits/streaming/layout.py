@@ -382,13 +382,6 @@ def relaid(unit: Unit) -> Unit:
     return new
 
 
-def storage_address(tensor: Tensor) -> int:
-    """Return where a tensor's storage lies; that of the tensor below, inside torch's transforms."""
-    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-        tensor = torch._C._functorch.get_unwrapped(tensor)
-    return tensor.untyped_storage().data_ptr()
-
-
 def held_tensors(root: nn.Module) -> Iterator[tuple[Holder, Tensor]]:
     """Yield every Parameter and buffer of a model with each module that holds it."""
     for path, module in root.named_modules():

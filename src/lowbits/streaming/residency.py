@@ -9,8 +9,8 @@ from torch import nn
 from torch.utils._pytree import tree_map_only
 
 from lowbits.core.interception import mark_streamed, unmark_streamed
+from lowbits.core.memory import storage_address
 from lowbits.errors import StreamError
-from lowbits.streaming.layout import storage_address
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
