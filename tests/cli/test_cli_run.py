@@ -16,6 +16,7 @@ from peft.utils import get_peft_model_state_dict
 from PIL import Image
 from typer.testing import CliRunner
 
+import lowbits
 from lowbits.cli.app import app
 from lowbits.errors import UnknownSchemeError
 
@@ -38,6 +39,23 @@ def test_a_picture_is_drawn(tmp_path: Path) -> None:
     assert weights.endswith("on cpu, all of it to stay")
     assert wrote == f"wrote {out}"
     assert not result.stderr
+
+
+def test_a_pipeline_that_was_converted_draws_as_it_is_stored(tmp_path: Path) -> None:
+    folder, out = tmp_path / "packed", tmp_path / "sneaker.png"
+    lowbits.convert(MODEL, folder, "gguf-q8_0")
+    result = CliRunner().invoke(app, ["run", str(folder), PROMPT, "-o", str(out), "--steps", "2"])
+    assert result.exit_code == 0, result.output
+    alone = CliRunner().invoke(
+        app,
+        ["run", MODEL, PROMPT, "-s", "gguf-q8_0", "-o", str(tmp_path / "b.png"), "--steps", "2"],
+    )
+    assert alone.exit_code == 0, alone.output
+    with Image.open(out) as found, Image.open(tmp_path / "b.png") as expected:
+        assert found.tobytes() == expected.tobytes()
+    refused = CliRunner().invoke(app, ["compare", str(folder), "--out", str(tmp_path / "out")])
+    assert refused.exit_code == 1
+    assert "was saved packed (text_encoder_2, transformer): compare wants" in refused.stderr
 
 
 def test_seeds_and_packing_options_reach_the_picture(tmp_path: Path) -> None:

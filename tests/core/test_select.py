@@ -222,3 +222,43 @@ def test_of_two_names_of_a_module_the_one_that_is_asked_for_counts() -> None:
     pipe.register_modules(text_encoder=pipe.text_encoder_2)
     report = lowbits.quantize(pipe, "gguf-q8_0", components=["text_encoder_2"]).report()
     assert {layer.component for layer in report.packed} == {"text_encoder_2"}
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("Q4_K_M", "gguf-q4_k_m"),
+        ("BNB-NF4", "bnb-nf4"),
+        ("nf4", "bnb-nf4"),
+        ("fp8", "float8-e4m3fn"),
+    ],
+)
+def test_schemes_as_others_write_them(written: str, meant: str) -> None:
+    with pytest.raises(errors.UnknownSchemeError, match=f"did you mean .*{meant}"):
+        lowbits.quantize(nn.Linear(64, 64), written)
+
+
+def test_parts_of_what_is_no_pipeline() -> None:
+    with pytest.raises(errors.ConfigError, match="a Linear is no pipeline, and has no 'unet'"):
+        lowbits.quantize(nn.Linear(64, 64), "bnb-nf4", components=["unet"])
+    folder: Any = "some/folder"
+    with pytest.raises(errors.ConfigError, match="got str, expected .*; load it first"):
+        lowbits.apply(folder, "bnb-nf4")
+
+
+def test_prompts_that_are_tuned_are_never_packed() -> None:
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=4, pad_token_id=0, eos_token_id=None,
+    )  # fmt: skip
+    prompts = peft.PromptEncoderConfig(
+        task_type="CAUSAL_LM", num_virtual_tokens=80, encoder_hidden_size=64
+    )
+    model = peft.get_peft_model(transformers.LlamaForCausalLM(config), prompts)
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    handle = lowbits.quantize(model, "float8-e4m3fn")
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == trained
+    reasons = {r.fqn: r.reason for r in handle.report().layers if "prompt_encoder" in r.fqn}
+    assert "adapter factor" in reasons.values()
+    assert handle.report().packed

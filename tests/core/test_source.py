@@ -128,6 +128,13 @@ def test_file_without_a_path_is_refused() -> None:
         lowbits.quantize(model(), "bnb-nf4", keep_source="file")
 
 
+@pytest.mark.parametrize("name", ["x.gguf", "x.pt", "x.json", "x.safetensors"])
+def test_a_path_of_another_kind_is_refused(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(b"GGUF, or whatever")
+    with pytest.raises(errors.ConfigError, match=f"source: .*{name} is no safetensors file"):
+        lowbits.quantize(model(), "bnb-nf4", source=tmp_path / name)
+
+
 def test_a_path_that_does_not_exist_is_refused(tmp_path: Path) -> None:
     with pytest.raises(errors.ConfigError, match="no such file or folder"):
         lowbits.quantize(model(), "bnb-nf4", source=tmp_path / "nope")

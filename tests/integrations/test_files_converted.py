@@ -22,6 +22,7 @@ from miniflux import (
 from safetensors.torch import save_file
 
 import lowbits
+from lowbits.errors import ConfigError, FormatError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -168,3 +169,42 @@ def test_a_file_of_none_of_the_models(pipe: Any, tmp_path: Path) -> None:
     save_file({"x.weight": torch.zeros(2, 2)}, file)
     with pytest.raises(lowbits.errors.FormatError, match="none of the pipeline's models is in it"):
         lowbits.load(file, into=pipe)
+
+
+# Refused
+
+
+@pytest.fixture(scope="module")
+def lora() -> Path:
+    return MODEL / "lora" / "stripes.safetensors"
+
+
+def test_a_lora_is_neither_packed_nor_loaded(pipe: Any, lora: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="stripes.safetensors is a LoRA: pipe.load_lora_weights"):
+        lowbits.convert(lora, tmp_path / "x.safetensors", "bnb-nf4")
+    with pytest.raises(ConfigError, match="stripes.safetensors is a LoRA"):
+        lowbits.load(lora, into=pipe.transformer)
+    assert list(tmp_path.iterdir()) == []
+    assert lowbits.inspect(lora).path == str(lora)
+
+
+def test_a_pipeline_is_no_model(pipe: Any) -> None:
+    with pytest.raises(
+        ConfigError, match="name one of text_encoder, text_encoder_2, transformer, vae; or"
+    ):
+        lowbits.load(MODEL, into=pipe.transformer)
+
+
+def test_a_file_of_another_model_is_named(pipe: Any) -> None:
+    file = MODEL / "classifier.safetensors"
+    with pytest.raises(FormatError) as caught:
+        lowbits.load(file, into=pipe.transformer)
+    assert caught.value.path == str(file)
+
+
+@pytest.mark.parametrize("name", ["out.bin", "out.PT", "out.ckpt"])
+def test_a_folder_is_not_called_as_a_file_of_another_kind(name: str, tmp_path: Path) -> None:
+    for source in (MODEL, MODEL / "transformer"):
+        with pytest.raises(ConfigError, match="ends with neither .safetensors nor .gguf"):
+            lowbits.convert(source, tmp_path / name, "bnb-nf4")
+    assert list(tmp_path.iterdir()) == []

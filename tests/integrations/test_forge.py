@@ -104,6 +104,9 @@ def test_other_options_go_to_apply() -> None:
         ({"swap_method": "Stream"}, "swap_method: got 'Stream', expected one of Queue, Async"),
         ({"swap_location": "Disk"}, "swap_location: got 'Disk', expected one of CPU, Shared"),
         ({"gpu_weights_mb": -1}, "gpu_weights_mb: got"),
+        ({"gpu_weights_mb": "6GB"}, "gpu_weights_mb: got '6GB', expected megabytes as 6144"),
+        ({"gpu_weights_mb": 0.5}, "gpu_weights_mb: got 0.5"),
+        ({"gpu_weights": "6GB"}, "gpu_weights: it is called gpu_weights_mb here"),
     ],
 )
 def test_what_forge_does_not_offer_is_refused(given: dict[str, Any], message: str) -> None:

@@ -206,7 +206,7 @@ def _scheme_info(
 def _unknown_scheme(name: str, names: list[str]) -> str:
     # As others write them: Q4_K_M, NF4, fp8.
     short = name.lower().replace("fp8", "float8")
-    close = [known for known in names if short in (known, known.partition("-")[2])]
+    close = [known for known in names if short in (known, *known.partition("-"))][:3]
     close = close or difflib.get_close_matches(short, names, n=3, cutoff=0.5)
     hint = (
         f"did you mean {' or '.join(map(repr, close))}?" if close else f"known: {', '.join(names)}"
