@@ -53,6 +53,8 @@ def test_a_pipeline_that_was_converted_draws_as_it_is_stored(tmp_path: Path) -> 
     assert alone.exit_code == 0, alone.output
     with Image.open(out) as found, Image.open(tmp_path / "b.png") as expected:
         assert found.tobytes() == expected.tobytes()
+    again = ["run", str(folder), PROMPT, "-s", "bnb-nf4", "-o", str(out), "--steps", "1"]
+    assert "\nnote: quantized a second time: " in CliRunner().invoke(app, again).stdout
     refused = CliRunner().invoke(app, ["compare", str(folder), "--out", str(tmp_path / "out")])
     assert refused.exit_code == 1
     assert "was saved packed (text_encoder_2, transformer): compare wants" in refused.stderr

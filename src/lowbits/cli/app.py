@@ -181,7 +181,7 @@ def run(  # noqa: PLR0913 - a parameter is an option
         pictures = draw(pipe, prompt, [seed], call, lambda done: bars.track("drawing", done, 1))
     out.parent.mkdir(parents=True, exist_ok=True)
     to_image(pictures[0]).save(out)
-    typer.echo(handle.report().table() if show_report else handle.report().summary())
+    typer.echo(handle.report().table() if show_report else _summary(handle.report()))
     typer.echo(f"weights: {handle.stats()}")
     typer.echo(f"wrote {out}")
 
@@ -237,6 +237,12 @@ def compare(  # noqa: PLR0913 - a parameter is an option
 
 app.command()(files.convert)
 app.command()(files.inspect)
+
+
+def _summary(report: lowbits.Report) -> str:
+    """Return one line, and what there is to know but that nothing can be restored."""
+    notes = [f"note: {text}" for text in report.warnings if "restore()" not in text]
+    return "\n".join((report.summary(), *notes))
 
 
 def _require_full_precision(model: Path) -> None:
