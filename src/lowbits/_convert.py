@@ -48,8 +48,8 @@ from lowbits.integrations.models import (
     INDEX,
     components_in,
     empty_model,
-    model_folders,
     packed_by_default,
+    refuse_pipeline,
 )
 from lowbits.progress import CancelToken, ProgressCallback, ProgressEvent
 
@@ -81,9 +81,7 @@ def inspect(path: str | Path, *, allow_pickle: bool = False) -> Inspection:
         ConfigError: it is a pickle, or the folder of a pipeline of several models.
         OSError: the system refuses to open it.
     """
-    if (Path(path) / INDEX).is_file():
-        models = ", ".join(model_folders(Path(path)))
-        raise ConfigError(f"path: {path} is a pipeline of several models: name one of {models}")
+    refuse_pipeline(Path(path))
     opened = open_checkpoint(path, OpenOptions(DEFAULT, allow_pickle=allow_pickle))
     found = recognized(_shapes(opened.weights), opened.architecture)
     if found is None:

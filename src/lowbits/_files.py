@@ -30,10 +30,9 @@ from lowbits.files.sharded import SUFFIX
 from lowbits.integrations.diffusers import forget_quantizer, is_pipeline, kept_in_fp32
 from lowbits.integrations.keymaps import map_for
 from lowbits.integrations.models import (
-    INDEX,
     components_in,
     load_rest,
-    model_folders,
+    refuse_pipeline,
     save_config,
     skeleton,
 )
@@ -176,7 +175,7 @@ def load(
     modules = modules_of(into)
     if dtype is not None and not getattr(dtype, "is_floating_point", False):
         raise ConfigError(f"dtype: got {dtype!r}, expected a floating one, as torch.bfloat16")
-    _refuse_pipeline(Path(path))
+    refuse_pipeline(Path(path), "; or lowbits.load_pipeline(path), where lowbits wrote it")
     opened = open_checkpoint(path, OpenOptions(DEFAULT, verify, allow_pickle, allow_nonfinite))
     refuse_adapters(opened)
     staged = []
@@ -193,15 +192,6 @@ def load(
     for part in staged:
         guard(modules[part.component], save_component)
     return report.noting(opened.problems)
-
-
-def _refuse_pipeline(path: Path) -> None:
-    if (path / INDEX).is_file():
-        models = ", ".join(model_folders(path))
-        raise ConfigError(
-            f"path: {path} is a pipeline of several models: name one of {models}; or "
-            "lowbits.load_pipeline(path), where lowbits wrote it"
-        )
 
 
 def _key_maps(

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Final, cast, final
+from typing import TYPE_CHECKING, cast, final
 
 import torch
 
 from lowbits.core.memory import available_host_bytes
-from lowbits.core.names import dotted
+from lowbits.core.names import WRAPPED, dotted
 from lowbits.core.packed import (
     PackedLayer,
     dequantized,
@@ -38,9 +38,6 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from lowbits.core.select import Decision
-
-#: What adapter libraries put between a layer and its name.
-_WRAPPED: Final = "base_layer"
 
 
 @final
@@ -129,7 +126,7 @@ def _prove(chosen: Sequence[Decision], options: ConvertOptions) -> dict[int, Fil
             fqn = dotted(_module_fqn(decision), decision.name)
             parameter = cast("nn.Parameter", decision.tensor)
             # peft has put its layers between; files have the names from before.
-            for name in dict.fromkeys((fqn, fqn.replace(f"{_WRAPPED}.", ""))):
+            for name in dict.fromkeys((fqn, fqn.replace(f"{WRAPPED}.", ""))):
                 source = options.source.prove(decision.component, name, parameter)
                 if source is not None:
                     proven[decision.tie] = source

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol, final
 
 from lowbits.core.guards import allow_methods, guard_methods
 from lowbits.core.interception import streamed_part
+from lowbits.core.names import WRAPPED
 from lowbits.core.packed import PackedLayer, read_weight
 from lowbits.core.surgery import Journal, journal_of, take_back, verify_sources
 from lowbits.errors import AlreadyPatchedError, NotPatchedError
@@ -454,8 +455,8 @@ class _StateDict(OrderedDict[str, Any]):
         layer: Any = self.module
         for part in fqn.split(".") if fqn else []:
             layer = layer._modules[part] if layer is not None and part in layer._modules else None
-        while layer is not None and "base_layer" in layer._modules:
-            layer = layer._modules["base_layer"]  # what adapter libraries wrap, asked by its name
+        while layer is not None and WRAPPED in layer._modules:
+            layer = layer._modules[WRAPPED]  # what adapter libraries wrap, asked by its name
         if isinstance(layer, PackedLayer) and name in type(layer).lowbits_names:
             return read_weight(layer, name)
         raise KeyError(key)

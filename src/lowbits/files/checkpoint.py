@@ -14,7 +14,7 @@ from lowbits.files.gguf import read_gguf
 from lowbits.files.manifest import MANIFEST
 from lowbits.files.own import manifest_of, own_file_in, own_weights
 from lowbits.files.pickles import open_pickle
-from lowbits.files.sharded import open_tensors
+from lowbits.files.sharded import SUFFIX, open_tensors
 from lowbits.files.weights import open_file
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ OWN: Final = "lowbits"
 PICKLE: Final = "pickle"
 
 #: What weights' files are called; folders may have any other name with a dot.
-FILE_SUFFIXES: Final = (".safetensors", ".gguf", ".pt", ".pth", ".bin", ".ckpt")
+FILE_SUFFIXES: Final = (SUFFIX, ".gguf", ".pt", ".pth", ".bin", ".ckpt")
 
 #: Parts of the names of a LoRA's factors.
 _FACTORS: Final = (".lora_A.", ".lora_B.", ".lora_down.", ".lora_up.")

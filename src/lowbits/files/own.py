@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lowbits.core.backend import Packed
-from lowbits.core.names import dotted
+from lowbits.core.names import WRAPPED, dotted
 from lowbits.core.packed import (
     PackedLayer,
     marker_name,
@@ -51,9 +51,6 @@ _OURS: Final = "lowbits."
 
 _READ_BYTES: Final = 1 << 22
 
-#: What adapter libraries put between a layer and its name.
-_WRAPPED: Final = "base_layer"
-
 
 def own_file_in(folder: Path) -> Path | None:
     """Return the file that lowbits wrote into a model's folder, which shards may stand for."""
@@ -79,7 +76,7 @@ def weights_of(module: nn.Module) -> tuple[dict[str, Weight], dict[str, str]]:
     wrapped = {fqn.rpartition(".")[0] for fqn in adapter_fqns(module)}
     for fqn, part in module.named_modules():
         parent, _, name = fqn.rpartition(".")
-        is_wrapped = name == _WRAPPED and parent in wrapped
+        is_wrapped = name == WRAPPED and parent in wrapped
         names[fqn] = names[parent] if is_wrapped else dotted(names[parent], name)
         if not f"{fqn}.".startswith(adapters):
             found.add(names[fqn], part)

@@ -16,12 +16,12 @@ from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from lowbits.core.interception import put_in_front, take_away
+from lowbits.core.names import WRAPPED
 from lowbits.core.packed import PackedLayer, marker_name, packed_weight
 from lowbits.core.registry import DEFAULT
 from lowbits.core.surgery import rewrite
 from lowbits.errors import PatchError, SourceUnavailableError
 from lowbits.integrations.peft import (
-    BASE,
     KEY,
     NO_HANDLE,
     AdapterLayer,
@@ -31,6 +31,7 @@ from lowbits.integrations.peft import (
     delta_of,
     is_mergeable,
     note_merged,
+    settled,
     state_of,
     wants_grad,
 )
@@ -93,8 +94,8 @@ class Adapters:
         weakref.finalize(owned, self._hooks[0].remove)
         for root in owned.components.values():
             for module in root.modules():
-                if BASE in module._modules:
-                    wrapped(module, BASE, module._modules[BASE])
+                if WRAPPED in module._modules:
+                    wrapped(module, WRAPPED, module._modules[WRAPPED])
             if any(self._is_automatic(module) for module in root.modules()):
                 self._hooks.append(root.register_forward_pre_hook(_BeforePass(self)))
 
@@ -228,9 +229,8 @@ class Adapters:
             changed = []
             for wrapper in self._present():
                 state = state_of(wrapper)
-                scales = {**({} if state.is_automatic else state.merged), **acting(wrapper)}
-                if takes_out and state.is_automatic:
-                    scales = state.inside
+                is_taken = takes_out and state.is_automatic
+                scales = state.inside if is_taken else settled(wrapper)
                 if wrapper.base_layer in self._merged and not state.holds(scales):
                     changed.append((wrapper, scales))
             self.write(changed)
@@ -388,7 +388,7 @@ class _Wrapped:
         adapters = self._adapters()
         if adapters is None:
             return
-        if name != BASE:
+        if name != WRAPPED:
             adapters.let_go(child)  # peft has unwrapped it
         elif is_mergeable(module):
             adapters.adopt(module, child)

@@ -62,10 +62,22 @@ def components_in(folder: Path) -> dict[str, tuple[str, str]]:
         raise FormatError(f"it is not what a pipeline's index should be: {error}", index) from error
 
 
-def model_folders(pipeline: Path) -> list[str]:
-    """Return the names of a pipeline's components whose folders hold safetensors files."""
-    listed = components_in(pipeline)
-    return sorted(name for name in listed if any((pipeline / name).glob(f"*{SUFFIX}*")))
+def refuse_pipeline(path: Path, instead: str = "") -> None:
+    """Raise where a path is the folder of a pipeline, of which one model is meant.
+
+    Args:
+        path: of a checkpoint.
+        instead: what else the caller may do.
+
+    Raises:
+        ConfigError: naming its models.
+    """
+    if (path / INDEX).is_file():
+        listed = components_in(path)
+        models = ", ".join(sorted(n for n in listed if any((path / n).glob(f"*{SUFFIX}*"))))
+        raise ConfigError(
+            f"path: {path} is a pipeline of several models: name one of {models}{instead}"
+        )
 
 
 def skeleton(folder: Path, library: str, class_name: str) -> nn.Module:

@@ -26,6 +26,7 @@ from torch import nn
 
 from lowbits.core.capability import compute_dtype
 from lowbits.core.interception import reduced
+from lowbits.core.names import WRAPPED
 from lowbits.errors import PatchError, SourceUnavailableError
 from lowbits.lora.merge import Decomposed, Delta, Dense, LowRank
 
@@ -38,9 +39,6 @@ if TYPE_CHECKING:
 
 #: Where peft's layers keep their `State`.
 KEY: Final = "_lowbits_adapter"
-
-#: What peft calls the layer that it wraps.
-BASE: Final = "base_layer"
 
 NO_HANDLE: Final = (
     "this packed layer has no handle (it is a copy, or was released): a LoRA cannot be merged into "
@@ -128,10 +126,10 @@ class AdapterLayer(nn.Module):
         _peft(self).delete_adapter(adapter_name)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        state = state_of(self)
-        if state.is_dirty or _change(self):
-            # Copies have the codes, and nothing that computes a difference.
-            _write(self, {**state.merged, **acting(self)})
+        state, scales = state_of(self), settled(self)
+        # Copies have the codes, and nothing that computes a difference.
+        if (state.merged or state.is_dirty) and not state.holds(scales):
+            _write(self, scales)
         return reduced(super().__reduce_ex__(protocol), type(self), KEY)
 
 
@@ -162,7 +160,7 @@ def note_merged(wrapper: Any, state: State, scales: Scales, deltas: tuple[Delta,
 
 def _factors(wrapper: Any, names: Scales) -> Iterator[tuple[dict[str, Any], str, Tensor, int]]:
     for kind, child in wrapper._modules.items():
-        for fqn, module in child.named_modules() if kind != BASE else ():
+        for fqn, module in child.named_modules() if kind != WRAPPED else ():
             for name, tensor in module._parameters.items():
                 if tensor is not None and f"{fqn}.{name}".strip(".").split(".")[0] in names:
                     yield module._parameters, name, tensor, _version(tensor)
@@ -184,9 +182,18 @@ def acting(wrapper: Any) -> Scales:
     return {name: wrapper.scaling[name] for name in _active(wrapper) if name in wrapper.scaling}
 
 
+def settled(wrapper: Any) -> Scales:
+    """Return what is in the codes for those who look at nothing else.
+
+    What acts, and what was merged by its name, acting or not.
+    """
+    state = state_of(wrapper)
+    return {**({} if state.is_automatic else state.merged), **acting(wrapper)}
+
+
 def wants_grad(wrapper: nn.Module) -> bool:
     """Say whether an adapter of a layer is to be trained."""
-    others = (child for name, child in wrapper.named_children() if name != BASE)
+    others = (child for name, child in wrapper.named_children() if name != WRAPPED)
     return any(p.requires_grad for child in others for p in child.parameters())
 
 

@@ -82,6 +82,7 @@ class Stored:
         self._seen: list[Tensor | None] = []
         # What modules hold on the device, while stand-ins are in its place for a moment.
         self._aside: Sequence[Tensor] | None = None
+        # What modules were left with that is no longer of its place's kind, by id.
         self._given: dict[int, Tensor] = {}
         self._copied: list[int] = []
         self._copied_version = -1
