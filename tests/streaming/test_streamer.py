@@ -17,7 +17,6 @@ from streaming.models import (
     Stack,
     assert_streams,
     inputs,
-    reference,
     same,
     smallest_budget,
     streamer_of,
@@ -209,21 +208,6 @@ def test_a_cast_does_not_change_what_statistics_mean() -> None:
         stats = streamer.stats()
     assert stats.copied_bytes > before.copied_bytes
     assert stats.host_bytes == sum(unit.nbytes for unit in stats.units)
-
-
-@torch.no_grad()
-def test_residents_stay_while_both_methods_are_tried() -> None:
-    model = reference()
-    budget = 8 * sum(tensor.nbytes for tensor in model.state_dict().values()) // 10
-    with streamer_of(model, budget=budget, method="auto", location="cpu") as streamer:
-        stay = set[str]()
-        for number in range(7):
-            assert same(model(inputs()), reference()(inputs()))
-            units = streamer.stats().units
-            residents = {unit.name for unit in units if unit.is_resident}
-            stay = stay & residents if number else residents
-        assert len(stay) > 2
-        assert {unit.copies for unit in units if unit.name in stay} == {1}
 
 
 @pytest.mark.parametrize(
