@@ -16,7 +16,7 @@ from lowbits.backends.gguf.backend import PREFIX
 from lowbits.config import LowbitsConfig
 from lowbits.core.device import default_device
 from lowbits.core.handle import settle_adapters
-from lowbits.core.names import dotted
+from lowbits.core.names import dotted, modules_beside_adapters
 from lowbits.core.registry import DEFAULT
 from lowbits.core.report import LayerReport, Report
 from lowbits.core.requantize import twice_text
@@ -327,7 +327,7 @@ def _in_reference_names(
 
 
 def _linear_weights(model: nn.Module) -> set[str]:
-    modules = model.named_modules()
+    modules = modules_beside_adapters(model)
     return {dotted(fqn, "weight") for fqn, part in modules if isinstance(part, nn.Linear)}
 
 

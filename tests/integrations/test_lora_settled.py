@@ -9,10 +9,13 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from tiny_models import tiny
 from torch import nn
 
 import lowbits
 from lowbits.core import surgery
+from lowbits.core.packed import PackedLayer
+from lowbits.errors import PatchError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -157,3 +160,45 @@ def test_an_error_while_codes_are_written_is_made_good(
     assert error(out(net), with_lora) < CLOSE
     lowbits.unmerge_lora(net)
     assert error(out(net), with_lora) < CLOSE
+
+
+def flux_adapted(model: Any) -> Any:
+    """Return a copy of tiny FLUX with a LoRA."""
+    found = copy.deepcopy(model)
+    found.add_adapter(LoraConfig(r=4, target_modules=["to_q", "to_k"], init_lora_weights=False))
+    return found
+
+
+@pytest.mark.parametrize("names", ["reference", "diffusers"])
+def test_files_are_written_from_and_loaded_into_models_that_have_a_lora(
+    tmp_path: Path, names: str
+) -> None:
+    bare = tiny("flux", num_attention_heads=2, attention_head_dim=32, axes_dims_rope=(8, 12, 12))
+    model = flux_adapted(bare)
+    lowbits.save_gguf(bare, tmp_path / "plain.gguf", "Q8_0", names=names)
+    lowbits.save_gguf(model, tmp_path / "x.gguf", "Q8_0", names=names)
+    assert (tmp_path / "x.gguf").read_bytes() == (tmp_path / "plain.gguf").read_bytes()
+    lowbits.load(tmp_path / "x.gguf", into=bare)
+    twin = flux_adapted(bare)
+    twin.load_state_dict(
+        {name: value for name, value in model.state_dict().items() if "lora_" in name},
+        strict=False,
+    )
+    report = lowbits.load(tmp_path / "x.gguf", into=model)
+    assert len(report.packed) == len([m for m in bare.modules() if isinstance(m, PackedLayer)])
+    found, expected = model.state_dict(), twin.state_dict()
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+
+
+def test_a_merged_lora_is_not_loaded_over(tmp_path: Path) -> None:
+    model = flux_adapted(tiny("flux"))
+    lowbits.save(model, tmp_path / "x.safetensors")
+    model.fuse_lora()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(PatchError, match="'default' is merged into what would be replaced"):
+        lowbits.load(tmp_path / "x.safetensors", into=model)
+    assert all(torch.equal(before[name], t) for name, t in model.state_dict().items())
+    model.unfuse_lora()
+    lowbits.load(tmp_path / "x.safetensors", into=model)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Final, final
 import torch
 from torch import nn
 
-from lowbits.core.names import dotted
+from lowbits.core.names import adapter_fqns, dotted
 from lowbits.core.packed import PackedLayer, marker_name, stored_bytes, stored_names
 from lowbits.core.scheme import EMBEDDING, LINEAR, NATIVE, PARAMETER, Override, Scheme, rows_of
 from lowbits.core.surgery import journal_of
@@ -50,9 +50,6 @@ _LAYERS: Final[Mapping[str, type[nn.Module]]] = {
     EMBEDDING: nn.Embedding,
 }
 _CONTAINERS: Final = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
-
-#: What peft's model keeps prompts in that are tuned, and what makes them.
-_PROMPTS: Final = "prompt_encoder"
 
 
 @final
@@ -465,17 +462,6 @@ def _unsuitable_tensor(tensor: torch.Tensor) -> str:
     if tensor.dtype not in (*_FLOATS, *_FLOAT8S):
         return f"its dtype {str(tensor.dtype).removeprefix('torch.')} is not a full precision"
     return "" if tensor.numel() else "empty"
-
-
-def adapter_fqns(module: nn.Module) -> Iterator[str]:
-    """Yield the dotted prefixes of adapters: LoRA factors, as peft's layers list them, prompts."""
-    for fqn, child in module.named_modules():
-        if hasattr(child, "peft_config") and _PROMPTS in child._modules:
-            yield dotted(fqn, _PROMPTS)
-        names = getattr(child, "adapter_layer_names", None)
-        if isinstance(names, tuple):
-            for name in names:
-                yield dotted(fqn, name)
 
 
 def _settle_ties(decisions: list[Decision]) -> list[Decision]:

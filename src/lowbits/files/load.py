@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lowbits.core.backend import Packed
-from lowbits.core.names import dotted
+from lowbits.core.names import dotted, modules_beside_adapters
 from lowbits.core.packed import PackedLayer, storage_form
 from lowbits.core.packing import are_finite
 from lowbits.core.report import LayerReport, Report
@@ -137,7 +137,7 @@ def stage(
     Raises:
         FormatError: something is missing, of another shape, or not what it claims to be.
         AlreadyPatchedError: the module is packed.
-        PatchError: it has a buffer without values that no file holds.
+        PatchError: it has a buffer without values that no file holds, or an adapter is merged.
     """
     if any(isinstance(part, PackedLayer) for part in module.modules()):
         raise AlreadyPatchedError(
@@ -145,6 +145,7 @@ def stage(
             "lowbits.restore(target) or lowbits.dequantize(target) before loading into it"
         )
     _refuse_empty_buffers(module)
+    _refuse_merged(module)
     targets = _targets(module)
     sources = _sources(targets, key_map, weights)
     loader = _Loader(weights, options)
@@ -188,9 +189,9 @@ def install(staged: Sequence[Staged]) -> Report:
 
 
 def _targets(module: nn.Module) -> list[_Target]:
-    """Return what can be loaded, tied tensors once."""
+    """Return what can be loaded, tied tensors once; adapters stay as they are."""
     found: dict[int, _Target] = {}
-    for fqn, part in module.named_modules():
+    for fqn, part in modules_beside_adapters(module):
         passing = part._non_persistent_buffers_set
         buffers = {name: t for name, t in part._buffers.items() if name not in passing}
         for name, tensor in (*part._parameters.items(), *buffers.items()):
@@ -211,6 +212,17 @@ def _refuse_empty_buffers(module: nn.Module) -> None:
                     f"{dotted(fqn, name)} has no values (meta device), and files do not hold it: "
                     "make the model under accelerate.init_empty_weights(include_buffers=False)"
                 )
+
+
+def _refuse_merged(module: nn.Module) -> None:
+    """Raise where an adapter would be taken out, later, of weights that it is not in."""
+    for fqn, part in module.named_modules():
+        merged = getattr(part, "merged_adapters", None)
+        if isinstance(merged, list) and merged:
+            raise PatchError(
+                f"{fqn}: {', '.join(map(repr, merged))} is merged into what would be replaced: "
+                "unmerge it first (peft's unmerge_adapter, diffusers' unfuse_lora)"
+            )
 
 
 def _sources(

@@ -13,14 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from lowbits.core.backend import Packed
-from lowbits.core.names import WRAPPED, dotted
+from lowbits.core.names import dotted, modules_beside_adapters
 from lowbits.core.packed import (
     PackedLayer,
     marker_name,
     packed_weight,
     stored_names,
 )
-from lowbits.core.select import adapter_fqns
 from lowbits.errors import FormatError, PatchError, UnknownSchemeError
 from lowbits.files.manifest import Manifest, field_name, read_manifest
 from lowbits.files.safetensors import CHECKSUM, read_safetensors
@@ -70,16 +69,8 @@ def weights_of(module: nn.Module) -> tuple[dict[str, Weight], dict[str, str]]:
             that is no tensor.
     """
     found = _Found()
-    adapters = tuple(f"{fqn}." for fqn in adapter_fqns(module))
-    # By the names that modules have in the file; those of peft's wrappers go before what they wrap.
-    names = {"": ""}
-    wrapped = {fqn.rpartition(".")[0] for fqn in adapter_fqns(module)}
-    for fqn, part in module.named_modules():
-        parent, _, name = fqn.rpartition(".")
-        is_wrapped = name == WRAPPED and parent in wrapped
-        names[fqn] = names[parent] if is_wrapped else dotted(names[parent], name)
-        if not f"{fqn}.".startswith(adapters):
-            found.add(names[fqn], part)
+    for fqn, part in modules_beside_adapters(module):
+        found.add(fqn, part)
     return found.weights, found.ties
 
 

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, final
 
-from lowbits.core.names import dotted
+from lowbits.core.names import dotted, modules_beside_adapters
 from lowbits.core.packed import PackedLayer, marker_name
 
 if TYPE_CHECKING:
@@ -49,11 +49,11 @@ class ModuleTensors:
 
 
 def tensors_of(module: nn.Module) -> ModuleTensors:
-    """Return a module's tensors; a packed weight has the name and shape that it had."""
+    """Return a module's tensors, as if nothing were packed, and without adapters."""
     shapes: dict[str, Shape] = {}
     firsts: dict[Hashable, str] = {}
     aliases: dict[str, str] = {}
-    for prefix, part in module.named_modules(remove_duplicate=False):
+    for prefix, part in modules_beside_adapters(module, remove_duplicate=False):
         for name, identity, shape in _tensors_in(part):
             fqn = dotted(prefix, name)
             first = firsts.setdefault(identity, fqn)
