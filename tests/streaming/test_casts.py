@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -220,3 +221,20 @@ def test_attach_after_a_cast_and_detach_before_another() -> None:
     model.float()
     with streamer_of(model):
         run(model)
+
+
+@pytest.mark.parametrize("passes", [0, 1])
+@torch.no_grad()
+def test_an_adapter_that_came_since_the_last_pass_is_cast_too(passes: int) -> None:
+    twin = reference()
+    model = copy.deepcopy(twin)
+    with streamer_of(model, budget=10**5):
+        model(inputs())
+        for each in (twin, model):
+            torch.manual_seed(3)
+            each.stem.add_module("added", nn.Linear(WIDTH, WIDTH))
+            for _ in range(passes):
+                each(inputs())
+            each.double()
+        assert [p.dtype for p in model.parameters()] == [p.dtype for p in twin.parameters()]
+        assert same(list(model.parameters()), list(twin.parameters()))

@@ -20,6 +20,9 @@ from streaming.models import (
     streamer_of,
 )
 from torch import nn
+from torch.fx import symbolic_trace
+
+from lowbits.core.interception import interceptor_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -173,6 +176,42 @@ def test_a_block_is_copied_alone(copied: Callable[[nn.Module], Any]) -> None:
         block = copied(streamed.blocks[1])
         assert type(block) is type(model.blocks[1])
         assert same(block(inputs()), model.blocks[1](inputs()))
+
+
+def class_names(model: nn.Module) -> list[str]:
+    return [f"{type(m).__name__} of {type(m).__base__}" for m in model.modules()]
+
+
+class Own(nn.Linear):
+    """Copies itself, as parametrized modules and those of torch.fx do."""
+
+    def __deepcopy__(self, memo: Any) -> Own:
+        made = type(self).__new__(type(self))
+        memo[id(self)] = made
+        made.__dict__ = copy.deepcopy(self.__dict__, memo)
+        return made
+
+
+@pytest.mark.parametrize(
+    "make",
+    [Own, lambda *w: torch.nn.utils.parametrizations.weight_norm(nn.Linear(*w)),
+     lambda *w: symbolic_trace(nn.Sequential(nn.Linear(*w), nn.ReLU()))],
+    ids=["own", "weight_norm", "fx"],
+)  # fmt: skip
+@torch.no_grad()
+def test_modules_that_copy_themselves(make: Callable[..., nn.Module]) -> None:
+    model = nn.Sequential(*(make(WIDTH, WIDTH) for _ in range(4)))
+    expected, kinds = model(inputs()), class_names(model)
+    copied_kinds = class_names(copy.deepcopy(model))  # those of torch.fx become others
+    with streamer_of(model, budget=10**5):
+        for _ in range(2):
+            made = copy.deepcopy(model)
+            assert not any(interceptor_of(module) for module in made.modules())
+            assert same(made(inputs()), expected)
+            assert same(model(inputs()), expected)
+            assert all(is_plain(tensor) for tensor in made.parameters())
+            assert class_names(made) == copied_kinds
+    assert class_names(model) == kinds
 
 
 def test_tied_weights_are_tied_in_a_copy() -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copyreg
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any, Final, cast
 
 from torch import nn
@@ -80,12 +80,34 @@ class _Guarded:
         """Do nothing: who removes hooks, as a precaution, does not end the interception."""
 
 
+class _OwnDeepcopy:
+    """A module's own ``__deepcopy__``, which never asks how it is reduced; nothing without one."""
+
+    def __get__(self, module: nn.Module, _: type[nn.Module]) -> Callable[[Any], Any]:
+        own: Callable[[Any], Any] = super(Intercepted, module).__deepcopy__  # type: ignore[misc]
+        interceptor = interceptor_of(module)
+        return own if interceptor is None else partial(self._copied, module, interceptor, own)
+
+    @staticmethod
+    def _copied(
+        module: nn.Module, interceptor: Interceptor, own: Callable[[Any], Any], memo: Any
+    ) -> Any:
+        interceptor.settle()
+        with interceptor.settled():
+            release(module)  # it makes one of its own class, with all of its attributes
+            try:
+                return own(memo)
+            finally:
+                intercept(module, interceptor)
+
+
 class Intercepted(nn.Module):
     """A mix-in in front of a module's own class; copies and pickles do not have it."""
 
     # What accelerate sets, in this order; weights move in between.
     _old_forward = _Guarded("_old_forward")
     _hf_hook = _Guarded("_hf_hook")
+    __deepcopy__ = _OwnDeepcopy()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Let the interceptor run the call."""

@@ -257,6 +257,9 @@ class Engine:
             PatchError: another device than the one that the model computes on.
             StreamError: called inside the model's forward.
         """
+        with self._arbiter.lock:
+            if not self._is_running:
+                self.component.notice_new()  # what came since the last pass is converted, too
         square = torch.empty(2, 2, 2, 2, device=self.device)
         dtypes = {}
         for dtype in self.component.dtypes():

@@ -291,6 +291,7 @@ class Stored:
         on_device = self._aside if self._held is self._outside else self._held
         if on_device is not None:
             on_device[number].detach().copy_(values)  # a base's
+            self._copied[number] = self.master.version_of(place)  # not once more by `refresh`
         # Whoever kept the stand-in for the old values would have the new ones.
         self._outside[number].retire()
         self._outside[number] = self._stand_in(place)
