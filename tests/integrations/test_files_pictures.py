@@ -21,6 +21,7 @@ from miniflux import (
     values,
 )
 from oracles import bitsandbytes_values
+from pipelines import PIPELINES, draw
 from safetensors.torch import save_file
 from torch import nn
 
@@ -78,6 +79,17 @@ def test_a_saved_pipeline(pipe: Any, plain: Tensor, tmp_path: Path, scheme: str)
     loaded = lowbits.load_pipeline(tmp_path)
     assert torch.equal(picture(loaded), expected)
     assert {name: packed_layers(getattr(loaded, name)) for name in PACKED} == schemes
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_a_saved_pipeline_of_each_kind(tmp_path: Path, name: str) -> None:
+    pipe: Any = PIPELINES[name].build()
+    lowbits.quantize(pipe, "bnb-nf4")
+    expected = draw(name, pipe)
+    pipe.save_pretrained(tmp_path)
+    loaded = lowbits.load_pipeline(tmp_path)
+    assert type(loaded) is type(pipe)
+    assert torch.equal(draw(name, loaded), expected)
 
 
 def test_a_saved_pipeline_whose_every_layer_is_packed(pipe: Any, tmp_path: Path) -> None:

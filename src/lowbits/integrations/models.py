@@ -51,7 +51,7 @@ def components_in(folder: Path) -> dict[str, tuple[str, str]]:
     if not index.is_file():
         raise ConfigError(f"{folder} has no {INDEX}: it is not a diffusers pipeline")
     try:
-        entries = json.loads(index.read_text(encoding="utf-8"))
+        entries = _read_index(folder)
         listed = {name: value for name, value in entries.items() if isinstance(value, list)}
         return {
             name: (str(value[0]), str(value[1]))
@@ -60,6 +60,10 @@ def components_in(folder: Path) -> dict[str, tuple[str, str]]:
         }
     except (ValueError, AttributeError) as error:
         raise FormatError(f"it is not what a pipeline's index should be: {error}", index) from error
+
+
+def _read_index(folder: Path) -> Any:
+    return json.loads((folder / INDEX).read_text(encoding="utf-8"))
 
 
 def refuse_pipeline(path: Path, instead: str = "") -> None:
@@ -132,7 +136,10 @@ def load_rest(
     version = tuple(map(int, diffusers.__version__.split(".")[:2]))
     name = "dtype" if version >= _DTYPE_RENAMED else "torch_dtype"
     options.setdefault("local_files_only", True)
-    return diffusers.DiffusionPipeline.from_pretrained(folder, **{name: wanted}, **parts, **options)
+    # By its own class: the general one loads from the folder what is passed for an optional part.
+    base: Any = diffusers.DiffusionPipeline
+    pipeline_class = getattr(diffusers, str(_read_index(folder).get("_class_name")), base)
+    return pipeline_class.from_pretrained(folder, **{name: wanted}, **parts, **options)
 
 
 def _stored_dtype(folder: Path, variant: str | None) -> torch.dtype | None:
