@@ -8,10 +8,13 @@ import sys
 import threading
 import traceback
 import warnings
-from typing import TYPE_CHECKING
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
 from streaming.models import inputs, reference, same, stage_of, streamer_of
+from torch import multiprocessing
 
 from lowbits.streaming.host import Reader
 
@@ -56,6 +59,75 @@ def test_a_child_runs_the_model(location: str, method: str) -> None:
             assert in_child(work) == 0
             assert same(model(inputs()), expected)
     assert same(model(inputs()), expected)
+
+
+@pytest.mark.parametrize("first", ["child", "parent"])
+@pytest.mark.parametrize("before", [0, 1, 2])
+@pytest.mark.parametrize("location", LOCATIONS)
+@torch.no_grad()
+def test_what_one_process_writes_the_other_does_not_read(
+    location: str, before: int, first: str
+) -> None:
+    model = reference()
+    layers: tuple[Any, ...] = (model.stem, model.blocks[1].up)
+
+    def write(value: float) -> None:
+        for number, layer in enumerate(layers):
+            layer.weight.fill_(value + number)
+        model(inputs())
+
+    def read() -> list[float]:
+        return [float(layer.weight.mean()) for layer in layers]
+
+    def work() -> None:
+        try:
+            for value in (7, 8, 9):
+                write(value)
+            assert read() == [9, 10]
+        finally:
+            os.write(done, b".")
+        if first == "parent":
+            os.read(goes_on, 1)
+            assert read() == [9, 10]
+
+    with streamer_of(model, location=location):
+        model(inputs())
+        for value in range(before):
+            write(value)
+        expected = read()
+        (waits, done), (goes_on, go) = os.pipe(), os.pipe()
+        if first == "child":
+            assert in_child(work) == 0
+            assert read() == expected
+            return
+        with ThreadPoolExecutor(1) as pool:
+            status = pool.submit(in_child, work)
+            os.read(waits, 1)
+            assert read() == expected
+            for value in (3, 4, 5):
+                write(value)
+            os.write(go, b".")
+            assert status.result() == 0
+            assert read() == [5, 6]
+
+
+@pytest.mark.parametrize("what", ["model", "state dict"])
+@torch.no_grad()
+def test_weights_that_were_sent_elsewhere_are_written(what: str) -> None:
+    """To send a tensor, torch moves its storage to memory that processes share."""
+    twin, model = reference(), reference()
+    with streamer_of(model, location="cpu"):
+        model(inputs())
+        queue = multiprocessing.get_context("fork").SimpleQueue()
+        queue.put(model if what == "model" else model.state_dict())
+        for each in (twin, model):
+            layers: tuple[Any, ...] = (each.stem, each.blocks[1].up)
+            for layer in layers:
+                layer.weight.add_(1)
+                layer.bias.data += 1
+        assert all(map(same, model.state_dict().values(), twin.state_dict().values()))
+        assert same(model(inputs()), twin(inputs()))
+    assert all(map(same, model.state_dict().values(), twin.state_dict().values()))
 
 
 def test_a_child_detaches_for_itself() -> None:

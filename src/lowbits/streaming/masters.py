@@ -57,8 +57,11 @@ class Master(ABC):
             is_counted: whether `version_of` changes.
         """
         self._put(place, value)
-        self._writes += 1
-        self._writes_of[place.offset] = self._writes_of.get(place.offset, 0) + is_counted
+        self._count(place, 1, is_counted)
+
+    def _count(self, place: Place, writes: int, seen: int) -> None:
+        self._writes += writes
+        self._writes_of[place.offset] = self._writes_of.get(place.offset, 0) + seen
 
     @abstractmethod
     def read(self, start: int, out: Tensor, should_stop: Callable[[], bool] | None = None) -> None:
@@ -117,6 +120,12 @@ class HostMaster(Master):
 
         Its storage is its own, although the memory is not: savers refuse tensors that share one.
         """
+        handed = self._tensors.get(place.offset)
+        address = self.flat.data_ptr() + place.offset
+        if handed is not None and place.nbytes and handed.data_ptr() != address:
+            # It was sent to another process: torch has moved its storage to where both read it.
+            self._count(place, handed._version, handed._version)
+            del self._tensors[place.offset]
         if place.offset not in self._tensors:
             begin = self.flat.storage_offset() + place.offset
             storage = self.flat.untyped_storage()[begin : begin + place.nbytes]
@@ -145,8 +154,8 @@ class Files(Protocol):
     def append(self, parts: Iterable[tuple[int, Tensor]], nbytes: int) -> Extent:
         """Write bytes that were not there before."""
 
-    def overwrite(self, extent: Extent, run: Tensor) -> None:
-        """Write bytes over those of an extent of `append`."""
+    def rewrite(self, extent: Extent, run: Tensor) -> Extent:
+        """Write bytes over those of an extent that was made by writing, or elsewhere; say where."""
 
 
 @final
@@ -196,11 +205,11 @@ class FileMaster(Master):
         From the third time on over what was written the time before the last: some value is whole
         at any time, and the file does not grow.
         """
-        run, extent = place.run_of(value), self._spare.pop(place.offset, None)
-        if extent is None:
+        run, spare = place.run_of(value), self._spare.pop(place.offset, None)
+        if spare is None:
             extent = self._files.append([(0, run)], place.nbytes)
         else:
-            self._files.overwrite(extent, run)
+            extent = self._files.rewrite(spare, run)
         if place.offset in self._newest:
             self._spare[place.offset] = self._newest[place.offset]
         self._newest[place.offset] = extent

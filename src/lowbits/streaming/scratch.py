@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import os
 import re
 import shutil
 import tempfile
 import weakref
 from io import FileIO
+from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, final
 
@@ -57,7 +59,16 @@ class ScratchFile:
         except OSError as error:
             raise ConfigError(f"cannot make a file in {parent}: {error}; set TMPDIR") from error
         self.nbytes = 0
-        self._remove = weakref.finalize(self, _remove_scratch, self._raw, self.path, os.getpid())
+        self._owner = os.getpid()
+        self._remove = weakref.finalize(self, _remove_scratch, self._raw, self.path, self._owner)
+        if multiprocessing.parent_process() is not None:
+            # Children of multiprocessing that were forked end without the interpreter's exit.
+            Finalize(None, self._remove, exitpriority=0)
+
+    @property
+    def is_own(self) -> bool:
+        """Whether this process made it: a forked child must not write where its parent does."""
+        return os.getpid() == self._owner
 
     def append(self, parts: Iterable[tuple[int, Tensor]], nbytes: int) -> Extent:
         """Write one unit, from the next multiple of `ALIGNMENT` on, without a copy of the data.

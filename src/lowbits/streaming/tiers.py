@@ -61,7 +61,8 @@ class Tier:
         """
         self.notes: list[str] = []
         self.name = self._choose(_ALIASES.get(location, location), nbytes, ops)
-        self._scratch_file: ScratchFile | None = None
+        # One, and in a forked child that writes, one of its own.
+        self._scratch_files: list[ScratchFile] = []
         self._locate, self._settle = locate, ops.finish_copies
         logger.info("%s of weights will wait in %r", format_bytes(nbytes), self.name)
         is_direct = file_is_larger_than_memory(nbytes)
@@ -93,8 +94,8 @@ class Tier:
 
     @property
     def disk_bytes(self) -> int:
-        """Bytes of the scratch file."""
-        return self._scratch_file.nbytes if self._scratch_file else 0
+        """Bytes of scratch files."""
+        return sum(file.nbytes for file in self._scratch_files)
 
     def store(self, unit: Unit) -> Master:
         """Copy a unit's tensors to where they stay; the unit is not changed."""
@@ -134,25 +135,27 @@ class Tier:
 
     def read(self, extent: Extent, out: Tensor, should_stop: Callable[[], bool] | None) -> None:
         """Read a part of a file."""
-        scratch = self._scratch_file
-        is_scratch = scratch is not None and extent.path == scratch.path
+        is_scratch = any(extent.path == file.path for file in self._scratch_files)
         reader = self._scratch_reader if is_scratch else self._source_reader
         reader.read(extent, out, should_stop)
 
     def append(self, parts: Iterable[tuple[int, Tensor]], nbytes: int) -> Extent:
-        """Write to the scratch file."""
-        if self._scratch_file is None:
-            self._scratch_file = ScratchFile()
-        return self._scratch_file.append(parts, nbytes)
+        """Write to this process's scratch file."""
+        if not self._scratch_files or not self._scratch_files[-1].is_own:
+            self._scratch_files.append(ScratchFile())
+        return self._scratch_files[-1].append(parts, nbytes)
 
-    def overwrite(self, extent: Extent, run: Tensor) -> None:
-        """Write over a part of the scratch file."""
-        assert self._scratch_file is not None
-        self._scratch_file.overwrite(extent, run)
+    def rewrite(self, extent: Extent, run: Tensor) -> Extent:
+        """Write over a part of the scratch file; not of one that a parent process reads."""
+        file = self._scratch_files[-1]
+        if not file.is_own or extent.path != file.path:
+            return self.append([(0, run)], extent.nbytes)
+        file.overwrite(extent, run)
+        return extent
 
     def close(self) -> None:
         """Close files, and remove the scratch file."""
         self._scratch_reader.close()
         self._source_reader.close()
-        if self._scratch_file:
-            self._scratch_file.close()
+        for file in self._scratch_files:
+            file.close()
