@@ -4,11 +4,22 @@ from __future__ import annotations
 
 import abc
 import copy
+import functools
+import inspect
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from streaming.models import WIDTH, Snapshot, Stack, inputs, reference, same, streamer_of
+from streaming.models import (
+    WIDTH,
+    Snapshot,
+    Stack,
+    inputs,
+    reference,
+    same,
+    smallest_budget,
+    streamer_of,
+)
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -77,6 +88,49 @@ def test_classes_that_lay_their_objects_out_otherwise(part: type[nn.Module]) -> 
     before.require()
     assert type(model) is Whole
     assert type(model.blocks[1]) is part
+
+
+class Processor(nn.Module):
+    """Computes with the layers of who calls it, and says by its signature what it takes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(WIDTH, WIDTH)
+
+    def __call__(self, owner: Attention, x: Tensor, gain: float = 1.0) -> Tensor:
+        out: Tensor = self.layer(owner.inner(x)).tanh() * gain
+        return out
+
+
+class Attention(nn.Module):
+    """As diffusers' calls its processors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(WIDTH, WIDTH)
+        self.processor = Processor()
+
+    def forward(self, x: Tensor, **options: float) -> Tensor:
+        known = inspect.signature(self.processor.__call__).parameters
+        out: Tensor = self.processor(self, x, **{k: v for k, v in options.items() if k in known})
+        return out
+
+
+@pytest.mark.parametrize("method", ["queue", "async"])
+@pytest.mark.parametrize("share", [0.0, 0.15, 0.3, 0.6, 0.9])
+@torch.no_grad()
+def test_modules_that_compute_with_the_layers_of_their_caller(share: float, method: str) -> None:
+    model = Stack(0)
+    model.blocks.extend(Attention() for _ in range(4))
+    model.order = list(range(4))
+    for block in model.blocks:
+        block.forward = functools.partial(block.forward, gain=3.0)
+    expected = model(inputs())
+    budget = int(share * sum(tensor.nbytes for tensor in model.parameters()))
+    needed = smallest_budget(model, method=method)
+    with streamer_of(model, budget=max(budget, needed), method=method):
+        for _ in range(3):
+            assert same(model(inputs()), expected)
 
 
 def test_layers_that_are_laid_out_otherwise_are_not_packed() -> None:

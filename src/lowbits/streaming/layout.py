@@ -449,21 +449,29 @@ def _blocks(module: nn.Module, least: float) -> list[nn.Module]:
 
 
 def _callable(module: nn.Module) -> list[nn.Module]:
-    """Return what is called of a module's children: of a list of lists, what the lists hold."""
+    """Return what is called of a module's children: of a list of lists, what the lists hold.
+
+    So of those with a ``__call__`` of their own, as attention processors with weights: they are
+    given the module to compute with, and their signatures are read.
+    """
     found: list[nn.Module] = []
     for child in module.children():
-        found += _callable(child) if isinstance(child, UNCALLED) else [child]
+        is_odd = type(child).__call__ is not nn.Module.__call__ and not _is_compiled(child)
+        found += _callable(child) if is_odd or isinstance(child, UNCALLED) else [child]
     return [child for child in found if _tree_bytes(child)]
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    """Say whether it has to stay one graph: by its method, or by `torch.compile`."""
+    return module._compiled_call_impl is not None or "_orig_mod" in module._modules
 
 
 def _parts(module: nn.Module) -> list[nn.Module]:
     """Return the modules that a unit is split into: itself, where it cannot be."""
     own = sum(tensor.nbytes for tensor in _own_tensors(module))
     parts = _callable(module)
-    # torch.nn.MultiheadAttention computes with its children's weights, and does not call them; what
-    # is compiled, by its method or by torch.compile, has to stay one graph.
-    is_compiled = module._compiled_call_impl is not None or "_orig_mod" in module._modules
-    if not parts or is_compiled or own > _OWN_SHARE * _tree_bytes(module):
+    # torch.nn.MultiheadAttention computes with its children's weights, and does not call them.
+    if not parts or _is_compiled(module) or own > _OWN_SHARE * _tree_bytes(module):
         return [module]
     return parts
 
