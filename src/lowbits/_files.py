@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,6 +51,8 @@ if TYPE_CHECKING:
     from lowbits.files.rows import KeyMap
     from lowbits.files.weights import Weight
     from lowbits.progress import CancelToken, ProgressCallback
+
+logger = logging.getLogger("lowbits.files")
 
 
 def save(
@@ -284,7 +287,11 @@ def load_pipeline(
     for name, (library, class_name) in components_in(folder).items():
         if own_file_in(folder / name) and name not in options:
             parts[name] = skeleton(folder / name, library, class_name)
-            load(folder / name, into=parts[name], dtype=dtype, progress=progress, cancel=cancel)
+            report = load(
+                folder / name, into=parts[name], dtype=dtype, progress=progress, cancel=cancel
+            )
+            for warning in report.warnings:
+                logger.warning("%s: %s", name, warning)
     if not parts:
         raise ConfigError(
             f"{folder} has no component that lowbits wrote: load it with "

@@ -171,6 +171,23 @@ def test_values_and_outputs_stay(
     torch.testing.assert_close(model(x), before, rtol=1e-5, atol=atol)
 
 
+@pytest.mark.parametrize(("scheme", "make"), [c[:2] for c in CASES], ids=[c[0] for c in CASES])
+@torch.no_grad()
+def test_what_nobody_has_taken_over_is_left_as_it_is(
+    scheme: str, make: Callable[[], nn.Module]
+) -> None:
+    model: Any = nn.Sequential(make(), nn.Linear(32, 16))
+    x, compiles = torch.randn(5, 64), scheme.startswith(("quanto-int4", "quanto-int2"))
+    expected = torch.zeros(0) if compiles else model(x)
+    for budget in ("auto", "1MB"):
+        with lowbits.apply(model, device="cpu", gpu_weights=budget) as owned:
+            assert owned.stats().device == "cpu"
+            assert compiles or torch.equal(model(x), expected)
+    with lowbits.apply(model, "float8-e4m3fn", device="cpu", rules={"1": "float8-e4m3fn"}):
+        assert isinstance(model[1], PackedLinear)
+        assert not isinstance(model[0].layers[0], PackedLinear)
+
+
 @every_case
 def test_what_is_taken_over_is_packed_as_any_copy(
     scheme: str, make: Callable[[], nn.Module], atol: float

@@ -92,6 +92,33 @@ def test_a_saved_pipeline_of_each_kind(tmp_path: Path, name: str) -> None:
     assert torch.equal(draw(name, loaded), expected)
 
 
+def test_an_ip_adapter_is_saved_and_left_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As diffusers leaves it out: it is loaded by itself."""
+    pipe: Any = PIPELINES["sd15"].build()
+    lowbits.quantize(pipe, "bnb-nf4")
+    expected, width = draw("sd15", pipe), pipe.unet.config.cross_attention_dim
+    layers = [n for n in pipe.unet.attn_processors if n.endswith("attn2.processor")]
+    hidden = [pipe.unet.get_submodule(n.rpartition(".")[0]).to_k.out_features for n in layers]
+    factors = {
+        f"{2 * number + 1}.to_{part}_ip.weight": torch.randn(size, width)
+        for number, size in enumerate(hidden)
+        for part in "kv"
+    }
+    projection = {"proj.weight": torch.randn(4 * width, 32), "proj.bias": torch.randn(4 * width)}
+    projection |= {"norm.weight": torch.ones(width), "norm.bias": torch.zeros(width)}
+    state = {"image_proj": projection, "ip_adapter": factors}
+    pipe.load_ip_adapter(state, subfolder=None, weight_name=None, image_encoder_folder=None)
+    pipe.save_pretrained(tmp_path)
+    loaded = lowbits.load_pipeline(tmp_path)
+    assert "unet: not used: down_blocks.0" in caplog.text
+    assert "processor.to_k_ip" in caplog.text
+    loaded.unet.config["encoder_hid_dim_type"] = None  # diffusers saves that it was there
+    loaded.unet.encoder_hid_proj = None
+    assert torch.equal(draw("sd15", loaded), expected)
+
+
 def test_a_saved_pipeline_whose_every_layer_is_packed(pipe: Any, tmp_path: Path) -> None:
     """Convolutions of the VAE, embeddings, CLIP."""
     names = [*PACKED, "text_encoder", "vae"]

@@ -15,7 +15,7 @@ from torch import nn
 import lowbits
 from lowbits.core import surgery
 from lowbits.core.packed import PackedLayer
-from lowbits.errors import PatchError
+from lowbits.errors import PatchError, SourceUnavailableError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -160,6 +160,27 @@ def test_an_error_while_codes_are_written_is_made_good(
     assert error(out(net), with_lora) < CLOSE
     lowbits.unmerge_lora(net)
     assert error(out(net), with_lora) < CLOSE
+
+
+def test_merging_into_what_nobody_has_the_originals_of_raises(tmp_path: Path) -> None:
+    """It would be gone, without a word, as the adapter is unloaded."""
+    net = plain()
+    lowbits.quantize(net, SCHEME, rules={"*": SCHEME})
+    lowbits.save(net, tmp_path / "x.safetensors")
+    loaded = plain()
+    lowbits.load(tmp_path / "x.safetensors", into=loaded)
+    lowbits.apply(loaded, device="cpu")
+    before = out(loaded)
+    model = adapted(loaded)
+    expected = out(model)
+    assert not torch.equal(expected, before)
+    for _ in range(2):
+        with pytest.raises(SourceUnavailableError, match=r"it was loaded.*lowbits\.dequantize"):
+            lowbits.merge_lora(loaded)
+    assert torch.equal(out(model), expected)
+    model.disable_adapter_layers()
+    lowbits.merge_lora(loaded)  # there is nothing to merge
+    assert torch.equal(out(model), before)
 
 
 def flux_adapted(model: Any) -> Any:

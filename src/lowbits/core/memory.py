@@ -6,17 +6,19 @@ import ctypes
 import math
 import sys
 import threading
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lowbits.core.interception import is_streamed
 from lowbits.core.tracing import needs_plain_ops
 from lowbits.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
     from torch import Tensor
 
@@ -77,10 +79,11 @@ def temporary(use: str, like: Tensor, dtype: torch.dtype) -> Tensor:
 def storage_bytes(tensors: Iterable[Tensor]) -> int:
     """Return the bytes of the storages behind some tensors, shared ones counted once.
 
-    A streamed tensor counts as its own bytes: what is behind it is a whole unit, or nothing.
+    A streamed tensor counts as its own bytes: what is behind it is a whole unit, or nothing. Other
+    libraries' tensors that are made of several (torchao's) count as those.
     """
     sizes: dict[object, int] = {}
-    for tensor in tensors:
+    for tensor in chain.from_iterable(map(_parts_of, tensors)):
         if is_streamed(tensor):
             sizes[id(tensor)] = tensor.nbytes
             continue
@@ -89,6 +92,15 @@ def storage_bytes(tensors: Iterable[Tensor]) -> int:
         key = (tensor.device, storage.data_ptr()) if storage.data_ptr() else id(tensor)
         sizes[key] = storage.nbytes() if tensor.device.type != "meta" else tensor.nbytes
     return sum(sizes.values())
+
+
+def _parts_of(tensor: Any) -> Iterator[Tensor]:
+    if not is_traceable_wrapper_subclass(tensor):
+        yield tensor
+        return
+    names, _ = tensor.__tensor_flatten__()
+    for name in names:
+        yield from _parts_of(getattr(tensor, name))
 
 
 def bytes_of(tensor: Tensor) -> memoryview:

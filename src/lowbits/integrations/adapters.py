@@ -38,7 +38,7 @@ from lowbits.integrations.peft import (
 from lowbits.lora.merge import Delta, MergedWeight, Survival
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
     from torch import Tensor
     from torch.utils.hooks import RemovableHandle
@@ -126,6 +126,11 @@ class Adapters:
             NonFiniteWeightError: a sum holds NaN or infinity; that layer is as it was.
         """
         with self._lock:
+            for module in self._modules():
+                is_packed = isinstance(module._modules.get(WRAPPED), PackedLayer)
+                is_unknown = is_packed and KEY not in module.__dict__ and is_mergeable(module)
+                if is_unknown and acting(module):
+                    raise SourceUnavailableError(NO_HANDLE)
             wanted = [(wrapper, acting(wrapper)) for wrapper in self._present()]
             self.write((w, scales) for w, scales in wanted if not state_of(w).holds(scales))
             for wrapper, _ in wanted:
@@ -290,11 +295,13 @@ class Adapters:
 
     def _present(self) -> list[Any]:
         """Return the wrappers that are in the target now, but for those of another handle."""
+        wrappers = [module for module in self._modules() if KEY in module.__dict__]
+        return [wrapper for wrapper in wrappers if state_of(wrapper).adapters() is self]
+
+    def _modules(self) -> Collection[nn.Module]:
         owned = self._owned() if self._owned else None
         roots = owned.components.values() if owned else ()
-        modules = {id(module): module for root in roots for module in root.modules()}
-        wrappers = [module for module in modules.values() if KEY in module.__dict__]
-        return [wrapper for wrapper in wrappers if state_of(wrapper).adapters() is self]
+        return {id(module): module for root in roots for module in root.modules()}.values()
 
     def _is_automatic(self, module: nn.Module) -> bool:
         least = self._least_bits

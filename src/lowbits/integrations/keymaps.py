@@ -75,9 +75,11 @@ _ARCHITECTURES: Final[Mapping[str, tuple[str, ...]]] = {
     "AutoencoderKLWan": ("wan_vae",),
 }
 
-#: What checkpoints hold besides weights, and weights that only other models of a kind read.
+#: What checkpoints hold besides weights, weights that only other models of a kind read, and those
+#: of IP-Adapters, which are loaded by themselves: no model is made with them.
 _NOT_READ: Final = re.compile(
     r"(.*\.)?(position_ids|logit_scale|scaled_fp8|spiece_model|__index_timestep_zero__|_extra_state)"
+    r"|.*\.processor\..*|encoder_hid_proj\.image_projection_layers\..*"
     r"|text_projection\.weight|lm_head\.weight|output\.weight|rope_freqs\.weight"
 )
 

@@ -41,8 +41,9 @@ if TYPE_CHECKING:
 KEY: Final = "_lowbits_adapter"
 
 NO_HANDLE: Final = (
-    "this packed layer has no handle (it is a copy, or was released): a LoRA cannot be merged into "
-    "it, or taken out, but acts beside it (lora='fp16')"
+    "this packed layer has no handle that knows its originals (it was loaded, is a copy, or was "
+    "released): a LoRA cannot be merged into it, or taken out, but acts beside it (lora='fp16'). "
+    "lowbits.dequantize(target) first makes ordinary layers, which peft merges into"
 )
 
 #: Strengths by adapter.
