@@ -237,6 +237,25 @@ def test_every_vae_is_repeated_with_the_same_latents(name: str) -> None:
     anatomy.check()
 
 
+def test_a_call_that_is_repeated_draws_the_same_numbers() -> None:
+    """Decoders of LTX add noise; generators are given to them, or the global one draws."""
+    pipe = build()
+    generator = torch.Generator().manual_seed(3)
+    noise: list[torch.Tensor] = []
+
+    def draws(_: Any) -> bool:
+        noise.append(torch.cat((torch.rand(2, generator=generator), torch.rand(2))))
+        return len(noise) == 1
+
+    lowbits.apply(pipe, device="cpu")
+    run_out_of_memory(pipe.vae.decoder, draws)
+    decode = type(pipe.vae).decode
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(type(pipe.vae), "decode", lambda self, z, generator=None: decode(self, z))
+        pipe.vae.decode(torch.randn(2, pipe.vae.config.latent_channels, 4, 4), generator=generator)
+    assert torch.equal(noise[0], noise[1])
+
+
 @pytest.mark.parametrize("copier", [copy.deepcopy, lambda vae: pickle.loads(pickle.dumps(vae))])
 def test_copies_of_a_vae_are_ordinary(copier: Callable[[Any], Any]) -> None:
     pipe = build()

@@ -266,6 +266,40 @@ def writes_into_the_base_survive(location: str) -> None:
     assert torch.equal(model.last.bias, torch.full((16,), 3.0))
 
 
+class Moving(torch.nn.Module):
+    """Makes one of its buffers anew, where it computes."""
+
+    scale: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(16, 16)
+        self.register_buffer("scale", torch.ones(1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.linear(x) * self.scale
+        self.scale = self.scale * 1.5
+        return out
+
+
+def what_was_made_on_the_device_goes_home() -> None:
+    device, x = fake_accelerator(), torch.randn(3, 16)
+    model, twin = (torch.nn.Sequential(*(Moving() for _ in range(4))).eval() for _ in range(2))
+    twin.load_state_dict(model.state_dict())
+    with torch.no_grad(), streamed(model, late_ops(device), 6_000):
+        for _ in range(3):
+            assert torch.equal(model(x.to(device)).cpu(), twin(x))
+            for each in (model, twin):
+                layer: Any = each[1]
+                layer.linear.weight = torch.nn.Parameter(layer.linear.weight * 0.5)
+            copied = copy.deepcopy(model)
+            assert {t.device.type for t in copied.state_dict().values()} == {"cpu"}
+            assert torch.equal(copied(x), copy.deepcopy(twin)(x))
+    assert {t.device.type for t in model.state_dict().values()} == {"cpu"}
+    with torch.no_grad():
+        assert torch.equal(model(x), twin(x))
+
+
 def copies_are_of_one_device() -> None:
     device, model, x = fake_accelerator(), Net(SIZES), torch.randn(3, 16)
     lowbits.quantize(model, "gguf-q8_0", keep_source="memory", rules={"*": "gguf-q8_0"})
@@ -305,6 +339,7 @@ def copies_are_of_one_device() -> None:
         mixed_devices_are_refused,
         writes_through_data_reach_the_master,
         copies_are_of_one_device,
+        what_was_made_on_the_device_goes_home,
         a_device_may_be_named_without_its_number,
     ],
     ids=lambda c: c.__name__,

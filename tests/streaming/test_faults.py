@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from diffusers.hooks import HookRegistry, ModelHook
 from streaming.models import (
     Snapshot,
     Stack,
@@ -306,6 +307,80 @@ def test_out_of_memory_that_cannot_be_repeated(why: str) -> None:
         assert streamer.stats().recoveries == 0
         with torch.no_grad():
             assert same(model(inputs()), expected)
+
+
+class Remembering(ModelHook):  # type: ignore[misc]
+    """As a cache of diffusers."""
+
+    _is_stateful = True
+
+
+class Adding(nn.Module):
+    """Writes into what it is given, or has: what a second call would do twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.written: Any = None
+
+    def forward(self, x: Any) -> Any:
+        return x if self.written is None else x + self.written.add_(1)
+
+
+@pytest.mark.parametrize("what", ["an input of inference mode", "what came later"])
+def test_what_was_written_is_not_written_twice(what: str) -> None:
+    model, layer = hungry(range(0))
+    adding = Adding()
+    model.insert(0, adding)
+    with streamer_of(model, budget=10**6) as streamer, torch.inference_mode():
+        model(inputs())
+        x = inputs()
+        if what == "what came later":
+            del adding.written
+            with torch.inference_mode(mode=False):
+                adding.register_buffer("written", torch.zeros(1))
+            model(inputs())
+        else:
+            adding.written = x
+        before = adding.written.clone()
+        layer.at = range(layer.calls, layer.calls + 1)
+        with pytest.raises(torch.OutOfMemoryError):
+            model(x)
+        assert same(adding.written, before + 1)
+        assert streamer.stats().recoveries == 0
+
+
+def test_a_hook_that_remembers_passes_is_not_run_twice() -> None:
+    model, layer = hungry(range(0))
+    hook = HookRegistry.check_if_exists_or_initialize(model[0])
+    hook.register_hook(Remembering(), "remembering")
+    with torch.no_grad(), streamer_of(model, budget=10**6) as streamer:
+        model(inputs())
+        layer.at = range(layer.calls, layer.calls + 1)
+        with pytest.raises(torch.OutOfMemoryError):
+            model(inputs())
+        assert streamer.stats().recoveries == 0
+
+
+@torch.no_grad()
+def test_a_prefetch_without_memory_keeps_what_a_pass_returns(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = reference()
+    with streamer_of(model, budget=10**6, method="async") as streamer:
+        for _ in range(2):
+            model(inputs())
+        model.order.sort(reverse=True)
+        expected, stage = model(inputs()), stage_of(streamer)  # the second deviation is accepted
+
+        def fail() -> None:
+            if not stage.uses or not stage._is_in_pass:
+                raise torch.OutOfMemoryError("as asked")
+
+        monkeypatch.setattr(stage, "_prefetch", fail)
+        assert same(model(inputs()), expected)
+        monkeypatch.undo()
+        assert same(model(inputs()), expected)
+        assert streamer.stats().recoveries == 0
 
 
 @pytest.mark.parametrize("number", range(8))

@@ -340,6 +340,26 @@ def test_residents_stay_while_both_methods_are_tried(ratio: float) -> None:
     assert all(copied == later for copied, later in stays)
 
 
+def test_a_way_that_takes_more_than_there_is_ends_the_trial() -> None:
+    """A cast since has made the ring larger than the budget, one slot of it not."""
+    ops, seconds = VirtualOps(bandwidth=BANDWIDTH), 10 * PAGE / BANDWIDTH
+    blocks = [Timed(10 * PAGE, lambda: seconds, ops) for _ in range(6)]
+    for block in blocks:
+        block.weight.data = torch.zeros(10 * PAGE // 2, dtype=torch.float16)
+    model = nn.Sequential(*blocks)
+    streamer = LayerStreamer(
+        model, device="cpu", budget=20 * PAGE, method="auto", depth=2, location="shared"
+    )
+    with faked(ops), streamer:
+        for number in range(8):
+            if number == 3:  # when copies are not made ahead
+                assert streamer.stats().method == "queue"
+                model.float()
+            model(torch.zeros(1))
+        assert streamer.stats().method == "queue"
+        assert streamer.stats().passes == 8
+
+
 def test_passes_of_a_trial_are_measured_alike() -> None:
     """Else the method that comes last has less to do."""
     timing, trial = Timing(VirtualOps(bandwidth=BANDWIDTH)), MethodTrial()

@@ -12,12 +12,14 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Final, final
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 from lowbits.streaming.device_ops import device_ops
 from lowbits.streaming.models import PlacedModels
+from lowbits.streaming.repeat import RandomState
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from contextlib import AbstractContextManager
 
     from torch import nn
@@ -127,12 +129,14 @@ class _Guard:
             if isinstance(call, _Call) and call.guard is self:
                 del module.__dict__[name]
 
-    def run(self, module: nn.Module, call: Callable[[], Any], batch: int) -> Any:
+    def run(self, module: nn.Module, call: partial[Any], batch: int) -> Any:
         """Return what a call returns, in slices or tiles where it runs out of memory.
 
-        The picture is of the same latents: nothing is drawn anew.
+        The picture is of the same latents, and of the same random numbers.
         """
         *others, last = _ways(module, batch)
+        device = next(module.parameters()).device
+        random = RandomState(tree_leaves((call.args, call.keywords)), device)
         for way in others:
             with suppress(torch.OutOfMemoryError), _in(module, way):
                 result = call()
@@ -140,7 +144,8 @@ class _Guard:
                 return result
             # Here the traceback is gone, and with it what the frames of the failed call held.
             gc.collect()
-            device_ops(next(module.parameters()).device).release_cached()
+            device_ops(device).release_cached()
+            random.return_to()
         with _in(module, last):
             try:
                 result = call()

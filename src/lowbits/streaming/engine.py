@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, final
 
@@ -246,6 +246,9 @@ class Engine:
         with self._arbiter.lock, torch.inference_mode(mode=False):
             if not self._is_running:
                 self._arbiter.stage_of(self.component).park()
+                for entry in self.component.units:
+                    with suppress(StreamError):  # what is of another shape is copied as it is
+                        entry.accept_all()
                 self.component.settle()
                 self._guard.remove()
 

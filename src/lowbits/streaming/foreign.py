@@ -62,8 +62,10 @@ def refuse_hook(module: nn.Module, what: str) -> None:
 
 
 def has_cache_hook(model: nn.Module) -> bool:
-    """Say whether a hook of diffusers remembers results of earlier passes."""
-    return any("cache" in name for module in model.modules() for name in _hooks_of(module))
+    """Say whether a hook of diffusers remembers something of earlier passes: caches do."""
+    registries = (module.__dict__.get(_REGISTRY) for module in model.modules())
+    hooks = (hook for found in registries if found is not None for hook in found.hooks.values())
+    return any(getattr(hook, "_is_stateful", False) for hook in hooks)
 
 
 def _hooks_of(module: nn.Module) -> tuple[str, ...]:

@@ -125,14 +125,14 @@ class Place:
             self.original.data = poison.view(self.dtype)[0].expand(self.shape)
         mark_streamed(self.original)  # another model may hold it, too
 
-    def adopt(self, tensor: Tensor, before: Tensor) -> None:
+    def adopt(self, tensor: Tensor, before: Tensor, device: torch.device) -> None:
         """Take another tensor of this shape and dtype for the original; its bytes are let go.
 
         Args:
             tensor: becomes the original.
             before: values of the one so far, which somebody may hold, and put in again; kept.
+            device: that it will lie on.
         """
-        device = tensor.device
         self.device = before.device
         self.give_back(before)
         self.original, self.device = tensor, device

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any, Final, final
 import torch
 from torch.utils._pytree import tree_flatten
 
+from lowbits.core.memory import same_bits
+
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from lowbits.streaming.stage import Stage
 
@@ -18,6 +20,35 @@ _VALUES: Final = (
     *(type(None), bool, int, float, complex, str, bytes),
     *(torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_format),
 )
+
+
+@final
+class RandomState:
+    """Which random numbers come next: the host's, a device's, and those of generators."""
+
+    def __init__(self, leaves: Iterable[Any], device: torch.device) -> None:
+        """Remember it.
+
+        Args:
+            leaves: of the inputs of a call, of which some may be generators.
+            device: whose random numbers the call may draw, beside the host's.
+        """
+        self._states: list[tuple[Callable[[Any], Any], Any]] = [
+            (leaf.set_state, leaf.get_state())
+            for leaf in leaves
+            if isinstance(leaf, torch.Generator)
+        ]
+        self._states.append((torch.set_rng_state, torch.get_rng_state()))
+        if device.type != "cpu":
+            module: Any = torch.get_device_module(device)
+            if hasattr(module, "get_rng_state"):
+                state = module.get_rng_state(device)
+                self._states.append((lambda state: module.set_rng_state(state, device), state))
+
+    def return_to(self) -> None:
+        """Let the same random numbers be drawn again."""
+        for put, state in self._states:
+            put(state)
 
 
 @final
@@ -30,24 +61,15 @@ class Moment:
         Args:
             stage: that the pass runs on.
             inputs: of the pass, nested in any way. Tensors of torch's inference mode do not count
-                writes, and are taken to be as they were.
+                writes: they are copied.
             device: whose random numbers the pass may draw, beside the host's.
         """
         self._stage, self._inputs = stage, inputs
         self._leaves, self._form = tree_flatten(inputs)
         self._versions = list(map(_version, self._leaves))
+        self._values = [(leaf, leaf.clone()) for leaf in self._leaves if _is_uncounted(leaf)]
         self._writes = stage.writes()
-        self._random: list[tuple[Callable[[Any], Any], Any]] = [
-            (leaf.set_state, leaf.get_state())
-            for leaf in self._leaves
-            if isinstance(leaf, torch.Generator)
-        ]
-        self._random.append((torch.set_rng_state, torch.get_rng_state()))
-        if device.type != "cpu":
-            module: Any = torch.get_device_module(device)
-            if hasattr(module, "get_rng_state"):
-                state = module.get_rng_state(device)
-                self._random.append((lambda state: module.set_rng_state(state, device), state))
+        self._random = RandomState(self._leaves, device)
 
     @property
     def is_over(self) -> bool:
@@ -57,12 +79,16 @@ class Moment:
         is_same = form == self._form and all(map(operator.is_, leaves, self._leaves))
         is_same = is_same and all(isinstance(leaf, known) for leaf in leaves)
         is_same = is_same and list(map(_version, leaves)) == self._versions
+        is_same = is_same and all(same_bits(leaf, value) for leaf, value in self._values)
         return not is_same or self._stage.writes() != self._writes
 
     def return_to(self) -> None:
         """Let the same random numbers be drawn again."""
-        for put, state in self._random:
-            put(state)
+        self._random.return_to()
+
+
+def _is_uncounted(leaf: Any) -> bool:
+    return isinstance(leaf, torch.Tensor) and leaf.is_inference()
 
 
 def _version(leaf: Any) -> int | None:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final, final
 
+import torch
+
+from lowbits.errors import InsufficientMemoryError
 from lowbits.streaming.autograd import refuse_training, reread_for_backward
 from lowbits.streaming.order import CallOrder
 from lowbits.streaming.plan import StreamPlan, UnitCost, least_bytes, make_plan
@@ -158,8 +162,9 @@ class Stage:
     def writes(self) -> list[int]:
         """Return how often each weight was written, wherever that is counted."""
         counts = [entry.master.version for entry in self._entries]
-        if self._residency is not None:
-            for component in self.components:
+        for component in self.components:
+            counts += component.writes()
+            if self._residency is not None:
                 counts += self._residency.versions(self._numbers[component.base])
         return counts
 
@@ -292,13 +297,24 @@ class Stage:
         self._number_entries()
 
     def set_method(self, method: str) -> None:
-        """Transfer in another way from now on; residents of both plans stay."""
+        """Transfer in another way from now on; residents of both plans stay.
+
+        Raises:
+            InsufficientMemoryError: the other way takes more than there is; this one stays.
+        """
         if method == self.method:
             return
-        before, self._transfer, self.method = self._transfer, None, method
-        self.replan()  # waits for the copies that are under way
-        if before is not None:
-            before.close()
+        before = self._transfer, self.method
+        self._transfer, self.method = None, method
+        left = before[0]
+        try:
+            self.replan()  # waits for the copies that are under way
+        except BaseException:
+            left, (self._transfer, self.method) = self._transfer, before
+            raise
+        finally:
+            if left is not None:
+                left.close()
         self._ops.release_cached()
 
     def look(self) -> None:
@@ -351,16 +367,22 @@ class Stage:
             self._try_methods(self._trial)
         if is_other_order:
             self.replan()
-            self._prefetch()
+            # The pass is complete: where memory runs out, the next one makes room.
+            with suppress(torch.OutOfMemoryError):
+                self._prefetch()
         elif self.timing.passes == _MEASURED_PASSES and self.plan and self.plan.slot_bytes:
             self._improve()
 
     def _try_methods(self, trial: MethodTrial) -> None:
         """Transfer in the way that is to be timed next, or has won."""
         self.timing.resolve(wait=True)
-        self.set_method(trial.next(self.timing.walls[-1]))
+        method = trial.next(self.timing.walls[-1])
         if trial.is_over:
             self._trial = None
+        try:
+            self.set_method(method)
+        except InsufficientMemoryError:
+            self._trial = None  # then there is nothing to choose
 
     def _improve(self) -> None:
         """Plan again with what was measured, where that is worth moving residents."""

@@ -287,7 +287,9 @@ class Stored:
         before = self.master.copy(place)
         self.master.write(place, values)
         if not is_streamed(new):  # what is another place's is not given away
-            place.adopt(new, before)
+            # What was made where the model computes goes home with the rest.
+            home = place.device if new.device == self._device else new.device
+            place.adopt(new, before, home)
         on_device = self._aside if self._held is self._outside else self._held
         if on_device is not None:
             on_device[number].detach().copy_(values)  # a base's
