@@ -42,7 +42,8 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     Whatever is raised until then, what was there stays. Of a folder that is replaced, weights that
     the new one does not have are gone, and all else stays. A process that is killed leaves
     ``.<name>.*.tmp`` in it, or beside it where it is new, which may be deleted; one that is killed
-    while folders take their places leaves some of them.
+    while folders take their places leaves some of them, and may leave the old one of the last under
+    such a name.
 
     Args:
         path: a folder, which may be there; its parents are made.
@@ -70,12 +71,38 @@ def _place(new: Path, target: Path) -> None:
     if new.is_file():
         new.replace(target)
         return
-    if target.is_dir():
-        for old in target.iterdir():
-            if not (new / old.name).exists() and not _WEIGHTS.fullmatch(old.name):
-                shutil.move(old, new / old.name)
-        shutil.move(target, temporary_of(new))
-    shutil.move(new, target)
+    # On the target's disk first, which may be another one, and full: renames cannot fail there.
+    ready, old = temporary_of(target), temporary_of(target)
+    try:
+        shutil.move(new, ready)
+        _exchange(ready, target, old)
+    finally:
+        shutil.rmtree(ready, ignore_errors=True)
+    if old.exists():
+        try:
+            _give_others(old, target)
+        except BaseException:  # of an interrupt, too: nothing else knows where they are
+            _give_others(old, target)
+            raise
+        shutil.rmtree(old)
+
+
+def _exchange(ready: Path, target: Path, old: Path) -> None:
+    try:
+        if target.is_dir():
+            target.replace(old)
+        ready.replace(target)
+    except BaseException:
+        if old.exists() and not target.exists():
+            old.replace(target)
+        raise
+
+
+def _give_others(old: Path, target: Path) -> None:
+    """Move what the new folder does not have there, but for weights."""
+    for entry in old.iterdir():
+        if not (target / entry.name).exists() and not _WEIGHTS.fullmatch(entry.name):
+            entry.replace(target / entry.name)
 
 
 def refuse_other_weights(folder: Path, message: str) -> None:

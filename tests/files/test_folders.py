@@ -1,0 +1,104 @@
+"""Folders that take their places whole, whatever is raised on the way."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from lowbits.files.folders import atomic_folder
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+PARTS = ("transformer", "vae")
+
+
+def write(folder: Path, text: str) -> None:
+    for part in PARTS:
+        (folder / part).mkdir(parents=True)
+        for name in ("config.json", "lowbits.safetensors"):
+            (folder / part / name).write_text(text)
+    (folder / "model_index.json").write_text(text)
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {
+        path.relative_to(folder).as_posix(): path.read_text()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def failing(real: Callable[..., Any], left: list[int], error: BaseException) -> Callable[..., Any]:
+    def method(*args: Any, **kwargs: Any) -> Any:
+        left[0] -= 1
+        if left[0] == 0:
+            raise error
+        return real(*args, **kwargs)
+
+    return method
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError("full")])
+@pytest.mark.parametrize("number", range(1, 14))
+def test_each_part_is_the_old_one_or_the_new_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, error: BaseException
+) -> None:
+    folder = tmp_path / "pipe"
+    write(folder, "old")
+    for part in PARTS:
+        (folder / part / "notes.txt").write_text("mine")
+        (folder / part / "lowbits-00001-of-00002.safetensors").write_text("old")
+    left = [number]
+    is_raised = False
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", failing(Path.replace, left, error))
+        patch.setattr(shutil, "move", failing(shutil.move, left, error))
+        try:
+            with atomic_folder(folder) as new:
+                write(new, "new")
+        except type(error):
+            is_raised = True
+    found = contents(folder)
+    for part in PARTS:
+        own = {name: text for name, text in found.items() if name.startswith(part)}
+        assert own.pop(f"{part}/notes.txt") == "mine"
+        assert len(set(own.values())) == 1, own
+        is_old = f"{part}/lowbits-00001-of-00002.safetensors" in own
+        assert own[f"{part}/config.json"] == ("old" if is_old else "new")
+    if not is_raised:
+        assert left[0] > 0
+        assert set(found.values()) == {"new", "mine"}
+    assert not [name for name in found if ".tmp" in name and "notes" in name]
+
+
+def test_a_part_on_another_disk_that_is_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, other = tmp_path / "pipe", tmp_path / "disk"
+    write(folder, "old")
+    other.mkdir()
+    (folder / "vae").rename(other / "vae")
+    (folder / "vae").symlink_to(other / "vae", target_is_directory=True)
+
+    def move(source: Path, target: Path) -> None:
+        if Path(target).parent == other:
+            Path(target).mkdir()
+            raise OSError("no space left")
+        source.replace(target)
+
+    monkeypatch.setattr(shutil, "move", move)
+    with pytest.raises(OSError, match="no space"), atomic_folder(folder) as new:
+        write(new, "new")
+    assert contents(other) == {
+        "vae/config.json": "old",
+        "vae/lowbits.safetensors": "old",
+    }
+    monkeypatch.undo()
+    with atomic_folder(folder) as new:
+        write(new, "new")
+    assert set(contents(other).values()) == {"new"}
+    assert (folder / "vae").is_symlink()
