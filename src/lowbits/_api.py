@@ -390,7 +390,9 @@ def _switch(
     scheme: Any,
 ) -> Handle:
     request = request_of(scheme)
-    DEFAULT.require(request.scheme)  # what is mistyped or missing is not worth a restore
+    # What is mistyped, or missing, is not worth a restore.
+    DEFAULT.require(request.scheme)
+    _source_files(config)
     asked = {c.name: c for c in components_for(modules, config) if c.scheme}
     # What was to stay native does, where that was not asked for all.
     packed = {name: c for name, c in asked.items() if c.scheme != NATIVE}

@@ -15,7 +15,7 @@ from typer.testing import CliRunner, Result
 
 import lowbits
 from lowbits.cli import compare as comparing
-from lowbits.cli import outputs
+from lowbits.cli import outputs, tables
 from lowbits.cli.app import _scheme_names, app
 from lowbits.cli.drawing import draw
 from lowbits.cli.loading import Recipe, load_pipeline, read_recipe
@@ -253,6 +253,19 @@ def test_equal_pictures_have_infinite_psnr() -> None:
     assert comparing.psnr_db(torch.zeros(1, 3, 4, 4), torch.full((1, 3, 4, 4), 0.1)) == (
         pytest.approx(20)
     )
+
+
+def test_pictures_of_nan_are_reported(found: comparing.Comparison, tmp_path: Path) -> None:
+    (result,) = found.results
+    nan = dataclasses.replace(result, psnr_db=math.nan)
+    broken = dataclasses.replace(found, results=(nan,))
+    outputs.write_outputs(broken, "mini", tmp_path, blind=True)
+    (row,) = json.loads((tmp_path / "report.json").read_text())["schemes"]
+    assert row["has_nan"]
+    assert row["psnr_db"] is None
+    assert not outputs.result_dict(result)["has_nan"]
+    assert "nan" in tables.format_psnr(math.nan)
+    assert (tmp_path / "contact_sheet.png").exists()
 
 
 def test_the_reader_reads_clothes() -> None:

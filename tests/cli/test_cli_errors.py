@@ -46,10 +46,12 @@ def test_a_folder_in_place_of_a_file(tmp_path: Path) -> None:
         (PermissionError(errno.EACCES, "Permission denied", "/a"), "/a: Permission denied"),
         (OSError(errno.ENOSPC, "No space left on device"), "[Errno 28] No space left on device"),
         (OSError("no config:\n\n  look into\n  'a'"), "no config: look into 'a'"),
+        (ValueError("a\nb"), "ValueError: a b (lowbits --debug shows where)"),
+        (RuntimeError("shape"), "RuntimeError: shape (lowbits --debug shows where)"),
     ],
 )
 def test_errors_of_the_system(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: OSError, line: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, line: str
 ) -> None:
     def refuse(_: Path) -> Any:
         raise error

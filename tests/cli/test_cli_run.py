@@ -113,6 +113,7 @@ def test_a_lora_is_drawn_with(tmp_path: Path) -> None:
         (["-s", "bnb-nf4", "--component", "unet"], "components: the target has no 'unet'"),
         (["-s", "bnb-nf4", "--lora-weights", MODEL], "lora_weights: "),
         (["-s", "bnb-nf4", "--set", "cfg=2"], "FluxPipeline takes no cfg"),
+        (["-s", "bnb-nf4", "--set", "num_inference_steps=[]"], "(lowbits --debug shows where)"),
     ],
 )
 def test_an_error_is_one_line(tmp_path: Path, arguments: list[str], message: str) -> None:
@@ -123,6 +124,19 @@ def test_an_error_is_one_line(tmp_path: Path, arguments: list[str], message: str
     assert message in result.stderr
     assert result.stderr.count("\n") == 1
     assert not result.stdout
+
+
+def test_a_place_for_the_picture_is_looked_for_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lowbits.cli.app.load_pipeline", pytest.fail)
+    (tmp_path / "file").touch()
+    (tmp_path / "folder.png").mkdir()
+    for out, code in (("file/x.png", 1), ("folder.png", 2)):
+        arguments = ["run", MODEL, PROMPT, "-s", "bnb-nf4", "-o", str(tmp_path / out)]
+        result = CliRunner().invoke(app, arguments)
+        assert result.exit_code == code
+        assert tmp_path.name in "".join(result.stderr.split()) or "folder" in result.stderr
 
 
 def test_debug_raises(tmp_path: Path) -> None:
@@ -159,6 +173,11 @@ def test_other_missing_modules_are_bugs(tmp_path: Path, monkeypatch: pytest.Monk
         (["-o", "x.png", "--set", "a=b"], "is no JSON"),
         (["-o", "x.png", "--set", "a"], "expected KEY=VALUE"),
         (["-o", "x.txt"], "ends in none of"),
+        (["-o", "x.png", "--set", "a=NaN"], "is no JSON"),
+        (["-o", "x.png", "--set", "a=1e999"], "is no JSON"),
+        (["-o", "x.png", "--set", 'prompt="b"'], "prompt is what the command itself says"),
+        (["-o", "x.png", "--seed", "99999999999999999999"], "--seed"),
+        (["-o", "x.png", "--lora-weights", f"{MODEL}=nan"], "expected PATH=STRENGTH"),
     ],
 )
 def test_misuse_shows_the_usage(arguments: list[str], message: str) -> None:

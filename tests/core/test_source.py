@@ -174,6 +174,22 @@ def test_a_switch_that_fails_leaves_the_old_scheme() -> None:
     found.restore()
 
 
+def test_a_switch_without_the_file_leaves_the_old_scheme(tmp_path: Path) -> None:
+    target = model()
+    file = tmp_path / "x.safetensors"
+    save_file(target.state_dict(), file)
+    before = state(target)
+    handle = lowbits.quantize(target, "bnb-nf4", keep_source="memory", source=file)
+    packed = state(target)
+    file.rename(tmp_path / "moved")
+    with pytest.raises(errors.ConfigError, match="x.safetensors"):
+        handle.switch("gguf-q8_0")
+    assert equal(state(target), packed)
+    assert lowbits.handle(target) is handle
+    handle.restore()
+    assert equal(state(target), before)
+
+
 def test_auto_with_little_memory_lets_only_unproven_originals_go(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

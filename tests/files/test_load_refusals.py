@@ -272,6 +272,24 @@ def test_values_that_the_model_cannot_hold(tmp_path: Path, name: str, values: Te
     assert not into.weight.any()
 
 
+@pytest.mark.parametrize(
+    ("dtype", "stored"),
+    [(torch.int8, 1000), (torch.int32, 2**40), (torch.uint8, -1), (torch.bool, 2)],
+)
+def test_integers_that_the_model_cannot_hold(
+    tmp_path: Path, dtype: torch.dtype, stored: int
+) -> None:
+    into = nn.Module()
+    into.register_buffer("ids", torch.ones(4, dtype=dtype))
+    save_file({"ids": torch.tensor([0, 1, 1, stored])}, tmp_path / "x.safetensors")
+    with pytest.raises(FormatError, match=f"int64, and the model's is {dtype}"):
+        lowbits.load(tmp_path / "x.safetensors", into=into)
+    assert torch.equal(into.ids, torch.ones(4, dtype=dtype))  # type: ignore[arg-type]
+    save_file({"ids": torch.tensor([0, 1, 1, 0])}, tmp_path / "x.safetensors")
+    lowbits.load(tmp_path / "x.safetensors", into=into)
+    assert into.ids.tolist() == [0, 1, 1, 0]  # type: ignore[operator]
+
+
 def test_values_beyond_the_dtype_that_is_asked_for(tmp_path: Path) -> None:
     file, into = tmp_path / "x.safetensors", Indexed()
     save_file({**into.state_dict(), "weight": torch.full((4,), 1e6)}, file)

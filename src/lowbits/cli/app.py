@@ -37,6 +37,10 @@ _EXTRAS: Final = {
     "transformers": "diffusers",
 }
 
+#: What a pipeline raises that cannot take a value, besides what lowbits and the system raise.
+_OTHERS: Final = (ValueError, TypeError, RuntimeError, OverflowError)
+_ERRORS: Final = (LowbitsError, ModuleNotFoundError, OSError, *_OTHERS)
+
 #: Pictures of each prompt: with mini-FLUX, two to three minutes on two cores.
 _SEEDS: Final = 10
 
@@ -48,9 +52,9 @@ class _Commands(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except BrokenPipeError:  # a pager that was closed
+        except (BrokenPipeError, typer.Exit, typer.Abort):  # the first: a pager that was closed
             raise
-        except (LowbitsError, ModuleNotFoundError, OSError) as error:
+        except _ERRORS as error:
             message = _message(error)
             if ctx.params.get("debug") or message is None:
                 raise
@@ -59,14 +63,17 @@ class _Commands(TyperGroup):
             raise typer.Exit(1) from None
 
 
-def _message(error: LowbitsError | ModuleNotFoundError | OSError) -> str | None:
+def _message(error: Exception) -> str | None:
     if isinstance(error, LowbitsError):
         return str(error)
+    if isinstance(error, _OTHERS):
+        said = " ".join(str(error).split())
+        return f"{type(error).__name__}: {said} (lowbits --debug shows where)"
     if isinstance(error, OSError):
         is_about_file = error.filename is not None and error.strerror
         said = f"{error.filename}: {error.strerror}" if is_about_file else str(error)
         return " ".join(said.split())  # those of other libraries have several lines
-    package = (error.name or "").partition(".")[0]
+    package = (getattr(error, "name", None) or "").partition(".")[0]
     extra = _EXTRAS.get(package)
     return f"this command needs {package}: pip install 'lowbits[{extra}]'" if extra else None
 
@@ -156,6 +163,7 @@ def run(  # noqa: PLR0913 - a parameter is an option
 ) -> None:
     """Draw a picture with packed weights."""
     call = options.call_settings(settings, num_inference_steps=steps, height=height, width=width)
+    out.parent.mkdir(parents=True, exist_ok=True)  # before there is a picture to lose
     import torch
 
     from lowbits.cli.drawing import draw, to_image
@@ -179,7 +187,6 @@ def run(  # noqa: PLR0913 - a parameter is an option
         with quiet():
             handle = lowbits.apply(pipe, config)
         pictures = draw(pipe, prompt, [seed], call, lambda done: bars.track("drawing", done, 1))
-    out.parent.mkdir(parents=True, exist_ok=True)
     to_image(pictures[0]).save(out)
     typer.echo(handle.report().table() if show_report else _summary(handle.report()))
     typer.echo(f"weights: {handle.stats()}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 _PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+
+#: Keywords of a pipeline's call that commands give themselves.
+_OWN_KEYWORDS = ("prompt", "generator", "output_type", "num_images_per_prompt")
 
 #: What typer would show of a Literal, of which it takes no lists.
 _LORA_WAYS = next(f.metadata["choices"] for f in fields(LowbitsConfig) if f.name == "lora")
@@ -32,6 +36,8 @@ def _help(option: str, more: str = "") -> str:
 def _picture_path(path: Path) -> Path:
     if path.suffix.lower() not in _PICTURE_SUFFIXES:
         raise typer.BadParameter(f"{path.name} ends in none of {', '.join(_PICTURE_SUFFIXES)}")
+    if path.is_dir():
+        raise typer.BadParameter(f"{path} is a folder")
     return path
 
 
@@ -47,7 +53,12 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a tabl
 Picture = Annotated[
     Path, typer.Option("--out", "-o", callback=_picture_path, help="Picture to write.")
 ]
-Seed = Annotated[int, typer.Option(help="Seed of the noise that the picture starts from.")]
+Seed = Annotated[
+    int,
+    typer.Option(
+        min=-(2**63), max=2**63 - 1, help="Seed of the noise that the picture starts from."
+    ),
+]
 Steps = Annotated[int | None, typer.Option(min=1, help="Denoising steps.")]
 Height = Annotated[int | None, typer.Option(min=1, help="Pixels.")]
 Width = Annotated[int | None, typer.Option(min=1, help="Pixels.")]
@@ -142,7 +153,7 @@ Source = Annotated[
     typer.Option(
         exists=True,
         rich_help_panel=_PACKING,
-        help=_help("source", "Default: MODEL."),
+        help=_help("source", "MODEL, with --keep-source file."),
     ),
 ]
 
@@ -219,18 +230,27 @@ def call_settings(items: Sequence[str] | None, **named: int | None) -> dict[str,
     """Return keywords for the pipeline's call: those named and not None, then ``--set`` texts.
 
     Raises:
-        typer.BadParameter: a value is no JSON.
+        typer.BadParameter: a value is no JSON, or a keyword is not for the caller to say.
     """
     settings: dict[str, Any] = {key: value for key, value in named.items() if value is not None}
     for key, text in split_pairs(items, "--set").items():
+        if key in _OWN_KEYWORDS:
+            raise typer.BadParameter(f"{key} is what the command itself says", param_hint="--set")
         try:
-            settings[key] = json.loads(text)
-        except json.JSONDecodeError as error:
+            settings[key] = json.loads(text, parse_constant=_finite, parse_float=_finite)
+        except ValueError as error:
             raise typer.BadParameter(
                 f"{key}: {text!r} is no JSON; a text needs double quotes: '{key}=\"...\"'",
                 param_hint="--set",
             ) from error
     return settings
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(text)
+    return value
 
 
 def strengths(items: Sequence[str] | None) -> dict[Path, float]:
@@ -245,7 +265,7 @@ def strengths(items: Sequence[str] | None) -> dict[Path, float]:
         if not Path(name).exists():
             raise typer.BadParameter(f"no such file or folder: {name}", param_hint="--lora-weights")
         try:
-            loras[Path(name)] = float(strength)
+            loras[Path(name)] = _finite(strength)
         except ValueError as error:
             raise typer.BadParameter(
                 f"got {item!r}, expected PATH=STRENGTH, a number", param_hint="--lora-weights"

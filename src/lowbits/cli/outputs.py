@@ -88,8 +88,9 @@ def to_dict(comparison: Comparison, model: str) -> dict[str, Any]:
 def result_dict(result: Result) -> dict[str, Any]:
     """Return a scheme's figures as plain data.
 
-    ``psnr_db`` is null where the pictures equal those of full precision; figures that were not
-    measured are null too. ``lora``, the way that LoRAs act, is there only if they do.
+    ``psnr_db`` is null where the pictures equal those of full precision, or hold NaN (``has_nan``);
+    figures that were not measured are null too. ``lora``, the way that LoRAs act, is there only if
+    they do.
     """
     return {
         "scheme": result.scheme,
@@ -100,7 +101,8 @@ def result_dict(result: Result) -> dict[str, Any]:
         "convert_s": result.convert_s,
         "convert_peak_bytes": result.convert_peak_bytes,
         "seconds_per_picture": result.seconds_per_picture,
-        "psnr_db": None if math.isinf(result.psnr_db) else result.psnr_db,
+        "psnr_db": result.psnr_db if math.isfinite(result.psnr_db) else None,
+        "has_nan": math.isnan(result.psnr_db),
         "accuracy": result.accuracy,
         "restored": result.restored,
     }

@@ -379,7 +379,7 @@ class _Loader:
 def _require_kept(tensor: Tensor, dtype: torch.dtype, weight: Weight) -> None:
     """Raise where a cast would lose more than precision; GGUF files hold integers as float32."""
     is_lost = tensor.dtype.is_complex and not dtype.is_complex
-    if tensor.dtype.is_floating_point and not (dtype.is_floating_point or dtype.is_complex):
+    if not (is_lost or dtype.is_floating_point or dtype.is_complex or tensor.dtype == dtype):
         is_lost = not torch.equal(tensor.to(dtype).to(tensor.dtype), tensor)
     if is_lost:
         raise FormatError(f"is {tensor.dtype}, and the model's is {dtype}", tensor=weight.name)
