@@ -153,7 +153,7 @@ Source = Annotated[
     typer.Option(
         exists=True,
         rich_help_panel=_PACKING,
-        help=_help("source", "MODEL, with --keep-source file."),
+        help=_help("source", "By default MODEL, with --keep-source file."),
     ),
 ]
 
