@@ -63,6 +63,13 @@ def test_gguf_names_the_types_it_knows() -> None:
         backend.decode(torch.zeros(18, dtype=torch.uint8), "Q4_X", (1, 32))
 
 
+def test_a_module_without_bytes_is_refused() -> None:
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(64, 64))
+    with pytest.raises(errors.PatchError, match=r"without bytes \(the meta device\): load them"):
+        lowbits.apply(model, device="cpu")
+
+
 def test_a_module_on_several_devices_is_refused_before_anything_changes() -> None:
     model = nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64, device="meta"))
     with pytest.raises(errors.ConfigError, match=r"lies on several devices \(cpu, meta\)"):

@@ -253,6 +253,13 @@ def test_layerwise_casting_is_refused(
     anatomy.check()
 
 
+def test_what_is_cast_already_is_refused() -> None:
+    pipe: Any = PIPELINES["flux"].build()
+    pipe.transformer.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32)
+    with pytest.raises(errors.PatchError, match=r"load the model without it.*float8-e4m3fn-raw"):
+        lowbits.LayerStreamer(pipe.transformer, device="cpu", budget=10**6).attach()
+
+
 def test_the_scheme_that_the_refusal_names_is_what_casting_makes() -> None:
     pipe: Any = PIPELINES["flux"].build()
     other = copy.deepcopy(pipe.transformer)

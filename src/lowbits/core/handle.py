@@ -98,8 +98,9 @@ class Handle:
 
     The target owns it: dropping it changes nothing, and `lowbits.handle` finds it again. Each
     component owns its part of the journal, and the handle refers to components weakly: one that is
-    dropped from a pipeline is freed with its originals. Copies and pickles of the target are
-    packed, but have no handle: originals are never copied along.
+    dropped from a pipeline is freed with its originals, a streamed one once its handle is dropped,
+    or has restored it. Copies and pickles of the target are packed, but have no handle: originals
+    are never copied along.
     """
 
     def __init__(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lowbits.errors import ConfigError
+from lowbits.errors import ConfigError, PatchError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -26,12 +26,18 @@ def homes_of(
 
     Raises:
         ConfigError: a module lies on several devices, so that it could not be put back.
+        PatchError: it is on the meta device.
     """
     moves: dict[int, tuple[nn.Module, torch.device]] = {}
     if device is None:
         return []
     for name, module in modules.items():
         devices = {t.device for t in (*module.parameters(), *module.buffers())}
+        if {found.type for found in devices} == {"meta"}:
+            raise PatchError(
+                f"{name or 'the target'} has weights without bytes (the meta device): load them, "
+                "or remove its offload hooks (accelerate.hooks.remove_hook_from_module), first"
+            )
         if not devices or all(same_device(d, device) for d in devices):
             continue
         if len(devices) > 1 and is_ours:

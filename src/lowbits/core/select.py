@@ -457,8 +457,9 @@ def unsuitable_module(module: nn.Module) -> str:
 
 
 def _unsuitable_tensor(tensor: torch.Tensor) -> str:
-    if type(tensor) not in (nn.Parameter, torch.Tensor) or type(tensor.data) is not torch.Tensor:
-        return f"already stored by another library as {type(tensor.data).__name__}"
+    for kind in (type(tensor), type(tensor.data)):
+        if kind not in (nn.Parameter, torch.Tensor):
+            return f"already stored by another library as {kind.__name__} (see lowbits.adopt)"
     if tensor.dtype not in (*_FLOATS, *_FLOAT8S):
         return f"its dtype {str(tensor.dtype).removeprefix('torch.')} is not a full precision"
     return "" if tensor.numel() else "empty"

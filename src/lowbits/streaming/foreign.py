@@ -33,6 +33,12 @@ def refuse_foreign(module: nn.Module, where: str) -> None:
     """
     foreign = [hook for hook in _hooks_of(module) if hook in _HOOKS]
     hook = module.__dict__.get("_hf_hook")
+    if _CASTING in foreign:
+        raise PatchError(
+            f"{where} is stored in float8 by enable_layerwise_casting, and to remove its hooks "
+            "does not bring the weights back: load the model without it. "
+            'lowbits.apply(target, "float8-e4m3fn-raw", gpu_weights=...) stores the same bytes'
+        )
     if foreign or not (hook is None or getattr(hook, "is_lowbits", False)):
         raise PatchError(
             f"{where} has hooks of accelerate or diffusers that move its weights "

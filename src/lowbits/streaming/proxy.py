@@ -119,7 +119,8 @@ class StreamedTensor(torch.Tensor):
         if value.shape != place.shape or value.dtype != place.dtype:
             raise StreamError(
                 f"cannot set a streamed weight of {place.dtype} {tuple(place.shape)} to "
-                f"{value.dtype} {tuple(value.shape)}; detach the streamer first"
+                f"{value.dtype} {tuple(value.shape)}; undo the streaming first (lowbits.restore, "
+                "or LayerStreamer.detach)"
             )
         self._living().write(place, value.detach())
 
