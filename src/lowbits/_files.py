@@ -80,8 +80,8 @@ def save(
     Raises:
         PatchError: a weight is another library's tensor: see `adopt`; or a module has a state
             that is no tensor.
-        ConfigError: the folder holds other weights that would be read in place of these; or the
-            path is called as a file of another kind.
+        ConfigError: the folder holds other weights that would be read in place of these; the
+            path is called as a file of another kind; or it holds the target's originals.
         OSError: the system refuses to write; what was there before stays.
     """
     path = Path(path)
@@ -101,6 +101,7 @@ def save(
         path.mkdir(parents=True, exist_ok=True)
         refuse_other_weights(path, BESIDE_SAVED)
         file = path / OWN_FILE
+    _refuse_originals(target, file)
     settle_adapters(target.modules(), takes_out=True)
     weights, ties = weights_of(target)
     options = WriteOptions(versions(weights.values()), shard_bytes, "save", progress, cancel)
@@ -108,6 +109,16 @@ def save(
         if new is not None:
             save_config(target, new)
         write_own(file, weights, ties, options)
+
+
+def _refuse_originals(target: nn.Module, file: Path) -> None:
+    """Raise where a file is the only place that a model's originals are in."""
+    owned = find_handle(target)
+    if owned is not None and file.exists() and any(map(file.samefile, owned.source_files())):
+        raise ConfigError(
+            f"path: {file} holds the originals that keep_source='file' restores from, which would "
+            "be gone: save into another file"
+        )
 
 
 def _save_pipeline(

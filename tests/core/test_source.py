@@ -190,6 +190,22 @@ def test_a_switch_without_the_file_leaves_the_old_scheme(tmp_path: Path) -> None
     assert equal(state(target), before)
 
 
+def test_the_only_originals_are_not_written_over(tmp_path: Path) -> None:
+    target = model()
+    file, link = tmp_path / "x.safetensors", tmp_path / "y.safetensors"
+    save_file(target.state_dict(), file)
+    link.symlink_to(file)
+    before = state(target)
+    handle = lowbits.quantize(target, "bnb-nf4", keep_source="file", source=file)
+    for path in (file, link):
+        with pytest.raises(errors.ConfigError, match="holds the originals.*another file"):
+            lowbits.save(target, path)
+    lowbits.save(target, tmp_path / "z.safetensors")
+    handle.restore()
+    assert equal(state(target), before)
+    lowbits.save(target, file)
+
+
 def test_auto_with_little_memory_lets_only_unproven_originals_go(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,6 +16,7 @@ from lowbits.errors import AlreadyPatchedError, NotPatchedError
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
     from contextlib import AbstractContextManager
+    from pathlib import Path
     from types import TracebackType
 
     import torch
@@ -163,6 +164,11 @@ class Handle:
     def _parts(self) -> list[_Owned]:
         mine = (part for part in map(_owned, self.components.values()) if part.handle is self)
         return list({id(part): part for part in mine}.values())
+
+    def source_files(self) -> set[Path]:
+        """Return the files that originals are read from when they are asked for."""
+        sources = (source for part in self._parts() for source in part.journal.sources())
+        return {source.path for source in sources if source.path is not None}
 
     def report(self) -> Report:
         """Return what was done to each layer, byte by byte.

@@ -51,6 +51,8 @@ class Source(ABC):
 
     #: As the report calls it.
     kind: ClassVar[str]
+    #: The file that `weight` reads, where it reads one.
+    path: Path | None = None
 
     def settle(self) -> None:  # noqa: B027 - most sources have nothing to free
         """Free what the way back does not need; called once the layer is packed."""
@@ -175,9 +177,10 @@ class FileSource(Source):
     """
 
     kind: ClassVar[str] = "file"
+    path: Path
 
     def __init__(self, path: Path, key: str, parameter: nn.Parameter, digest: bytes) -> None:
-        self._path, self._key, self._digest = path, key, digest
+        self.path, self._key, self._digest = path, key, digest
         self._dtype, self._device = parameter.dtype, parameter.device
         # Convolutions may be in another memory format than files are.
         self._stride = parameter.stride() if is_dense(parameter) else None
@@ -209,14 +212,14 @@ class FileSource(Source):
 
     def _read(self) -> Tensor:
         try:
-            tensor = read_tensor(self._path, self._key)
+            tensor = read_tensor(self.path, self._key)
         except Exception as error:
             raise SourceUnavailableError(
-                f"cannot read {self._key!r} from {self._path} again: {error}"
+                f"cannot read {self._key!r} from {self.path} again: {error}"
             ) from error
         if digest(tensor) != self._digest:
             raise SourceUnavailableError(
-                f"{self._key!r} in {self._path} is not what it was when the weight was packed"
+                f"{self._key!r} in {self.path} is not what it was when the weight was packed"
             )
         return tensor
 
