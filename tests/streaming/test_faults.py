@@ -25,6 +25,7 @@ from lowbits.streaming.device_ops import CpuOps
 from lowbits.streaming.host import Reader
 from lowbits.streaming.masters import HostMaster
 from lowbits.streaming.proxy import StreamedTensor
+from lowbits.streaming.repeat import RandomState
 from lowbits.streaming.streamer import LayerStreamer
 from lowbits.testing.streams import VirtualOps
 
@@ -347,6 +348,21 @@ def test_what_was_written_is_not_written_twice(what: str) -> None:
             model(x)
         assert same(adding.written, before + 1)
         assert streamer.stats().recoveries == 0
+
+
+def test_random_numbers_of_devices_are_drawn_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Apple's is the only one of its kind, and is not named."""
+    for kind, where in (("mps", ()), ("cuda", (torch.device("cuda", 1),))):
+        states = {where: "first"}
+        module: Any = torch.get_device_module(kind)
+        monkeypatch.setattr(module, "get_rng_state", lambda *at, states=states: states[at])
+        monkeypatch.setattr(
+            module, "set_rng_state", lambda state, *at, states=states: states.update({at: state})
+        )
+        random = RandomState([], torch.device(kind, 1 if where else 0))
+        states[where] = "later"
+        random.return_to()
+        assert states == {where: "first"}
 
 
 def test_a_hook_that_remembers_passes_is_not_run_twice() -> None:

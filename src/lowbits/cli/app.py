@@ -67,7 +67,8 @@ def _message(error: Exception) -> str | None:
     if isinstance(error, LowbitsError):
         return str(error)
     if isinstance(error, _OTHERS):
-        said = " ".join(str(error).split())
+        notes = getattr(error, "__notes__", ())
+        said = " ".join(" ".join((str(error), *notes)).split())
         return f"{type(error).__name__}: {said} (lowbits --debug shows where)"
     if isinstance(error, OSError):
         is_about_file = error.filename is not None and error.strerror

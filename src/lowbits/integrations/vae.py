@@ -136,6 +136,8 @@ class _Guard:
         """
         *others, last = _ways(module, batch)
         device = next(module.parameters()).device
+        if device_ops(device).is_capturing:
+            return call()
         random = RandomState(tree_leaves((call.args, call.keywords)), device)
         for way in others:
             with suppress(torch.OutOfMemoryError), _in(module, way):

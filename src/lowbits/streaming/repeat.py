@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, final
 
 import torch
@@ -39,16 +40,20 @@ class RandomState:
             if isinstance(leaf, torch.Generator)
         ]
         self._states.append((torch.set_rng_state, torch.get_rng_state()))
-        if device.type != "cpu":
-            module: Any = torch.get_device_module(device)
-            if hasattr(module, "get_rng_state"):
-                state = module.get_rng_state(device)
-                self._states.append((lambda state: module.set_rng_state(state, device), state))
+        module: Any = None if device.type == "meta" else torch.get_device_module(device)
+        if device.type != "cpu" and hasattr(module, "get_rng_state"):
+            where = () if device.type == "mps" else (device,)  # there is one of that
+            put = partial(_put_state, module, where)
+            self._states.append((put, module.get_rng_state(*where)))
 
     def return_to(self) -> None:
         """Let the same random numbers be drawn again."""
         for put, state in self._states:
             put(state)
+
+
+def _put_state(module: Any, where: tuple[torch.device, ...], state: Any) -> None:
+    module.set_rng_state(state, *where)
 
 
 @final
