@@ -116,6 +116,24 @@ class Attention(nn.Module):
         return out
 
 
+class Called(Part):
+    """As layers of transformers were, for gradient checkpointing."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return super().__call__(*args, **kwargs)
+
+
+@torch.no_grad()
+def test_a_call_before_the_forward_makes_no_difference() -> None:
+    model = Whole(lambda: nn.Sequential(Called(), Called()))
+    expected = model(inputs())
+    with streamer_of(model, budget=3_000, method="async") as streamer:
+        names = {unit.name for unit in streamer.stats().units}
+        assert {"blocks.0.0", "blocks.0.1"} <= names
+        for _ in range(3):
+            assert same(model(inputs()), expected)
+
+
 @pytest.mark.parametrize("method", ["queue", "async"])
 @pytest.mark.parametrize("share", [0.0, 0.15, 0.3, 0.6, 0.9])
 @torch.no_grad()

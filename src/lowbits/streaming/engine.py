@@ -20,7 +20,7 @@ from lowbits.core.interception import (
 from lowbits.errors import AlreadyPatchedError, PatchError, StreamError
 from lowbits.streaming.component import Component
 from lowbits.streaming.foreign import HookGuard, has_cache_hook, refuse_foreign, refuse_hook
-from lowbits.streaming.layout import UNCALLED, ModelLayout, held_tensors, lay_out
+from lowbits.streaming.layout import ModelLayout, held_tensors, is_called, lay_out
 from lowbits.streaming.plan import UnitCost, make_plan
 from lowbits.streaming.repeat import Moment
 from lowbits.streaming.stats import StreamStats, make_stats
@@ -444,4 +444,4 @@ def _require_ordinary(module: nn.Module, where: str) -> None:
 
 def _callable_children(root: nn.Module) -> list[nn.Module]:
     """Return the children that may be called by themselves: ``vae.decode`` never calls the VAE."""
-    return [child for child in root.children() if not isinstance(child, UNCALLED)]
+    return list(filter(is_called, root.children()))

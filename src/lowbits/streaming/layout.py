@@ -41,7 +41,7 @@ _LITTLE: Final = 0.01
 
 _CONTAINERS: Final = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
 #: Containers that are never called: only what they hold is.
-UNCALLED: Final = (nn.ModuleList, nn.ModuleDict)
+_UNCALLED: Final = (nn.ModuleList, nn.ModuleDict)
 
 
 @final
@@ -449,16 +449,22 @@ def _blocks(module: nn.Module, least: float) -> list[nn.Module]:
 
 
 def _callable(module: nn.Module) -> list[nn.Module]:
-    """Return what is called of a module's children: of a list of lists, what the lists hold.
-
-    So of those with a ``__call__`` of their own, as attention processors with weights: they are
-    given the module to compute with, and their signatures are read.
-    """
+    """Return what is called of a module's children: of a list of lists, what the lists hold."""
     found: list[nn.Module] = []
     for child in module.children():
-        is_odd = type(child).__call__ is not nn.Module.__call__ and not _is_compiled(child)
-        found += _callable(child) if is_odd or isinstance(child, UNCALLED) else [child]
+        found += [child] if is_called(child) else _callable(child)
     return [child for child in found if _tree_bytes(child)]
+
+
+def is_called(module: nn.Module) -> bool:
+    """Say whether a module computes by its forward, and not what it holds alone.
+
+    Attention processors with weights have a ``__call__`` in its place: they are given the module to
+    compute with, and diffusers reads their signature.
+    """
+    cls = type(module)
+    has_other = cls.__call__ is not nn.Module.__call__ and cls.forward is nn.Module.forward
+    return _is_compiled(module) or not (has_other or isinstance(module, _UNCALLED))
 
 
 def _is_compiled(module: nn.Module) -> bool:
