@@ -201,6 +201,18 @@ def test_what_does_not_fit_in_tiles_either_says_what_to_do() -> None:
     assert not pipe.vae.use_slicing
 
 
+def test_a_call_that_goes_into_a_graph_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Random states cannot be read there, and nothing is run."""
+    pipe = build()
+    handle = lowbits.apply(pipe, device="cpu")
+    run_out_of_memory(pipe.vae.decoder, lambda _: True)
+    monkeypatch.setattr("lowbits.integrations.vae.is_capturing", lambda _: True)
+    with torch.no_grad(), pytest.raises(torch.OutOfMemoryError) as caught:
+        pipe.vae.decode(torch.randn(2, pipe.vae.config.latent_channels, 4, 4))
+    assert not hasattr(caught.value, "__notes__")
+    assert handle.stats().recoveries == 0
+
+
 def test_other_errors_go_through_at_once() -> None:
     pipe = build()
     lowbits.apply(pipe, device="cpu")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final, final
 import torch
 from torch.utils._pytree import tree_leaves
 
-from lowbits.streaming.device_ops import device_ops
+from lowbits.streaming.device_ops import device_ops, is_capturing
 from lowbits.streaming.models import PlacedModels
 from lowbits.streaming.repeat import RandomState
 
@@ -136,7 +136,7 @@ class _Guard:
         """
         *others, last = _ways(module, batch)
         device = next(module.parameters()).device
-        if device_ops(device).is_capturing:
+        if is_capturing(device):
             return call()
         random = RandomState(tree_leaves((call.args, call.keywords)), device)
         for way in others:

@@ -207,8 +207,8 @@ class AcceleratorOps(DeviceOps):
 
     @property
     def is_capturing(self) -> bool:
-        """Ask CUDA, or ROCm: others have no graphs."""
-        return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        """Ask the device."""
+        return is_capturing(self.device)
 
     def empty(self, nbytes: int) -> Tensor:
         """Return memory that nobody else is given before the copies to it are over."""
@@ -301,6 +301,14 @@ def device_ops(device: torch.device) -> DeviceOps:
     if device.type == "mps":
         return UnifiedOps(device)
     return AcceleratorOps(device)
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Say whether what a device is given now goes into a graph, and is not run.
+
+    CUDA, or ROCm: others have no graphs.
+    """
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def free_bytes(device: torch.device) -> int | None:
