@@ -103,6 +103,17 @@ def _parts_of(tensor: Any) -> Iterator[Tensor]:
         yield from _parts_of(getattr(tensor, name))
 
 
+def write_count(tensor: Tensor) -> int | None:
+    """Return how often a tensor was written; None where torch does not count that.
+
+    It does not for tensors of inference mode, and for those that were given the memory of such.
+    """
+    try:
+        return tensor._version
+    except RuntimeError:
+        return None
+
+
 def bytes_of(tensor: Tensor) -> memoryview:
     """View a tensor's bytes, without numpy, which torch can lack; the caller keeps the tensor.
 

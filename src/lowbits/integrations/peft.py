@@ -26,6 +26,7 @@ from torch import nn
 
 from lowbits.core.capability import compute_dtype
 from lowbits.core.interception import reduced
+from lowbits.core.memory import write_count
 from lowbits.core.names import WRAPPED
 from lowbits.errors import PatchError, SourceUnavailableError
 from lowbits.lora.merge import Decomposed, Delta, Dense, LowRank
@@ -70,13 +71,13 @@ class State:
         self.deltas: tuple[Delta, ...] = ()
         self.baked: tuple[Delta, ...] = ()
         self.is_automatic = self.is_dirty = False
-        self.factors: list[tuple[dict[str, Any], str, Tensor, int]] = []
+        self.factors: list[tuple[dict[str, Any], str, Tensor, int | None]] = []
 
     def holds(self, scales: Scales) -> bool:
         """Say whether just that is in the codes, with the factors that adapters have now."""
         is_there = scales == self.merged and not self.is_dirty
         return is_there and all(
-            slots.get(name) is tensor and _version(tensor) == version
+            slots.get(name) is tensor and write_count(tensor) == version
             for slots, name, tensor, version in self.factors
         )
 
@@ -159,16 +160,14 @@ def note_merged(wrapper: Any, state: State, scales: Scales, deltas: tuple[Delta,
     wrapper.merged_adapters = list(scales)
 
 
-def _factors(wrapper: Any, names: Scales) -> Iterator[tuple[dict[str, Any], str, Tensor, int]]:
+def _factors(
+    wrapper: Any, names: Scales
+) -> Iterator[tuple[dict[str, Any], str, Tensor, int | None]]:
     for kind, child in wrapper._modules.items():
         for fqn, module in child.named_modules() if kind != WRAPPED else ():
             for name, tensor in module._parameters.items():
                 if tensor is not None and f"{fqn}.{name}".strip(".").split(".")[0] in names:
-                    yield module._parameters, name, tensor, _version(tensor)
-
-
-def _version(tensor: Tensor) -> int:
-    return -1 if tensor.is_inference() else tensor._version
+                    yield module._parameters, name, tensor, write_count(tensor)
 
 
 def _active(wrapper: Any) -> list[str]:

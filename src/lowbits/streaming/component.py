@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, final
 import torch
 from torch import nn
 
+from lowbits.core.memory import write_count
 from lowbits.streaming.layout import Holder, ModelLayout, Unit, held_tensors, loose_bytes, relaid
 from lowbits.streaming.proxy import StreamedTensor
 from lowbits.streaming.stored import Stored
@@ -70,10 +71,10 @@ class Component:
         held = [loose.held() for loose in (*self._sized, *self._extras)]
         return loose_bytes(tensor for tensor in held if tensor is not None)
 
-    def writes(self) -> list[int]:
+    def writes(self) -> list[int | None]:
         """Return how often each tensor was written that is neither a unit's nor the base's."""
         held = (loose.held() for loose in (*self._sized, *self._extras))
-        return [0 if tensor is None else _count_of(tensor) for tensor in held]
+        return [None if tensor is None else write_count(tensor) for tensor in held]
 
     def attach(self) -> None:
         """Move all bytes into masters, and let modules hold stand-ins.
@@ -214,13 +215,6 @@ class Component:
         for loose in (*self._loose, *self._extras):
             if is_cast(loose.holder, loose.tensor.dtype):
                 loose.cast(dtypes[loose.tensor.dtype])
-
-
-def _count_of(tensor: Tensor) -> int:
-    try:
-        return tensor._version
-    except RuntimeError:  # one of inference mode, or with the memory of such
-        return 0
 
 
 def _owned(holder: Holder, tensor: Tensor, lent: set[int]) -> Tensor:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import operator
-from functools import partial
 from typing import TYPE_CHECKING, Any, Final, final
 
 import torch
 from torch.utils._pytree import tree_flatten
 
-from lowbits.core.memory import same_bits
+from lowbits.core.memory import same_bits, write_count
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -34,26 +33,22 @@ class RandomState:
             leaves: of the inputs of a call, of which some may be generators.
             device: whose random numbers the call may draw, beside the host's.
         """
-        self._states: list[tuple[Callable[[Any], Any], Any]] = [
-            (leaf.set_state, leaf.get_state())
+        self._states: list[tuple[Callable[..., Any], tuple[Any, ...]]] = [
+            (leaf.set_state, (leaf.get_state(),))
             for leaf in leaves
             if isinstance(leaf, torch.Generator)
         ]
-        self._states.append((torch.set_rng_state, torch.get_rng_state()))
+        self._states.append((torch.set_rng_state, (torch.get_rng_state(),)))
         module: Any = None if device.type == "meta" else torch.get_device_module(device)
         if device.type != "cpu" and hasattr(module, "get_rng_state"):
             where = () if device.type == "mps" else (device,)  # there is one of that
-            put = partial(_put_state, module, where)
-            self._states.append((put, module.get_rng_state(*where)))
+            state = module.get_rng_state(*where)
+            self._states.append((module.set_rng_state, (state, *where)))
 
     def return_to(self) -> None:
         """Let the same random numbers be drawn again."""
-        for put, state in self._states:
-            put(state)
-
-
-def _put_state(module: Any, where: tuple[torch.device, ...], state: Any) -> None:
-    module.set_rng_state(state, *where)
+        for put, arguments in self._states:
+            put(*arguments)
 
 
 @final
@@ -72,7 +67,11 @@ class Moment:
         self._stage, self._inputs = stage, inputs
         self._leaves, self._form = tree_flatten(inputs)
         self._versions = list(map(_version, self._leaves))
-        self._values = [(leaf, leaf.clone()) for leaf in self._leaves if _is_uncounted(leaf)]
+        self._values = [
+            (leaf, leaf.clone())
+            for leaf, version in zip(self._leaves, self._versions, strict=True)
+            if version is None and isinstance(leaf, torch.Tensor)
+        ]
         self._writes = stage.writes()
         self._random = RandomState(self._leaves, device)
 
@@ -92,10 +91,5 @@ class Moment:
         self._random.return_to()
 
 
-def _is_uncounted(leaf: Any) -> bool:
-    return isinstance(leaf, torch.Tensor) and leaf.is_inference()
-
-
 def _version(leaf: Any) -> int | None:
-    is_counted = isinstance(leaf, torch.Tensor) and not leaf.is_inference()
-    return leaf._version if is_counted else None
+    return write_count(leaf) if isinstance(leaf, torch.Tensor) else None

@@ -159,9 +159,9 @@ class Stage:
         """Whether less of the device would do."""
         return self.plan is not None and self.plan.device_bytes > self._one_slot_bytes
 
-    def writes(self) -> list[int]:
+    def writes(self) -> list[int | None]:
         """Return how often each weight was written, wherever that is counted."""
-        counts = [entry.master.version for entry in self._entries]
+        counts: list[int | None] = [entry.master.version for entry in self._entries]
         for component in self.components:
             counts += component.writes()
             if self._residency is not None:
