@@ -70,3 +70,14 @@ def test_bytes_are_those_of_the_tensor() -> None:
 def test_bytes_that_do_not_lie_in_a_row_are_refused(tensor: torch.Tensor) -> None:
     with pytest.raises(errors.ConfigError, match="expected a contiguous tensor on the CPU"):
         memory.bytes_of(tensor)
+
+
+def test_writes_that_torch_does_not_count() -> None:
+    counted = torch.zeros(2)
+    counted.add_(1)
+    assert memory.write_count(counted) == 1
+    with torch.inference_mode():
+        made, given = torch.zeros(2), torch.zeros(2)
+        counted.data = torch.ones(2)
+    given.data = torch.zeros(2)
+    assert [memory.write_count(tensor) for tensor in (made, given, counted)] == [None, None, None]

@@ -106,10 +106,11 @@ def _parts_of(tensor: Any) -> Iterator[Tensor]:
 def write_count(tensor: Tensor) -> int | None:
     """Return how often a tensor was written; None where torch does not count that.
 
-    It does not for tensors of inference mode, and for those that were given the memory of such.
+    It does not for tensors of inference mode, and for those of it that were given other memory,
+    which do not say that they are.
     """
     try:
-        return tensor._version
+        return None if tensor.is_inference() else tensor._version
     except RuntimeError:
         return None
 
