@@ -5,7 +5,10 @@ one step of a picture of 1024 x 1024, of the text encoder one prompt, of the VAE
 streamed pass is compared with the longer of a resident one and of its bytes at the bandwidth of a
 copy from page-locked memory, probed in the same run. The resident passes are those of a copy of the
 component, which stays on the device beside what the budget is about: both take turns, so that what
-slows the host or the device down for a while slows both. Of two passes in a row the second counts.
+slows the host or the device down for a while slows both. Passes of the denoiser are timed as they
+are made, several in a row, with nobody waiting between two steps; the first one of each row by
+itself, too: it is begun when the device has nothing to do, so that a host that is slower than the
+device at the beginning of a pass counts there. One untimed pass comes before each row.
 """
 
 from __future__ import annotations
@@ -38,12 +41,14 @@ GB: Final = 10**9
 #: Passes before the clock starts: the order is traced, and the plan made anew from what was timed.
 _WARM_UP: Final = 4
 _PROBE_BYTES: Final = 1 << 28
+#: Passes in a row that are timed as one: steps of a picture. The others are called once for each.
+_STEPS: Final = {"transformer": 4}
 #: Turns of an empty loop before each pass: what the host takes for the same work, a millisecond.
 _TURNS: Final = 50_000
 _HEADER: Final = (
     *("component", "scheme", "model, GB", "budget", "resident units", "ring", "wall, s"),
-    *("host, s", "C, s", "C: host, s", "copied, GB", "T, s", "of max(C, T)", "fastest passes"),
-    *("waited, s", "host, slowest / fastest"),
+    *("host, s", "C, s", "C: host, s", "copied, GB", "T, s", "of max(C, T)", "the fastest"),
+    *("first passes", "waited, s", "host, slowest / fastest"),
     *("weights on the device, GB", "allocated, GB", "bit-equal"),
 )
 
@@ -51,7 +56,7 @@ _HEADER: Final = (
 @final
 @dataclass(frozen=True)
 class FluxRow:
-    """A component in a budget; seconds and bytes are a pass's.
+    """A component in a budget; seconds and bytes are a pass's, of those in a row.
 
     Attributes:
         component: its name in the pipeline.
@@ -60,14 +65,16 @@ class FluxRow:
         budget: of weights on the device.
         units: resident ones, and all.
         depth: slots of the ring.
+        steps: passes in a row.
         wall_s: median.
         host_s: median until the call returned, the device still computing.
         compute_s: median of the copy with all weights on the device.
         compute_host_s: of that, until the call returned: where it is as long, the host limits it.
         copied_bytes: to the device.
         transfer_s: of those bytes, at the probed bandwidth.
-        fastest_s: of the fastest pass, and of the fastest one of the copy: a host that others slow
+        fastest_s: of the fastest row, and of the fastest one of the copy: a host that others slow
             down in turns, too, does not decide here.
+        first_s: median of the first pass of each row, and the same of the copy.
         stall_s: that compute has waited.
         weight_bytes: most on the device.
         allocated_bytes: most that torch had allocated there above what was before: the copy, the
@@ -75,8 +82,8 @@ class FluxRow:
         is_equal: whether the result is that of the resident component, bit for bit.
         host_spread: of the same work of the host before each pass, the slowest by the fastest: far
             above 1 something else had its cores, and rows where the host decides mean little.
-        samples: seconds of each pass, streamed and resident, those until the call returned, and
-            those of the host's work before it.
+        samples: seconds of a pass of each row, streamed and resident, those until the call
+            returned, those of the first pass, and those of the host's work before it.
     """
 
     component: str
@@ -85,6 +92,7 @@ class FluxRow:
     budget: str
     units: tuple[int, int]
     depth: int
+    steps: int
     wall_s: float
     host_s: float
     compute_s: float
@@ -92,6 +100,7 @@ class FluxRow:
     copied_bytes: float
     transfer_s: float
     fastest_s: tuple[float, float]
+    first_s: tuple[float, float]
     stall_s: float
     weight_bytes: int
     allocated_bytes: int
@@ -102,12 +111,10 @@ class FluxRow:
     @property
     def ratio(self) -> float:
         """The pass by the longer of compute and transfer."""
-        return self.wall_s / max(self.compute_s, self.transfer_s)
+        return self.ratio_of(self.wall_s, self.compute_s)
 
-    @property
-    def fastest_ratio(self) -> float:
-        """The same of the fastest passes."""
-        wall_s, compute_s = self.fastest_s
+    def ratio_of(self, wall_s: float, compute_s: float) -> float:
+        """Return the same of other passes."""
         return wall_s / max(compute_s, self.transfer_s)
 
     def cells(self) -> list[str]:
@@ -117,7 +124,8 @@ class FluxRow:
             *("{} of {}".format(*self.units), str(self.depth), number(self.wall_s, 3)),
             *(number(value, 3) for value in (self.host_s, self.compute_s, self.compute_host_s)),
             number(self.copied_bytes / GB),
-            *(number(value, 3) for value in (self.transfer_s, self.ratio, self.fastest_ratio)),
+            *(number(value, 3) for value in (self.transfer_s, self.ratio)),
+            *(number(self.ratio_of(*pair), 3) for pair in (self.fastest_s, self.first_s)),
             *(number(self.stall_s, 3), number(self.host_spread)),
             *(number(count / GB) for count in (self.weight_bytes, self.allocated_bytes)),
             str(self.is_equal),
@@ -145,26 +153,34 @@ class Twins:
 @final
 @dataclass(frozen=True)
 class Timed:
-    """Seconds of passes, of those until the call returned, and of the same work before each."""
+    """Seconds of a pass of each row, those until the call returned, and those of the first one.
+
+    And of the same work of the host before each row.
+    """
 
     walls: list[float] = field(default_factory=list)
     hosts: list[float] = field(default_factory=list)
+    firsts: list[float] = field(default_factory=list)
     works: list[float] = field(default_factory=list)
 
-    def add(self, call: Callable[[], Tensor], device: torch.device) -> None:
-        """Time a pass that follows another.
+    def add(self, call: Callable[[], Tensor], steps: int, device: torch.device) -> None:
+        """Time passes in a row, behind another pass.
 
-        It ends with its result: what is fetched for the next one goes on meanwhile, as it does from
-        one step of a picture to the next.
+        They end with the last result: what is fetched for the next one goes on meanwhile, as it
+        does from one step of a picture to the next.
         """
         self.works.append(host_work_s())  # not between the two: copies would have that time, too
         call()
         finish_compute(device)
-        start = time.perf_counter()
+        start, begin = time.perf_counter(), marked(device)
         call()
-        self.hosts.append(time.perf_counter() - start)
+        first = marked(device)
+        for _ in range(steps - 1):
+            call()
+        self.hosts.append((time.perf_counter() - start) / steps)
         finish_compute(device)
-        self.walls.append(time.perf_counter() - start)
+        self.walls.append((time.perf_counter() - start) / steps)
+        self.firsts.append(begin.elapsed_time(first) / 1000)
 
 
 def host_work_s() -> float:
@@ -177,16 +193,22 @@ def host_work_s() -> float:
 
 def finish_compute(device: torch.device) -> None:
     """Wait for the stream that computes, not for that of the copies."""
-    if device.type != "cpu":
-        torch.accelerator.current_stream(device).synchronize()
+    torch.accelerator.current_stream(device).synchronize()
 
 
-def in_turn(twins: Twins, given: argparse.Namespace) -> tuple[Timed, Timed]:
+def marked(device: torch.device) -> torch.Event:
+    """Return an event behind what the stream that computes was given."""
+    event = torch.Event(device, enable_timing=True)
+    event.record(torch.accelerator.current_stream(device))
+    return event
+
+
+def in_turn(twins: Twins, steps: int, given: argparse.Namespace) -> tuple[Timed, Timed]:
     """Time streamed and resident passes."""
     streamed, resident = Timed(), Timed()
     for _ in range(given.rounds):
         for call, passes in ((twins.resident_call, resident), (twins.call, streamed)):
-            passes.add(call, given.device)
+            passes.add(call, steps, given.device)
     return streamed, resident
 
 
@@ -237,17 +259,18 @@ def streamed(
     Raises:
         InsufficientMemoryError: the budget is too small for its largest part.
     """
-    device, beside = given.device, allocated_bytes(given.device)
+    device, beside = given.device, torch.accelerator.memory_allocated(given.device)
+    steps = _STEPS.get(name, 1)
     with LayerStreamer(twins.model, device=device, budget=size, location="shared") as streamer:
         for _ in range(_WARM_UP):
             result = twins.call()
         is_equal = torch.equal(result.cpu(), twins.result)
         del result
-        reset_peak(device)
+        torch.accelerator.reset_peak_memory_stats(device)
         before = streamer.stats()
-        timed, resident = in_turn(twins, given)
+        timed, resident = in_turn(twins, steps, given)
         after = streamer.stats()
-        passes = 2 * given.rounds
+        passes = (1 + steps) * given.rounds
         copied = (after.copied_bytes - before.copied_bytes) / passes
         works = timed.works + resident.works
         samples = {f"streamed {name}": values for name, values in asdict(timed).items()}
@@ -259,6 +282,7 @@ def streamed(
             size,
             (sum(unit.is_resident for unit in after.units[:-1]), len(after.units) - 1),
             after.depth,
+            steps,
             median(timed.walls),
             median(timed.hosts),
             median(resident.walls),
@@ -266,29 +290,14 @@ def streamed(
             copied,
             copied / link,
             (min(timed.walls), min(resident.walls)),
+            (median(timed.firsts), median(resident.firsts)),
             (after.stall_s - before.stall_s) / passes,
             after.peak_device_bytes,
-            peak_bytes(device) - beside,
+            torch.accelerator.max_memory_allocated(device) - beside,
             is_equal,
             max(works) / min(works),
             samples,
         )
-
-
-def reset_peak(device: torch.device) -> None:
-    """Begin a new measurement of `peak_bytes`."""
-    if device.type != "cpu":
-        torch.accelerator.reset_peak_memory_stats(device)
-
-
-def peak_bytes(device: torch.device) -> int:
-    """Return the most that torch had allocated on the device; 0 on a CPU."""
-    return 0 if device.type == "cpu" else torch.accelerator.max_memory_allocated(device)
-
-
-def allocated_bytes(device: torch.device) -> int:
-    """Return what torch has allocated on the device now; 0 on a CPU."""
-    return 0 if device.type == "cpu" else torch.accelerator.memory_allocated(device)
 
 
 def cases(schemes: Sequence[str]) -> Iterator[tuple[str, str]]:

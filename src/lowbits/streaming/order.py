@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final, final
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
 #: A pass whose end nobody tells has at most so many times the uses that are expected.
 _LONGEST_PASS: Final = 8
@@ -64,11 +64,9 @@ class CallOrder:
         """Whether a unit was called since the pass began."""
         return bool(self._trace)
 
-    def upcoming(self) -> Iterator[int]:
-        """Yield the units that come next, into the next pass, as many as a pass has."""
-        count = len(self.expected)
-        for ahead in range(count):
-            yield self.expected[(self._position + ahead) % count]
+    def upcoming(self) -> Sequence[int]:
+        """Return the units that come next, into the next pass, as many as a pass has."""
+        return self.expected[self._position :] + self.expected[: self._position]
 
     def end(self) -> bool:
         """End a pass that was completed; return whether another order is expected from now on."""

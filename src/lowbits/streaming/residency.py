@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_map_only
 from lowbits.core.interception import mark_streamed, unmark_streamed
 from lowbits.core.memory import storage_address
 from lowbits.errors import StreamError
+from lowbits.streaming.transfer import Route
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -25,12 +26,25 @@ if TYPE_CHECKING:
 
 @final
 class _Slot:
-    """A buffer on the device, made at its first use: costs its bytes from then on."""
+    """A buffer on the device, made at its first use: costs its bytes from then on.
+
+    Attributes:
+        nbytes: of the buffer.
+        buffer: None before its first use.
+        address: of the buffer.
+        homes: of the units that it is for.
+        users: forwards that are using one of them now.
+    """
 
     def __init__(self, nbytes: int) -> None:
         self.nbytes = nbytes
         self.buffer: Tensor | None = None
+        self.address = self.users = 0
         self.homes: list[_Home] = []
+
+    def fill(self, buffer: Tensor) -> None:
+        """Have a buffer from now on."""
+        self.buffer, self.address = buffer, buffer.untyped_storage().data_ptr()
 
 
 @final
@@ -38,6 +52,7 @@ class _Home:
     """Where the bytes of one unit lie when they are on the device.
 
     Attributes:
+        entry: the unit.
         number: of the unit.
         slot: a resident's own, or one that it shares.
         start: of its first byte in the slot.
@@ -57,15 +72,16 @@ class _Home:
         rivals: the other homes whose bytes this one's overwrite.
     """
 
-    def __init__(self, number: int, slot: _Slot, start: int, nbytes: int) -> None:
-        self.number, self.slot, self.start, self.stop = number, slot, start, start + nbytes
+    def __init__(self, entry: Stored, number: int, slot: _Slot, start: int) -> None:
+        self.entry, self.number = entry, number
+        self.slot, self.start, self.stop = slot, start, start + entry.unit.nbytes
         self.is_present = False
         self.version = 0
         self.load: Load | None = None
         self.has_arrived = False
         self.users = 0
         self.freed: Any = None
-        self._flat: Tensor | None = None
+        self._route: Route | None = None
         self.tensors: list[Tensor] | None = None
         self.buffers: list[Tensor] = []
         self.frozen: tuple[bool, int] | None = None
@@ -76,23 +92,39 @@ class _Home:
                 other.rivals.append(self)
         slot.homes.append(self)
 
-    def flat(self) -> Tensor:
-        """Return its bytes in the slot, 1-D uint8.
+    @property
+    def is_fresh(self) -> bool:
+        """Whether the unit's bytes, as they are now, are on the device, or on their way."""
+        return self.is_present and self.version == self.entry.master.version
+
+    @property
+    def is_blocked(self) -> bool:
+        """Whether a unit whose bytes it would overwrite is in use."""
+        is_idle = self.slot.users == self.users  # mostly: it may have dozens of rivals
+        return not is_idle and any(rival.users for rival in self.rivals)
+
+    def route(self) -> Route:
+        """Return the way from the unit's master to its bytes in the slot.
 
         Views share a count of writes. A copy to another unit in the slot must not look like a write
         to this one: autograd refuses a weight that changes while it is saved.
         """
-        if self._flat is None:
+        if self._route is None:
             assert self.slot.buffer is not None
             with torch.inference_mode(mode=False):
-                self._flat = self.slot.buffer[self.start : self.stop].data
-        return self._flat
+                target = self.slot.buffer[self.start : self.stop].data
+                self._route = Route(self.entry.unit.name, self.entry.master, target)
+        return self._route
+
+    def flat(self) -> Tensor:
+        """Return its bytes in the slot, 1-D uint8."""
+        return self.route().target
 
     def forget(self) -> None:
         """Let go of all that holds the slot's memory."""
         for tensor in self.tensors or ():
             unmark_streamed(tensor)
-        self._flat = self.tensors = self.load = None
+        self._route = self.tensors = self.load = None
         self.buffers = []
 
     def go(self) -> None:
@@ -132,12 +164,11 @@ class Residency:
         self._ring = [_Slot(nbytes) for nbytes in plan.slot_bytes]
         self._homes: list[_Home] = []
         for number, entry in enumerate(stored):
-            nbytes = entry.unit.nbytes
             if number in plan.slot_of:
                 slot, start = self._ring[plan.slot_of[number]], plan.offset_of[number]
             else:
-                slot, start = _Slot(nbytes), 0
-            self._homes.append(_Home(number, slot, start, nbytes))
+                slot, start = _Slot(entry.unit.nbytes), 0
+            self._homes.append(_Home(entry, number, slot, start))
         self._streamed = frozenset(plan.slot_of)
         self._held: dict[int, _Home] = {}
         self._left: set[_Slot] = set()
@@ -187,7 +218,7 @@ class Residency:
         """
         known = set(map(id, kept))
         for home in self._homes:
-            if id(home) not in known and not any(other.users for other in home.slot.homes):
+            if id(home) not in known and not home.slot.users:
                 home.slot.buffer = None
                 home.forget()
 
@@ -214,7 +245,7 @@ class Residency:
 
     def holds(self, number: int) -> bool:
         """Say whether a unit's bytes are on the device, or on their way."""
-        return self._is_fresh(self._homes[number])
+        return self._homes[number].is_fresh
 
     def has_arrived(self, number: int) -> bool:
         """Say whether nobody has to wait for the bytes of a unit that it `holds`."""
@@ -235,15 +266,16 @@ class Residency:
                 forward calls this one.
         """
         home = self._held.get(number) or self._homes[number]
-        if any(rival.users for rival in home.rivals):
+        if home.is_blocked:
             home = self._spare(home)
         # Inside a transform of torch.func, too: its tensors have no memory to copy to.
         with torch._C._DisableFuncTorch():
-            if not self._is_fresh(home):
+            if not home.is_fresh:
                 self._start(home)
             if not home.has_arrived:
                 self._wait(home)
             home.users += 1
+            home.slot.users += 1
             self._held[number] = home
             return self._tensors(home)
 
@@ -263,7 +295,7 @@ class Residency:
         """
         if number not in self._streamed:
             return result
-        address = self.flat(number).untyped_storage().data_ptr()
+        address = self._held[number].slot.address
 
         def own(value: Any) -> Any:
             if isinstance(value, torch.Tensor):
@@ -282,16 +314,20 @@ class Residency:
 
     def versions(self, number: int) -> list[int]:
         """Return what tells of writes to a unit in use, as `Stored.keep_writes` takes it."""
-        home, merged = self._held[number], self._stored[number].count_merged()
-        return [merged, home.flat()._version, *[buffer._version for buffer in home.buffers]]
+        home = self._held[number]
+        counts = [home.entry.count_merged(), home.flat()._version]
+        if home.buffers:
+            counts += [buffer._version for buffer in home.buffers]
+        return counts
 
     def keep_writes(self, number: int, before: Sequence[int]) -> None:
         """Write to the master what a unit's forward has written since it had these versions."""
-        home, entry = self._held[number], self._stored[number]
+        home = self._held[number]
+        entry = home.entry
         if not entry.keep_writes(before, self.versions(number)):
             return
         # Else the tensors would be copied anew, although they have the newest bytes.
-        address = home.flat().untyped_storage().data_ptr()
+        address = home.slot.address
         if all(t.untyped_storage().data_ptr() == address for t in home.tensors or ()):
             home.version = entry.master.version
         else:
@@ -308,6 +344,7 @@ class Residency:
             return
         home = self._held[number]
         home.users -= 1
+        home.slot.users -= 1
         if not home.users:
             home.freed = freed
             del self._held[number]
@@ -321,7 +358,7 @@ class Residency:
 
     def _leave(self, slot: _Slot) -> None:
         """Let go of a buffer that another residency made, unless it is in use still."""
-        if not any(home.users for home in slot.homes):
+        if not slot.users:
             self._left.remove(slot)
             slot.buffer = None
             for home in slot.homes:
@@ -335,21 +372,18 @@ class Residency:
         """
         if self._left:
             return
-        expected: set[int] = set()
+        expected: set[_Home] = set()
         for number in upcoming:
             home = self._homes[number]
-            if not self._is_fresh(home):
-                if home.users or any(r.users or r.number in expected for r in home.rivals):
+            if not home.is_fresh:
+                if home.users or home.is_blocked or not expected.isdisjoint(home.rivals):
                     return
                 with torch._C._DisableFuncTorch():
                     self._start(home)
-            expected.add(number)
-
-    def _is_fresh(self, home: _Home) -> bool:
-        return home.is_present and home.version == self._stored[home.number].master.version
+            expected.add(home)
 
     def _start(self, home: _Home) -> None:
-        entry, slot = self._stored[home.number], home.slot
+        entry, slot = home.entry, home.slot
         overwritten = (home, *home.rivals)
         freed = [each.freed for each in overwritten if each.freed is not None]
         is_new = slot.buffer is None
@@ -366,7 +400,7 @@ class Residency:
         for each in overwritten:
             each.is_present = each.has_arrived = False
         home.version = entry.master.version
-        home.load = self._transfer.start(entry.unit.name, entry.master, home.flat(), freed)
+        home.load = self._transfer.start(home.route(), freed)
         # Copies are made in order: what this one waits for, no later one has to wait for.
         for each in overwritten:
             each.freed = None
@@ -380,15 +414,15 @@ class Residency:
         capacity_bytes = sum(each.nbytes for each in self._slots())
         if self._left and self.device_bytes + slot.nbytes > capacity_bytes:
             raise self._no_slot(entry)
-        slot.buffer = self._ops.empty(slot.nbytes)
+        slot.fill(self._ops.empty(slot.nbytes))
         self._note_peak()
 
     def _spare(self, wanted: _Home) -> _Home:
         """Return a home in a slot that nobody is using, for a unit whose own is in use."""
-        entry, nbytes = self._stored[wanted.number], wanted.stop - wanted.start
+        entry = wanted.entry
         for slot in self._ring:
-            if slot.nbytes >= nbytes and not any(home.users for home in slot.homes):
-                return _Home(wanted.number, slot, 0, nbytes)
+            if not slot.users and slot.nbytes >= entry.unit.nbytes:
+                return _Home(entry, wanted.number, slot, 0)
         raise self._no_slot(entry)
 
     def _no_slot(self, entry: Stored) -> StreamError:
@@ -407,12 +441,11 @@ class Residency:
     def _tensors(self, home: _Home) -> list[Tensor]:
         if home.tensors is None:
             with torch.inference_mode(mode=False), torch.no_grad():
-                entry = self._stored[home.number]
-                home.tensors = [
-                    _like(place.original, place.view(home.flat())) for place in entry.unit.places
-                ]
+                entry, flat = home.entry, home.flat()
+                places = entry.unit.places
+                home.tensors = [_like(place.original, place.view(flat)) for place in places]
                 home.frozen = None
-                pairs = zip(entry.unit.places, home.tensors, strict=True)
+                pairs = zip(places, home.tensors, strict=True)
                 home.buffers = [tensor for place, tensor in pairs if entry.is_buffer(place)]
         self._freeze(home, home.tensors)
         return home.tensors
@@ -423,7 +456,7 @@ class Residency:
         They would be given gradients that nobody sees. Without gradients they say what the
         originals say: `torch.matmul` chooses by that how it multiplies, and with it how it rounds.
         """
-        entry = self._stored[home.number]
+        entry = home.entry
         frozen = (torch.is_grad_enabled() and not entry.is_base, entry.master.flag_changes)
         if home.frozen == frozen:
             return

@@ -11,6 +11,7 @@ import weakref
 from abc import ABC, abstractmethod
 from collections import deque
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final, final
 
 import torch
@@ -36,6 +37,29 @@ _STAGING_BUFFERS: Final = 2
 
 #: Seconds between two looks at whether a thread that is waited for is alive.
 _PATIENCE_S: Final = 1.0
+
+
+@final
+@dataclass
+class Route:
+    """From a unit's master to its place on the device: what is the same at each of its copies.
+
+    Attributes:
+        unit: its name, for messages.
+        master: the bytes.
+        target: 1-D uint8 on the device, of the unit's size.
+    """
+
+    unit: str
+    master: Master
+    target: Tensor
+
+    @cached_property
+    def parts(self) -> Sequence[tuple[Tensor, Tensor]]:
+        """Targets and sources of the copies from host memory: making them takes as long as one."""
+        source: HostMaster = self.master  # type: ignore[assignment] # of all that are in memory
+        chunks = torch.split(self.target, _CHUNK_BYTES), torch.split(source.flat, _CHUNK_BYTES)
+        return tuple(zip(*chunks, strict=True))
 
 
 @final
@@ -78,14 +102,12 @@ class Transfer(ABC):
         self._ops = ops
 
     @abstractmethod
-    def start(self, unit: str, master: Master, target: Tensor, freed: Sequence[Any]) -> Load:
+    def start(self, route: Route, freed: Sequence[Any]) -> Load:
         """Ask for a copy.
 
         Args:
-            unit: for messages.
-            master: the bytes.
-            target: 1-D uint8 on the device, of the unit's size.
-            freed: events behind the last uses of what target held before.
+            route: from where to where.
+            freed: events behind the last uses of what the target held before.
         """
 
     def wait(self, load: Load) -> None:
@@ -117,15 +139,13 @@ class Transfer(ABC):
 class DirectTransfer(Transfer):
     """From page-locked memory straight to the device: the host only gives orders."""
 
-    def start(self, unit: str, master: Master, target: Tensor, freed: Sequence[Any]) -> Load:
+    def start(self, route: Route, freed: Sequence[Any]) -> Load:
         """Put a copy on the device's copy stream, behind the slot's last use."""
-        source: HostMaster = master  # type: ignore[assignment] # pinned masters are host masters
         for event in freed:
             self._ops.copy_after(event)
         begun = self._ops.mark_copied() if self.is_timed else None
-        parts = torch.split(target, _CHUNK_BYTES), torch.split(source.flat, _CHUNK_BYTES)
-        self._ops.copy_parts(zip(*parts, strict=True))
-        return Load(unit, begun, (self._ops.mark_copied(is_timed=self.is_timed),))
+        self._ops.copy_parts(route.parts)
+        return Load(route.unit, begun, (self._ops.mark_copied(is_timed=self.is_timed),))
 
     def seconds(self, load: Load) -> float | None:
         """Ask the device."""
@@ -141,12 +161,12 @@ class InlineTransfer(Transfer):
         self._filler = _Filler(ops)
         self.staging_bytes = self._filler.staging_bytes
 
-    def start(self, unit: str, master: Master, target: Tensor, freed: Sequence[Any]) -> Load:
+    def start(self, route: Route, freed: Sequence[Any]) -> Load:
         """Copy, and return when all of it was given to the device."""
-        load = Load(unit)
+        load = Load(route.unit)
         begin = time.perf_counter()
         try:
-            load.ready = self._filler.fill(master, target, freed, None)
+            load.ready = self._filler.fill(route, freed, None)
         except Exception as error:
             raise _failed(load, error) from error
         load.seconds = time.perf_counter() - begin
@@ -169,15 +189,15 @@ class ThreadTransfer(Transfer):
         self._thread: threading.Thread | None = None
         self._pid = os.getpid()
 
-    def start(self, unit: str, master: Master, target: Tensor, freed: Sequence[Any]) -> Load:
+    def start(self, route: Route, freed: Sequence[Any]) -> Load:
         """Hand a copy to the thread, behind those that it was handed before."""
         if self._thread is None or not self._thread.is_alive():  # a forked process has none
             self._begin()
-        load = Load(unit, issued=threading.Event())
+        load = Load(route.unit, issued=threading.Event())
         filler, stopped = self._filler, self._work.stopped
 
         def fill() -> None:
-            load.ready = filler.fill(master, target, freed, stopped.is_set)
+            load.ready = filler.fill(route, freed, stopped.is_set)
 
         self._work.jobs.put((load, fill))
         return load
@@ -276,13 +296,10 @@ class _Filler:
         self.staging_bytes = sum(buffer.nbytes for buffer in self._staging)
 
     def fill(
-        self,
-        master: Master,
-        target: Tensor,
-        freed: Sequence[Any],
-        should_stop: Callable[[], bool] | None,
+        self, route: Route, freed: Sequence[Any], should_stop: Callable[[], bool] | None
     ) -> Sequence[Any]:
         """Copy all of a unit; return events behind the copy."""
+        master, target = route.master, route.target
         # Else a slot would be overwritten while its last user computes.
         for event in freed:
             self.ops.copy_after(event)
