@@ -24,7 +24,7 @@ GPU_BENCHMARKS = (
     ),
     ("bench_flux_gpu",),
     (
-        *("bench_streaming", "--device", "cuda", "--rounds", "9", "--threads", "8"),
+        *("bench_streaming", "--device", "cuda", "--threads", "8"),
         *("--json", "out/bench_streaming_gpu.json"),
     ),
     (
