@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 GB: Final = 10**9
 #: Passes before the clock starts: the order is traced, and the plan made anew from what was timed.
-_WARM_UP: Final = 4
+_WARM_UP: Final = 6
 _PROBE_BYTES: Final = 1 << 28
 #: Passes in a row that are timed as one: steps of a picture. The others are called once for each.
 _STEPS: Final = {"transformer": 4}
@@ -342,16 +342,18 @@ def judged(row: FluxRow) -> str:
 def measure_flux(given: argparse.Namespace, budget: Budget, where: dict[str, Any]) -> None:
     """Measure, print, draw, and write after each row."""
     rows: list[FluxRow] = []
+    data: dict[str, Any] = {"machine": where}
     with torch.no_grad():
         link = bandwidth(given.device)
         print(f"page-locked memory to the device: {link / GB:.1f} GB/s", flush=True)
         for row in flux_rows(given, budget, link):
             rows.append(row)
             print(*row.cells(), flush=True)
-            data = {"machine": where, "bandwidth": link, "rows": [asdict(row) for row in rows]}
-            write_json(given.json, data | {"not_run": budget.not_run})
+            data |= {"bandwidth": link, "rows": [asdict(row) for row in rows]}
+            write_json(given.json, data)
     print("", table(_HEADER, [row.cells() for row in rows]), "", *map(judged, rows), sep="\n")
     if rows:
         bars = [(f"{row.component} {row.scheme} {row.budget}", row.ratio) for row in rows]
         draw_bars(given.plot, "a pass by max(C, T)", bars, [("1.05", AS_FAST)])
+    write_json(given.json, data | {"not_run": budget.not_run})
     print("", machine_line(where), budget.text(), sep="\n")

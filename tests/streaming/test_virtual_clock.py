@@ -60,12 +60,15 @@ class Some(nn.Module):
 
 
 class Parted(nn.Module):
-    """A block of parts, which share what it takes."""
+    """A block of parts, which share what it takes: bytes, and seconds."""
 
-    def __init__(self, shares: Sequence[float], part: Callable[[float], Timed]) -> None:
+    def __init__(
+        self, shares: Sequence[tuple[float, float]], part: Callable[[float, float], Timed]
+    ) -> None:
         super().__init__()
+        nbytes, seconds = (sum(shares) for shares in zip(*shares, strict=True))
         for number, share in enumerate(shares):
-            self.add_module(f"part{number}", part(share / sum(shares)))
+            self.add_module(f"part{number}", part(share[0] / nbytes, share[1] / seconds))
 
     def forward(self, x: Tensor) -> Tensor:
         for part in self.children():
@@ -100,7 +103,7 @@ class Case:
     """Blocks, and how they are streamed; slow passes compute five times as long.
 
     Attributes:
-        shares: of the parts of each block; none: it has no parts.
+        shares: of bytes, and of seconds, of the parts of each block; none: it has no parts.
     """
 
     sizes: Sequence[int]
@@ -112,7 +115,7 @@ class Case:
     passes: int = 6
     jitter: float = 0.0
     slow: Container[int] = ()
-    shares: Sequence[Sequence[float]] | None = None
+    shares: Sequence[Sequence[tuple[float, float]]] | None = None
 
     def run(self) -> Timeline:
         """Stream them."""
@@ -124,10 +127,10 @@ class Case:
         def time_of(seconds: float) -> Callable[[], float]:
             return lambda: seconds * factor * random_.uniform(1 - self.jitter, 1 + self.jitter)
 
-        def block(nbytes: int, seconds: float, shares: Sequence[float]) -> nn.Module:
+        def block(nbytes: int, seconds: float, shares: Sequence[tuple[float, float]]) -> nn.Module:
             if not shares:
                 return Timed(nbytes, time_of(seconds), ops)
-            return Parted(shares, lambda s: Timed(int(s * nbytes), time_of(s * seconds), ops))
+            return Parted(shares, lambda n, s: Timed(int(n * nbytes), time_of(s * seconds), ops))
 
         shares = self.shares or [()] * len(self.sizes)
         model = nn.Sequential(*map(block, self.sizes, self.compute, shares))
@@ -234,29 +237,40 @@ def test_two_sizes_with_jitter() -> None:
     assert mean(w / b for w, b in zip(walls, bounds, strict=True)) <= 1.02
 
 
-@pytest.mark.parametrize("budget_gb", [2, 4, 6, 8])
-@pytest.mark.parametrize(("scheme", "bits"), [("float8", 8), ("nf4", 4.5)])
-def test_flux_is_as_fast_as_the_slower_of_both(scheme: str, bits: float, budget_gb: int) -> None:
-    """FLUX.1-dev: 19 blocks of 36 times 3072 x 3072 weights, in five parts, 38 of 15 times.
+#: Squares of 3072 x 3072 weights, and milliseconds without their decoding, of the parts of a block
+#: of FLUX.1-dev: two modulations, attention, and what the picture and the prompt are fed through.
+DOUBLE = ((6, 0.13), (6, 0.06), (8, 1.8), (8, 0.85), (8, 0.13))
+SINGLE = (15, 2.95)
 
-    Seconds and bandwidth are about those of an H200 (docs/streaming.md): both kinds multiply as
-    much, but 36 / 15 as many weights are decoded in the first.
+
+@pytest.mark.parametrize("slow", [(), (0,), (0, 1)])
+@pytest.mark.parametrize("budget_gb", [2, 4, 6, 8])
+@pytest.mark.parametrize(
+    ("scheme", "bits", "decode_ms"), [("float8", 8, 0.056), ("nf4", 4.5, 0.0124)]
+)
+def test_flux_is_as_fast_as_the_slower_of_both(
+    scheme: str, bits: float, decode_ms: float, budget_gb: int, slow: tuple[int, ...]
+) -> None:
+    """FLUX.1-dev, whose first passes may be slow: kernels are loaded, and the host is behind.
+
+    Seconds and bandwidth are about those of an H100 (docs/streaming.md), where a trace shows them.
     """
     square, scale = 3072 * 3072, 1 / 2304  # of bytes and seconds: a page for each square
-    decode_s, multiply_s = 4e-12 * square, 3.15e-3
-    squares = [36] * 19 + [15] * 38
+    timed = [tuple((n, ms + n * decode_ms) for n, ms in block) for block in (DOUBLE, (SINGLE,))]
+    blocks = [timed[0]] * 19 + [timed[1]] * 38
     found = Case(
-        [int(n * square * bits / 8 * scale) for n in squares],
-        [(multiply_s + n * decode_s) * scale for n in squares],
+        [int(sum(n for n, _ in parts) * square * bits / 8 * scale) for parts in blocks],
+        [sum(ms for _, ms in parts) / 1e3 * scale for parts in blocks],
         int((budget_gb - 0.14) * 1e9 * scale),
-        bandwidth=54.7e9,
-        shares=[(6, 6, 8, 8, 8) if n == 36 else () for n in squares],
-        passes=8,
+        bandwidth=54.1e9,
+        shares=[parts if len(parts) > 1 else () for parts in blocks],
+        passes=14,
         jitter=0.1,
+        slow=slow,
     ).run()
-    walls = found.walls[4:]
-    bounds = [max(seconds, found.loads) for seconds in found.busy[4:]]
-    assert mean(w / b for w, b in zip(walls, bounds, strict=True)) <= 1.05
+    walls = found.walls[9:]
+    bounds = [max(seconds, found.loads) for seconds in found.busy[9:]]
+    assert mean(w / b for w, b in zip(walls, bounds, strict=True)) <= 1.02
 
 
 def test_queue_takes_compute_and_copies_one_after_the_other() -> None:

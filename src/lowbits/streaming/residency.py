@@ -302,7 +302,10 @@ class Residency:
                 is_view = value.layout == torch.strided and not value.is_meta
                 is_view = is_view and storage_address(value) == address
                 return value.clone() if is_view else value
-            if type(value) is tuple:  # what blocks return: a tree costs ten times as much
+            # What blocks return, before what may be nested: a tree costs ten times as much.
+            if value is None:
+                return None
+            if type(value) is tuple:
                 return tuple(map(own, value))
             return tree_map_only(torch.Tensor, own, value)
 

@@ -24,11 +24,15 @@ if TYPE_CHECKING:
     from lowbits.streaming.device_ops import DeviceOps
     from lowbits.streaming.stored import Stored
 
-#: A plan for what was measured replaces the first one where it is better by more than this.
+#: A plan for what was measured replaces another one where it is better by more than this.
 _GAIN: Final = 0.02
 
-#: Measured passes after which the plan is looked at once more.
+#: Measured passes after which the plan is looked at once more: the first one is slower than others.
 _MEASURED_PASSES: Final = 2
+#: And again, where units, or the link, are so much slower, or faster, than at the last look.
+_NEWS: Final = 0.1
+#: Wall over the longer of compute and transfer up to which no other plan is looked for.
+_GOOD_ENOUGH: Final = 1.01
 
 
 @final
@@ -76,6 +80,7 @@ class Stage:
         self._parked_bytes = 0
         self._limit_bytes: int | None = None
         self._is_warm = False
+        self._known = (0.0, 0.0)
         self._budget_bytes = 0
         self._transfer: Transfer | None = None
         self._residency: Residency | None = None
@@ -370,7 +375,7 @@ class Stage:
             # The pass is complete: where memory runs out, the next one makes room.
             with suppress(torch.OutOfMemoryError):
                 self._prefetch()
-        elif self.timing.passes == _MEASURED_PASSES and self.plan and self.plan.slot_bytes:
+        elif self.plan and self.plan.slot_bytes and self._has_news():
             self._improve()
 
     def _try_methods(self, trial: MethodTrial) -> None:
@@ -384,25 +389,36 @@ class Stage:
         except InsufficientMemoryError:
             self._trial = None  # then there is nothing to choose
 
+    def _has_news(self) -> bool:
+        """Say whether times were measured that are others than those of the last look."""
+        if self.timing.measured < _MEASURED_PASSES:
+            return False
+        compute_s = sum(entry.compute_s for entry in self._units)
+        now = compute_s, self.timing.bandwidth
+        is_new = any(abs(a - b) > _NEWS * b for a, b in zip(now, self._known, strict=True))
+        self._known = now if is_new else self._known
+        return is_new
+
     def _improve(self) -> None:
         """Plan again with what was measured, where that is worth moving residents."""
         assert self.plan
-        costs = [entry.compute_s for entry in self._units]
+        order, costs = self._order.expected, [entry.compute_s for entry in self._units]
         loads = [e.unit.nbytes / self.timing.bandwidth for e in self._units]
-        now = self.plan.simulate(
-            self._order.expected, costs, loads, prefetch=self.method == "async"
+        now = self.plan.simulate(order, costs, loads, prefetch=self.method == "async")
+        compute_s = sum(costs[unit] for unit in order)
+        bound_s = max(compute_s, now.copy_s)
+        if now.wall_s > _GOOD_ENOUGH * bound_s:
+            better = self._make_plan()
+            if better.predicted_s < (1 - _GAIN) * now.wall_s:
+                self._use_plan(better)
+                return
+        # The same units in the same slots, but what was predicted is known better now.
+        self.last_plan = replace(
+            self.plan,
+            predicted_s=max(now.wall_s, bound_s),
+            compute_s=compute_s,
+            transfer_s=now.copy_s,
         )
-        better = self._make_plan()
-        if better.predicted_s < (1 - _GAIN) * now.wall_s:
-            self._use_plan(better)
-        elif any(costs):
-            # The same units in the same slots, but what was predicted is known better now.
-            self.last_plan = replace(
-                self.plan,
-                predicted_s=now.wall_s,
-                compute_s=better.compute_s,
-                transfer_s=now.copy_s,
-            )
 
     def replan(self) -> None:
         """Plan, or plan again: for another budget, another order, more that is fixed."""

@@ -20,6 +20,7 @@ from lowbits.core.interception import is_streamed
 from lowbits.core.memory import same_bits
 from lowbits.errors import StreamError
 from lowbits.streaming.proxy import StreamedTensor
+from lowbits.streaming.timing import running_mean
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -42,7 +43,8 @@ class Stored:
         is_base: whether it is what no unit of its model holds.
         master: its bytes for good.
         has_buffers: whether its forward may write into one of its tensors.
-        compute_s: seconds of its forward, a running mean; 0 until it was called.
+        compute_s: seconds of its forward, a running mean; 0 until it was called. The first one
+            counts until the second: kernels are loaded then, and the host is behind the device.
         stall_s: seconds that compute has waited for its bytes.
         copies: how often it was copied to the device.
         misses: how often its bytes were not on their way when they were needed.
@@ -62,7 +64,7 @@ class Stored:
         self.is_base = is_base
         self.unit, self.master = unit, master
         self.compute_s = self.stall_s = 0.0
-        self.copies = self.misses = 0
+        self.copies = self.misses = self._timed_uses = 0
         self._device = device
         self._outside = list(map(self._stand_in, unit.places))
         # The unit's holders, for the loops that run at every use.
@@ -94,6 +96,12 @@ class Stored:
 
     def _stand_in(self, place: Place) -> StreamedTensor:
         return StreamedTensor(place, self.master, self._device, self._count_miss)
+
+    def note_compute(self, seconds: float) -> None:
+        """Note what its forward took."""
+        self._timed_uses += 1
+        is_first = self._timed_uses <= 2
+        self.compute_s = seconds if is_first else running_mean(self.compute_s, seconds)
 
     def _count_miss(self) -> None:
         self.misses += 1

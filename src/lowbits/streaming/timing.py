@@ -55,6 +55,7 @@ class Timing:
 
     Attributes:
         passes: completed ones.
+        measured: those whose units' uses were measured, and read.
         slow_passes: those that took more than three times the median.
         walls: seconds of the last passes.
         bandwidth: bytes that were copied per second.
@@ -63,7 +64,7 @@ class Timing:
     """
 
     def __init__(self, ops: DeviceOps) -> None:
-        self.passes = self.slow_passes = 0
+        self.passes = self.measured = self.slow_passes = 0
         self.walls: deque[float] = deque(maxlen=_KEPT_PASSES)
         self.bandwidth = _BANDWIDTH
         self._copied_bytes = self._copy_s = 0.0
@@ -141,18 +142,19 @@ class Timing:
             span.entry.stall_s += stall
             if span.done is not None:
                 self._inside_s += total
-                span.entry.compute_s = _mean(span.entry.compute_s, total - stall)
+                span.entry.note_compute(total - stall)
 
     def _note_pass(self, wall_s: float, *, is_timed: bool) -> None:
         if len(self.walls) > 2 and wall_s > _SPILL_FACTOR * median(self.walls):
             self.slow_passes += 1
         self.walls.append(wall_s)
         if is_timed:
-            self.outside_s = _mean(self.outside_s, max(0.0, wall_s - self._inside_s))
+            self.measured += 1
+            self.outside_s = running_mean(self.outside_s, max(0.0, wall_s - self._inside_s))
         self._inside_s = 0.0
 
 
-def _mean(old: float, new: float) -> float:
+def running_mean(old: float, new: float) -> float:
     """Return a running mean; one that is 0 has not begun."""
     return old + _NEWEST * (new - old) if old else new
 
