@@ -58,7 +58,8 @@ class Route:
     def parts(self) -> Sequence[tuple[Tensor, Tensor]]:
         """Targets and sources of the copies from host memory: making them takes as long as one."""
         source: HostMaster = self.master  # type: ignore[assignment] # of all that are in memory
-        chunks = torch.split(self.target, _CHUNK_BYTES), torch.split(source.flat, _CHUNK_BYTES)
+        with torch.inference_mode(mode=False):  # which they outlive
+            chunks = torch.split(self.target, _CHUNK_BYTES), torch.split(source.flat, _CHUNK_BYTES)
         return tuple(zip(*chunks, strict=True))
 
 
