@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, final
 
 from torch import Tensor, nn
 
-from lowbits._target import require_one
+from lowbits._target import require_one, unwrapped
 from lowbits.backends.gguf.backend import PREFIX
 from lowbits.config import LowbitsConfig
 from lowbits.core.device import default_device
@@ -372,6 +372,7 @@ def save_gguf(
         raise ConfigError(f"names: got {names!r}, expected one of {', '.join(_NAMES)}")
     linear = None
     if isinstance(model, nn.Module):
+        model = unwrapped(model)
         settle_adapters(model.modules(), takes_out=True)
         weights, _ = weights_of(model)
         linear = _linear_weights(model)

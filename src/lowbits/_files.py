@@ -94,7 +94,7 @@ def save(
     if is_pipeline(target):
         _save_pipeline(target, path, max_shard_size, progress, cancel)
         return
-    modules_of(target)  # says what it is not
+    (target,) = modules_of(target).values()
     shard_bytes = parse_size(max_shard_size, "max_shard_size")
     file = path
     if not is_file:

@@ -35,18 +35,27 @@ if TYPE_CHECKING:
 def modules_of(target: Any) -> dict[str, nn.Module]:
     """Return the models of a pipeline by name, or a module under the name ``""``.
 
+    What `torch.compile` has wrapped is what is inside: calls of the wrapper see all that is done.
+
     Raises:
         ConfigError: it is neither.
     """
     if is_pipeline(target):
-        return components_of(target)
+        return {name: unwrapped(module) for name, module in components_of(target).items()}
     if isinstance(target, nn.Module):
-        return {"": target}
+        return {"": unwrapped(target)}
     loads = "; load it first" if isinstance(target, str | PathLike) else ""
     raise ConfigError(
         f"target: got {type(target).__name__}, expected a torch.nn.Module or a diffusers pipeline"
         f"{loads}"
     )
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """Return what `torch.compile` has made a wrapper of, or the module itself."""
+    while (inner := module._modules.get("_orig_mod")) is not None:
+        module = inner
+    return module
 
 
 def components_for(modules: Mapping[str, nn.Module], config: LowbitsConfig) -> list[Component]:

@@ -13,7 +13,7 @@ from torch import nn
 import lowbits
 from lowbits import errors
 from lowbits.core.packed import PackedLayer
-from lowbits.integrations.diffusers import components_of
+from lowbits.integrations.diffusers import components_of, default_reason, denoisers_of
 
 #: Mean difference of pictures in 0..1 that random tiny models show: a floor against garbage.
 LIMIT = {"bnb-nf4": 0.12, "torchao-int8": 0.02, "gguf-q8_0": 0.02, "float8-e4m3fn": 0.06}
@@ -61,6 +61,20 @@ def test_defaults_pack_the_denoiser_and_t5_and_say_why_not_the_rest() -> None:
     adaln = [row for row in report.packed if ".norm1.linear" in row.fqn]
     assert adaln, "AdaLN projections are 27 % of FLUX: they are packed"
     assert "text_encoder: 410.35 KiB -> 410.35 KiB (1.00x), 0 weights packed" in report.table()
+
+
+def test_defaults_know_components_of_pipelines_that_are_made_of_several() -> None:
+    """Kandinsky, Stable Cascade: the names of one part begin with its own."""
+    kinds = {
+        "prior_prior": "PriorTransformer",
+        "prior_image_encoder": "CLIPVisionModelWithProjection",
+        "prior_text_encoder": "CLIPTextModelWithProjection",
+        "decoder": "StableCascadeUNet",
+        "decoder_text_encoder_2": "T5EncoderModel",
+    }
+    packed = [name for name, kind in kinds.items() if not default_reason(name, kind)]
+    assert packed == ["prior_prior", "decoder", "decoder_text_encoder_2"]
+    assert denoisers_of(kinds) == ["prior_prior", "decoder"]
 
 
 def test_a_scheme_for_each_component() -> None:

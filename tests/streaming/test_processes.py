@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from streaming.models import inputs, reference, same, stage_of, streamer_of
-from torch import multiprocessing
+from torch import multiprocessing, nn
 
 from lowbits.streaming.host import Reader
 
@@ -252,3 +252,31 @@ def test_the_interpreter_exits(tmp_path: Path) -> None:
     assert done.stderr.startswith("told\n")
     assert done.stderr.endswith("RuntimeError: the end\n")
     assert list(tmp_path.iterdir()) == []
+
+
+class Sent(nn.Module):
+    """A block that returns its weight, and sends it to another process when it is told to."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((2048,), float(number)), requires_grad=False)
+        self.is_due = False
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.is_due:
+            self.weight.share_memory_()  # type: ignore[no-untyped-call] # torch moves its storage
+        return x + self.weight[:16], self.weight
+
+
+@torch.no_grad()
+def test_results_that_are_weights_stay_when_their_slot_was_moved() -> None:
+    blocks = [Sent(number) for number in range(8)]
+    model = nn.ModuleList(blocks)
+    with streamer_of(model, budget=30_000, location="disk", depth=2):
+        for number in range(4):
+            x, kept = torch.zeros(16), []
+            for block in blocks:
+                block.is_due = number == 1
+                x, weight = block(x)
+                kept.append(weight)
+            assert [float(weight[0]) for weight in kept] == list(range(8))

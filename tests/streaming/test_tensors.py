@@ -194,3 +194,20 @@ def test_foreign_tensor_classes_stay_as_they_are() -> None:
         block._buffers["gain"] = torch.rand(WIDTH).as_subclass(Marked)
     assert len(lay_out(model, budget_bytes=1 << 40, depth=3).loose) == 3
     assert_streams(model, inputs())
+
+
+@torch.no_grad()
+def test_a_parameter_that_is_made_of_a_stand_in_is_an_ordinary_one() -> None:
+    """As a normalizer of diffusers, which is sent to a device at each call, makes it."""
+    model = Stack(4).eval()
+    expected, up = model(inputs()), model.blocks[2].up
+    with streamer_of(model) as streamer:
+        for _ in range(2):
+            up.weight = nn.Parameter(up.weight.to("cpu").to(torch.float32), requires_grad=False)
+            assert same(model(inputs()), expected)
+        assert streamer.stats().passes == 2
+    assert type(up.weight) is nn.Parameter
+    up.weight.data.mul_(2)
+    assert not same(model(inputs()), expected)
+    up.weight.data.mul_(0.5)
+    assert same(model(inputs()), expected)

@@ -45,16 +45,23 @@ def decode_rows(
     packed = packed.rows(rows)
     count, row_length = packed.shape
     result = packed["qdata"].new_empty(packed.shape, dtype=dtype) if out is None else out
-    is_whole = needs_plain_ops() or result.device.type != "cpu"
-    step = max(1, count if is_whole else PART_WEIGHTS // max(1, row_length))
+    if needs_plain_ops() or result.device.type != "cpu":
+        if count:  # no loop: a compiler would take the count for a constant
+            _decode(packed, result, write)
+        return result
+    step = max(1, PART_WEIGHTS // max(1, row_length))
     for start in range(0, count, step):
         stop = min(start + step, count)
-        target = result[start:stop]
-        values = target if dtype == torch.float32 else temporary("values", target, torch.float32)
-        write(packed.rows((start, stop)), values)
-        if values is not target:
-            target.copy_(values)
+        _decode(packed.rows((start, stop)), result[start:stop], write)
     return result
+
+
+def _decode(packed: Packed, target: Tensor, write: Callable[[Packed, Tensor], None]) -> None:
+    is_wide = target.dtype == torch.float32
+    values = target if is_wide else temporary("values", target, torch.float32)
+    write(packed, values)
+    if values is not target:
+        target.copy_(values)
 
 
 @final

@@ -112,10 +112,14 @@ class Intercepted(nn.Module):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Let the interceptor run the call."""
         interceptor = self.__dict__.get(_KEY)
-        if interceptor is None:  # others may have kept this method of a module that was released
-            cls: Any = type(self)
-            return cls.__call__(self, *args, **kwargs)
-        return interceptor.call(super().__call__, args, kwargs)
+        if interceptor is not None:
+            return interceptor.call(super().__call__, args, kwargs)
+        if (
+            Intercepted in type(self).__mro__
+        ):  # released behind a class that others have put in front
+            return super().__call__(*args, **kwargs)
+        cls: Any = type(self)  # others may have kept this method of a module that was released
+        return cls.__call__(self, *args, **kwargs)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:  # noqa: FBT001, FBT002 - torch's signature
         interceptor = self.__dict__.get(_KEY)
@@ -149,8 +153,8 @@ def reduced(made: Any, cls: type, key: str) -> Any:
     if function is copyreg.__newobj__:  # type: ignore[attr-defined]
         function = _new  # pickle refuses that one for a class that is not the object's
     own = cls
-    while isinstance(own, _StandIn):
-        own = own.__mro__[2]
+    while (behind := _behind(own)) is not None:
+        own = behind
     arguments = tuple(own if value is cls else value for value in arguments)
     return (function, arguments, {k: v for k, v in state.items() if k != key}, *made[3:])
 
@@ -168,14 +172,22 @@ class _StandIn(type):
     """
 
     def __eq__(cls, other: object) -> bool:
-        return other is cls or cls.__mro__[2] == other
+        own = _behind(cls)
+        return other is cls or (own is not None and own == other)
 
     def __hash__(cls) -> int:
-        return hash(cls.__mro__[2])
+        own = _behind(cls)
+        return type.__hash__(cls) if own is None else hash(own)
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
         """Make one of its own class: a slice of a `Sequential` is a new one of the same type."""
-        return cls.__mro__[2](*args, **kwargs)
+        own = _behind(cls)
+        return super().__call__(*args, **kwargs) if own is None else own(*args, **kwargs)
+
+
+def _behind(cls: type) -> Any:
+    """Return the class that a mix-in was put in front of; None for one that others have made."""
+    return cls.__mro__[2] if _MIXIN in cls.__dict__ else None
 
 
 def put_in_front(module: nn.Module, mixin: type[nn.Module]) -> None:
@@ -195,12 +207,17 @@ def put_in_front(module: nn.Module, mixin: type[nn.Module]) -> None:
 
 
 def take_away(module: nn.Module, mixin: type[nn.Module]) -> None:
-    """Undo `put_in_front`; what was put in front since stays."""
+    """Undo `put_in_front`; what was put in front since stays.
+
+    Where others have given the module a class since, it keeps that.
+    """
     cls, others = type(module), []
-    while cls.__mro__[1] is not mixin:
+    while (own := _behind(cls)) is not None and cls.__mro__[1] is not mixin:
         others.append(cls.__mro__[1])
-        cls = cls.__mro__[2]
-    _become(module, cls.__mro__[2])
+        cls = own
+    if own is None:
+        return
+    _become(module, own)
     for other in reversed(others):
         put_in_front(module, other)
 
@@ -211,14 +228,15 @@ def _become(module: nn.Module, cls: type[nn.Module]) -> None:
 
 def intercept(module: nn.Module, interceptor: Interceptor) -> None:
     """Let an interceptor run a module's calls from now on; it keeps its class's name."""
-    put_in_front(module, Intercepted)
+    if not isinstance(module, Intercepted):  # as `release` left one that others had changed
+        put_in_front(module, Intercepted)
     module.__dict__[_KEY] = interceptor
 
 
 def release(module: nn.Module) -> None:
     """Undo `intercept`."""
     take_away(module, Intercepted)
-    del module.__dict__[_KEY]
+    module.__dict__.pop(_KEY, None)
 
 
 def interceptor_of(module: nn.Module) -> Interceptor | None:
@@ -290,9 +308,7 @@ def _made(
     meta: Any = _Behind if is_behind else _StandIn
     if not issubclass(meta, kind):
         meta = kind if issubclass(kind, meta) else type(meta.__name__, (meta, kind), {})
-    content: dict[str, Any] = {"__module__": base.__module__}
-    if is_behind:
-        content[_MIXIN] = mixin
+    content: dict[str, Any] = {"__module__": base.__module__, _MIXIN: mixin}
     bases = (base,) if is_behind else (mixin, base)
     made: type[nn.Module] = meta(base.__name__, bases, content)
     return made

@@ -169,6 +169,16 @@ class _ReadOnlyView(torch.Tensor):
         return read_only(func(*args, **kwargs), views)
 
 
+def owned(tensor: torch.Tensor) -> torch.Tensor:
+    """Return an ordinary tensor in place of a view of a copy, which a Parameter made of one is."""
+    if not isinstance(tensor, _ReadOnlyView):
+        return tensor
+    with torch._C.DisableTorchFunctionSubclass():
+        values = tensor.detach().as_subclass(torch.Tensor).clone()
+        is_parameter = isinstance(tensor, torch.nn.Parameter)
+        return torch.nn.Parameter(values, tensor.requires_grad) if is_parameter else values
+
+
 def read_only(result: Any, copies: Iterable[torch.Tensor]) -> Any:
     """Guard those results that share memory with copies: a write into them would be lost.
 

@@ -55,6 +55,12 @@ _FEW_BITS: Final = 4.0
 #: Each choice of ``lora`` merges into weights of so many bits or more: auto does as Forge.
 _LEAST_BITS: Final = {"fp16": None, "auto": 16.0, "merge": 0.0}
 
+_WHOLE_COMPILE: Final = (
+    "lowbits merges adapters into this model's weights before a pass (lora='merge', or 'auto' "
+    "where weights have 16 bits): compile its blocks (model.compile_repeated_blocks("
+    "fullgraph=True), or block.compile(fullgraph=True) for each), or apply it with lora='fp16'"
+)
+
 #: What is packed of a layer that adapters are merged into.
 WEIGHT: Final = ("weight",)
 
@@ -83,6 +89,8 @@ class Adapters:
         self._merged: weakref.WeakKeyDictionary[nn.Module, State] = weakref.WeakKeyDictionary()
         self._hooks: list[RemovableHandle] = []
         self._has_warned = False
+        #: Whether a layer was ever wrapped: before that, passes leave nothing to compilers to see.
+        self.is_used = False
         # Held while codes are written: a pass of another thread waits for all of them.
         self._lock = threading.RLock()
 
@@ -267,6 +275,7 @@ class Adapters:
         wrapper.__dict__[KEY] = state
         put_in_front(wrapper, AdapterLayer)
         self._wrappers.add(wrapper)
+        self.is_used = True
 
     @torch.no_grad()
     @torch.inference_mode(mode=False)
@@ -410,8 +419,8 @@ class _BeforePass:
 
     def __call__(self, *_: Any) -> None:
         adapters = self._adapters()
-        if adapters is not None:
-            _outside_of_graphs(adapters.before_pass)(trains=torch.is_grad_enabled())
+        if adapters is not None and adapters.is_used:
+            _before_pass(adapters, trains=torch.is_grad_enabled())
 
     def __reduce__(self) -> tuple[type[_BeforePass], tuple[()]]:
         return _BeforePass, ()
@@ -428,10 +437,10 @@ def _read(fqn: str, source: Source) -> Tensor:
         ) from error
 
 
-def _outside_of_graphs(method: Callable[..., None]) -> Callable[..., None]:
-    """Keep a method, and what it calls, out of graphs."""
-    disabled: Callable[..., None] = torch.compiler.disable(method)  # type: ignore[no-untyped-call]
-    return disabled
+#: `Adapters.before_pass`, out of graphs.
+_before_pass: Final[Callable[..., None]] = torch.compiler.disable(  # type: ignore[no-untyped-call]
+    Adapters.before_pass, reason=_WHOLE_COMPILE
+)
 
 
 def _bits(layer: PackedLayer) -> float:

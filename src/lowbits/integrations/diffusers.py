@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 #: Names that diffusers' pipelines give to what runs at every step.
 _DENOISERS: Final = ("transformer", "unet", "prior", "decoder", "controlnet", "dit")
+#: What pipelines that are made of several put before the names of each one's components.
+_PARTS: Final = ("prior_", "decoder_")
 
 #: What quantizers of diffusers and transformers set on the models that they load.
 _QUANTIZER_FLAGS: Final = (
@@ -44,7 +46,18 @@ def components_of(pipe: Any) -> dict[str, nn.Module]:
 
 def denoisers_of(components: Iterable[str]) -> list[str]:
     """Return which components, by name, run at every step."""
-    return [name for name in components if name.startswith(_DENOISERS)]
+    return [name for name in components if _is_denoiser(name)]
+
+
+def _is_denoiser(name: str) -> bool:
+    return _own_name(name).startswith(_DENOISERS)
+
+
+def _own_name(name: str) -> str:
+    """Return a component's name in that part of a combined pipeline which it belongs to."""
+    for part in _PARTS:
+        name = name.removeprefix(part)
+    return name
 
 
 def default_reasons(components: Mapping[str, nn.Module]) -> dict[str, str]:
@@ -60,8 +73,9 @@ def default_reasons(components: Mapping[str, nn.Module]) -> dict[str, str]:
 
 def default_reason(name: str, class_name: str) -> str:
     """Return why a component is left alone by default; empty for what is packed."""
-    if name.startswith(_DENOISERS):
+    if _is_denoiser(name):
         return ""
+    name = _own_name(name)
     if name.startswith("text_encoder"):
         is_clip = "CLIP" in class_name
         return "CLIP text encoder: small and sensitive; name it to pack it" if is_clip else ""

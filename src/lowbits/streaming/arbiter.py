@@ -148,6 +148,8 @@ class Arbiter:
             if room < stage.minimum_bytes:
                 room = self._share(stage, [other for other in others if other.uses], budget)
             stage.activate(room)
+        else:
+            stage.allow(room)  # others may have come since
         return stage
 
     def _budget_now(self, wanted_bytes: int) -> int:

@@ -31,7 +31,6 @@ class _Slot:
     Attributes:
         nbytes: of the buffer.
         buffer: None before its first use.
-        address: of the buffer.
         homes: of the units that it is for.
         users: forwards that are using one of them now.
     """
@@ -39,12 +38,14 @@ class _Slot:
     def __init__(self, nbytes: int) -> None:
         self.nbytes = nbytes
         self.buffer: Tensor | None = None
-        self.address = self.users = 0
+        self.users = 0
         self.homes: list[_Home] = []
 
-    def fill(self, buffer: Tensor) -> None:
-        """Have a buffer from now on."""
-        self.buffer, self.address = buffer, buffer.untyped_storage().data_ptr()
+    @property
+    def address(self) -> int:
+        """Where the buffer lies now: sending a weight to another process moves it."""
+        assert self.buffer is not None
+        return self.buffer.untyped_storage().data_ptr()
 
 
 @final
@@ -417,7 +418,7 @@ class Residency:
         capacity_bytes = sum(each.nbytes for each in self._slots())
         if self._left and self.device_bytes + slot.nbytes > capacity_bytes:
             raise self._no_slot(entry)
-        slot.fill(self._ops.empty(slot.nbytes))
+        slot.buffer = self._ops.empty(slot.nbytes)
         self._note_peak()
 
     def _spare(self, wanted: _Home) -> _Home:

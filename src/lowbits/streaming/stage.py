@@ -27,11 +27,7 @@ if TYPE_CHECKING:
 #: A plan for what was measured replaces another one where it is better by more than this.
 _GAIN: Final = 0.02
 
-#: Measured passes after which the plan is looked at once more: the first one is slower than others.
-_MEASURED_PASSES: Final = 2
-#: And again, where units, or the link, are so much slower, or faster, than at the last look.
-_NEWS: Final = 0.1
-#: Wall over the longer of compute and transfer up to which no other plan is looked for.
+#: Wall over compute up to which no other plan is looked for.
 _GOOD_ENOUGH: Final = 1.01
 
 
@@ -80,7 +76,9 @@ class Stage:
         self._parked_bytes = 0
         self._limit_bytes: int | None = None
         self._is_warm = False
-        self._known = (0.0, 0.0)
+        self._running = 0
+        # Whether a unit was ever called inside another: plans do not know which must not share.
+        self._is_nested = False
         self._budget_bytes = 0
         self._transfer: Transfer | None = None
         self._residency: Residency | None = None
@@ -213,9 +211,13 @@ class Stage:
         Raises:
             InsufficientMemoryError: the budget is below `minimum_bytes`.
         """
+        self.allow(budget_bytes)
+        self.replan()
+
+    def allow(self, budget_bytes: int) -> None:
+        """Say what plans may take from now on; the one in force may take more until it is over."""
         limit = max(self._limit_bytes or budget_bytes, self.minimum_bytes)
         self._budget_bytes = min(budget_bytes, limit)
-        self.replan()
 
     def _make_plan(self) -> StreamPlan:
         if self._transfer is None:
@@ -371,12 +373,15 @@ class Stage:
         if self._trial is not None and self.plan and self.plan.slot_bytes:
             self._try_methods(self._trial)
         if is_other_order:
-            self.replan()
-            # The pass is complete: where memory runs out, the next one makes room.
-            with suppress(torch.OutOfMemoryError):
+            # The pass is complete. Where so many slots do not fit this order, the plan stays; where
+            # memory runs out, the next pass makes room.
+            with suppress(InsufficientMemoryError, torch.OutOfMemoryError):
+                self.replan()
                 self._prefetch()
-        elif self.plan and self.plan.slot_bytes and self._has_news():
-            self._improve()
+        elif self.plan and self.plan.slot_bytes:
+            compute_s = sum(entry.compute_s for entry in self._units)
+            if self.timing.has_news(compute_s):
+                self._improve()
 
     def _try_methods(self, trial: MethodTrial) -> None:
         """Transfer in the way that is to be timed next, or has won."""
@@ -389,16 +394,6 @@ class Stage:
         except InsufficientMemoryError:
             self._trial = None  # then there is nothing to choose
 
-    def _has_news(self) -> bool:
-        """Say whether times were measured that are others than those of the last look."""
-        if self.timing.measured < _MEASURED_PASSES:
-            return False
-        compute_s = sum(entry.compute_s for entry in self._units)
-        now = compute_s, self.timing.bandwidth
-        is_new = any(abs(a - b) > _NEWS * b for a, b in zip(now, self._known, strict=True))
-        self._known = now if is_new else self._known
-        return is_new
-
     def _improve(self) -> None:
         """Plan again with what was measured, where that is worth moving residents."""
         assert self.plan
@@ -406,8 +401,8 @@ class Stage:
         loads = [e.unit.nbytes / self.timing.bandwidth for e in self._units]
         now = self.plan.simulate(order, costs, loads, prefetch=self.method == "async")
         compute_s = sum(costs[unit] for unit in order)
-        bound_s = max(compute_s, now.copy_s)
-        if now.wall_s > _GOOD_ENOUGH * bound_s:
+        # Where copies take longer, fewer slots, and more residents, may leave less to be copied.
+        if now.wall_s > _GOOD_ENOUGH * compute_s and not self._is_nested:
             better = self._make_plan()
             if better.predicted_s < (1 - _GAIN) * now.wall_s:
                 self._use_plan(better)
@@ -415,7 +410,7 @@ class Stage:
         # The same units in the same slots, but what was predicted is known better now.
         self.last_plan = replace(
             self.plan,
-            predicted_s=max(now.wall_s, bound_s),
+            predicted_s=max(now.wall_s, compute_s, now.copy_s),
             compute_s=compute_s,
             transfer_s=now.copy_s,
         )
@@ -443,6 +438,8 @@ class Stage:
         started = called if has_arrived else self._ops.mark_computed()
         entry.begin_use(tensors)
         versions = residency.versions(number)
+        self._running += 1
+        self._is_nested = self._is_nested or self._running > 1
         try:
             if not (self._is_warm and is_held and is_due):
                 self._prefetch()  # else all was asked for when the unit before was done
@@ -456,6 +453,7 @@ class Stage:
             self._keep_failed(residency, number, versions, error)
             raise
         finally:
+            self._running -= 1
             # Who keeps the traceback of an error would keep a slot's memory with it.
             del tensors
             entry.end_use()

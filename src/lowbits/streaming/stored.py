@@ -18,6 +18,7 @@ from torch.nn.utils import stateless
 
 from lowbits.core.interception import is_streamed
 from lowbits.core.memory import same_bits
+from lowbits.core.proxy import owned
 from lowbits.errors import StreamError
 from lowbits.streaming.proxy import StreamedTensor
 from lowbits.streaming.timing import running_mean
@@ -297,7 +298,7 @@ class Stored:
         if not is_streamed(new):  # what is another place's is not given away
             # What was made where the model computes goes home with the rest.
             home = place.device if new.device == self._device else new.device
-            place.adopt(new, before, home)
+            place.adopt(owned(new), before, home)
         on_device = self._aside if self._held is self._outside else self._held
         if on_device is not None:
             on_device[number].detach().copy_(values)  # a base's

@@ -30,6 +30,12 @@ _TRIAL: Final = ("async", "async", "async", "queue", "queue")
 _MEASURED_FIRST: Final = len(_TRIAL)
 _MEASURED_EVERY: Final = 7
 
+#: Measured passes after which times are known: the first one is slower than others.
+_MEASURED_PASSES: Final = 2
+
+#: Times that are so much longer, or shorter, than before are news.
+_NEWS: Final = 0.1
+
 
 class _Span(NamedTuple):
     """A use of a unit, or a pass: the events that it began with, had its bytes at, and ended with.
@@ -76,6 +82,7 @@ class Timing:
         # Uses of units, and passes behind the uses that they are made of.
         self._spans: deque[_Span] = deque()
         self.times_uses = True
+        self._known = (0.0, 0.0)
 
     def begin_pass(self, *, has_end: bool) -> None:
         """Note the beginning of a pass.
@@ -114,6 +121,19 @@ class Timing:
         self._copy_s += seconds
         if self._copied_bytes and self._copy_s:
             self.bandwidth = self._copied_bytes / self._copy_s
+
+    def has_news(self, compute_s: float) -> bool:
+        """Say whether a plan for what is known now may be another one than when this was said last.
+
+        Args:
+            compute_s: of all units.
+        """
+        now = compute_s, self.bandwidth
+        is_new = any(abs(a - b) > _NEWS * b for a, b in zip(now, self._known, strict=True))
+        if self.measured < _MEASURED_PASSES or not is_new:
+            return False
+        self._known = now
+        return True
 
     def forget_marks(self) -> None:
         """Forget events that nobody will look at any more."""
