@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 from typing import TYPE_CHECKING, Any
@@ -28,5 +29,6 @@ def run_in(process: ProcessPoolExecutor, function: Callable[..., Any], *args: An
 
 
 def _seeded(function: Callable[..., Any], *args: Any) -> Any:
+    gc.collect()  # what an earlier function has left would be streamed still
     torch.manual_seed(0)
     return function(*args)

@@ -35,6 +35,7 @@ CPU: dict[str, Any] = {"device": "cpu", "location": "cpu"}
 
 @pytest.fixture(autouse=True)
 def _released() -> Iterator[None]:
+    gc.collect()  # what other tests have left would be streamed still
     yield
     lowbits.device_budget("cpu", None)
     gc.collect()
