@@ -123,6 +123,8 @@ def test_slots_that_do_not_fit_another_order_stay_as_they_are() -> None:
     with faked(ops), LayerStreamer(
         model, device="cpu", budget=102 * PAGE, depth=3, location="shared"
     ) as streamer:  # fmt: skip
-        for order in [range(6)] * 2 + [[0, 3, 1, 2, 4, 5]] * 4:
+        for number, order in enumerate([range(6)] * 2 + [[0, 3, 1, 2, 4, 5]] * 20):
+            for block in blocks if number == 6 else ():
+                change(block, 0.1)
             assert model(x, order) is x
         assert streamer.stats().depth == 3

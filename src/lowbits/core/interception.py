@@ -114,12 +114,10 @@ class Intercepted(nn.Module):
         interceptor = self.__dict__.get(_KEY)
         if interceptor is not None:
             return interceptor.call(super().__call__, args, kwargs)
-        if (
-            Intercepted in type(self).__mro__
-        ):  # released behind a class that others have put in front
+        cls: Any = type(self)
+        if Intercepted in cls.__mro__:  # it was released behind a class that others have made
             return super().__call__(*args, **kwargs)
-        cls: Any = type(self)  # others may have kept this method of a module that was released
-        return cls.__call__(self, *args, **kwargs)
+        return cls.__call__(self, *args, **kwargs)  # others kept this method of a released module
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:  # noqa: FBT001, FBT002 - torch's signature
         interceptor = self.__dict__.get(_KEY)

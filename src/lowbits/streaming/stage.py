@@ -215,7 +215,7 @@ class Stage:
         self.replan()
 
     def allow(self, budget_bytes: int) -> None:
-        """Say what plans may take from now on; the one in force may take more until it is over."""
+        """Say what plans may take from now on."""
         limit = max(self._limit_bytes or budget_bytes, self.minimum_bytes)
         self._budget_bytes = min(budget_bytes, limit)
 
@@ -372,15 +372,13 @@ class Stage:
             self.timing.note_copy(nbytes, seconds)
         if self._trial is not None and self.plan and self.plan.slot_bytes:
             self._try_methods(self._trial)
-        if is_other_order:
-            # The pass is complete. Where so many slots do not fit this order, the plan stays; where
-            # memory runs out, the next pass makes room.
-            with suppress(InsufficientMemoryError, torch.OutOfMemoryError):
+        # The pass is complete. Where the slots that were asked for do not fit this order, the plan
+        # stays; where memory runs out, the next pass makes room.
+        with suppress(InsufficientMemoryError, torch.OutOfMemoryError):
+            if is_other_order:
                 self.replan()
                 self._prefetch()
-        elif self.plan and self.plan.slot_bytes:
-            compute_s = sum(entry.compute_s for entry in self._units)
-            if self.timing.has_news(compute_s):
+            elif self.plan and self.plan.slot_bytes:
                 self._improve()
 
     def _try_methods(self, trial: MethodTrial) -> None:
@@ -398,6 +396,8 @@ class Stage:
         """Plan again with what was measured, where that is worth moving residents."""
         assert self.plan
         order, costs = self._order.expected, [entry.compute_s for entry in self._units]
+        if not self.timing.has_news(sum(costs)):
+            return
         loads = [e.unit.nbytes / self.timing.bandwidth for e in self._units]
         now = self.plan.simulate(order, costs, loads, prefetch=self.method == "async")
         compute_s = sum(costs[unit] for unit in order)
