@@ -35,6 +35,10 @@ def test_inductor_gives_the_same(scheme: str) -> None:
         assert torch.allclose(compiled(x), layer(x), rtol=1e-4, atol=1e-5)
 
 
+def two_layers() -> nn.Module:
+    return nn.Sequential(nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 64))
+
+
 @pytest.mark.parametrize(
     "scheme", ["bnb-nf4", "torchao-int8", "quanto-int8", "gguf-q4_k", "float8-e4m3fn"]
 )
@@ -63,7 +67,7 @@ def test_an_embedding_is_compiled_for_any_number_of_tokens(scheme: str) -> None:
     ("scheme", "lora"), [("gguf-bf16", "auto"), ("bnb-nf4", "merge"), ("bnb-nf4", "auto")]
 )
 def test_a_model_without_adapters_is_one_graph(scheme: str, lora: str) -> None:
-    model = nn.Sequential(nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 64))
+    model: Any = two_layers()
     lowbits.quantize(model, scheme, lora=lora)
     torch.compiler.reset()
     compiled: Any = torch.compile(model, fullgraph=True, backend="eager")
@@ -75,15 +79,15 @@ def test_a_model_without_adapters_is_one_graph(scheme: str, lora: str) -> None:
 @torch.no_grad()
 def test_an_adapter_that_comes_after_compiling_acts() -> None:
     """Where adapters are merged before a pass, which a graph of before has nothing of."""
-    model = nn.Sequential(nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 64))
+    model: Any = two_layers()
     lowbits.quantize(model, "gguf-bf16")
     torch.compiler.reset()
-    compiled, x = torch.compile(model, backend="eager"), torch.randn(2, 256)
+    compiled: Any = torch.compile(model, backend="eager")
+    x = torch.randn(2, 256)
     plain = compiled(x)
     inject_adapter_in_model(LoraConfig(r=4, target_modules=["0"], init_lora_weights=False), model)
     for strength in (1.0, 0.5):
-        layer: Any = model[0]
-        layer.set_scale("default", strength)
+        model[0].set_scale("default", strength)
         got = compiled(x)
         assert not torch.allclose(got, plain, atol=1e-2)
         assert torch.equal(got, model(x))
@@ -91,10 +95,7 @@ def test_an_adapter_that_comes_after_compiling_acts() -> None:
 
 @torch.no_grad()
 def test_a_wrapper_of_torch_compile_is_what_is_inside(tmp_path: Path) -> None:
-    def make() -> nn.Module:
-        return nn.Sequential(nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 64))
-
-    model, x = make(), torch.randn(2, 256)
+    model, x = two_layers(), torch.randn(2, 256)
     compiled: Any = torch.compile(model, backend="eager")
     expected, options = model(x), {"rules": {"0": "bnb-nf4"}}
     owned = lowbits.quantize(compiled, "gguf-q8_0", **options)
@@ -105,7 +106,7 @@ def test_a_wrapper_of_torch_compile_is_what_is_inside(tmp_path: Path) -> None:
     file = tmp_path / "model.safetensors"
     lowbits.save(compiled, file)
     lowbits.save_gguf(compiled, tmp_path / "model.gguf", "Q8_0", arch="flux", names="diffusers")
-    other = make()
+    other = two_layers()
     lowbits.load(file, into=torch.compile(other, backend="eager"))
     assert torch.equal(other(x), packed)
     lowbits.restore(compiled)

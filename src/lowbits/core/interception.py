@@ -151,7 +151,7 @@ def reduced(made: Any, cls: type, key: str) -> Any:
     if function is copyreg.__newobj__:  # type: ignore[attr-defined]
         function = _new  # pickle refuses that one for a class that is not the object's
     own = cls
-    while (behind := _behind(own)) is not None:
+    while (behind := _own_class(own)) is not None:
         own = behind
     arguments = tuple(own if value is cls else value for value in arguments)
     return (function, arguments, {k: v for k, v in state.items() if k != key}, *made[3:])
@@ -170,20 +170,20 @@ class _StandIn(type):
     """
 
     def __eq__(cls, other: object) -> bool:
-        own = _behind(cls)
+        own = _own_class(cls)
         return other is cls or (own is not None and own == other)
 
     def __hash__(cls) -> int:
-        own = _behind(cls)
+        own = _own_class(cls)
         return type.__hash__(cls) if own is None else hash(own)
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
         """Make one of its own class: a slice of a `Sequential` is a new one of the same type."""
-        own = _behind(cls)
+        own = _own_class(cls)
         return super().__call__(*args, **kwargs) if own is None else own(*args, **kwargs)
 
 
-def _behind(cls: type) -> Any:
+def _own_class(cls: type) -> Any:
     """Return the class that a mix-in was put in front of; None for one that others have made."""
     return cls.__mro__[2] if _MIXIN in cls.__dict__ else None
 
@@ -210,7 +210,7 @@ def take_away(module: nn.Module, mixin: type[nn.Module]) -> None:
     Where others have given the module a class since, it keeps that.
     """
     cls, others = type(module), []
-    while (own := _behind(cls)) is not None and cls.__mro__[1] is not mixin:
+    while (own := _own_class(cls)) is not None and cls.__mro__[1] is not mixin:
         others.append(cls.__mro__[1])
         cls = own
     if own is None:

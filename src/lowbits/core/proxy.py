@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, final
 import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
+from lowbits.core.foreign import plain
 from lowbits.core.memory import storage_address
 from lowbits.errors import PatchError
 
@@ -173,8 +174,8 @@ def owned(tensor: torch.Tensor) -> torch.Tensor:
     """Return an ordinary tensor in place of a view of a copy, which a Parameter made of one is."""
     if not isinstance(tensor, _ReadOnlyView):
         return tensor
+    values = plain(tensor).clone()
     with torch._C.DisableTorchFunctionSubclass():
-        values = tensor.detach().as_subclass(torch.Tensor).clone()
         is_parameter = isinstance(tensor, torch.nn.Parameter)
         return torch.nn.Parameter(values, tensor.requires_grad) if is_parameter else values
 

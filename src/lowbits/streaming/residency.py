@@ -161,7 +161,7 @@ class Residency:
             note_peak: called whenever a buffer was made.
         """
         self._note_peak = note_peak
-        self._stored, self._ops, self._transfer = stored, ops, transfer
+        self._ops, self._transfer = ops, transfer
         self._ring = [_Slot(nbytes) for nbytes in plan.slot_bytes]
         self._homes: list[_Home] = []
         for number, entry in enumerate(stored):
@@ -431,8 +431,8 @@ class Residency:
 
     def _no_slot(self, entry: Stored) -> StreamError:
         users = ", ".join(
-            repr(self._stored[number].unit.name)
-            for number in self._held
+            repr(home.entry.unit.name)
+            for number, home in self._held.items()
             if self.is_streamed(number)
         )
         return StreamError(

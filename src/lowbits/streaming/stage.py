@@ -396,11 +396,11 @@ class Stage:
         """Plan again with what was measured, where that is worth moving residents."""
         assert self.plan
         order, costs = self._order.expected, [entry.compute_s for entry in self._units]
-        if not self.timing.has_news(sum(costs)):
+        compute_s = sum(costs[unit] for unit in order)
+        if not self.timing.has_news(compute_s):
             return
         loads = [e.unit.nbytes / self.timing.bandwidth for e in self._units]
         now = self.plan.simulate(order, costs, loads, prefetch=self.method == "async")
-        compute_s = sum(costs[unit] for unit in order)
         # Where copies take longer, fewer slots, and more residents, may leave less to be copied.
         if now.wall_s > _GOOD_ENOUGH * compute_s and not self._is_nested:
             better = self._make_plan()

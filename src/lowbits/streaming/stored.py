@@ -43,7 +43,6 @@ class Stored:
         unit: what it is.
         is_base: whether it is what no unit of its model holds.
         master: its bytes for good.
-        has_buffers: whether its forward may write into one of its tensors.
         compute_s: seconds of its forward, a running mean; 0 until it was called. The first one
             counts until the second: kernels are loaded then, and the host is behind the device.
         stall_s: seconds that compute has waited for its bytes.

@@ -126,7 +126,7 @@ class Timing:
         """Say whether a plan for what is known now may be another one than when this was said last.
 
         Args:
-            compute_s: of all units.
+            compute_s: of a pass.
         """
         now = compute_s, self.bandwidth
         is_new = any(abs(a - b) > _NEWS * b for a, b in zip(now, self._known, strict=True))
