@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import random
+import weakref
 from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model, inject_adapter_in_model
+from streaming.devices import faked
 from streaming.models import (
     WIDTH,
     Block,
@@ -22,7 +25,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import lowbits
+from lowbits import LayerStreamer
 from lowbits.errors import LowbitsError
+from lowbits.streaming.models import Placement, StreamedModels
+from lowbits.testing.streams import VirtualOps
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -373,3 +379,118 @@ def test_other_kinds_of_adapters() -> None:
             torch.manual_seed(3)
             get_peft_model(model, config)
             assert same(model(inputs(WIDE)), expected)
+
+
+class Squashed(nn.Module):
+    """Saves its own result for the backward pass, and may change it after that."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDE, WIDE)
+        self.results: list[weakref.ref[Tensor]] = []
+        self.factor = 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.linear(x))
+        self.results.append(weakref.ref(x))
+        return x if self.factor == 1 else x.mul_(self.factor)
+
+
+def squashed(n_blocks: int = 4) -> list[Squashed]:
+    torch.manual_seed(0)
+    return [Squashed().requires_grad_(requires_grad=False) for _ in range(n_blocks)]
+
+
+@pytest.mark.parametrize("budget", [None, 10**6])
+def test_a_graph_goes_with_its_result_though_nobody_goes_back(budget: int | None) -> None:
+    blocks = squashed()
+    model = nn.Sequential(*blocks)
+    with streamer_of(model, budget=budget):
+        for _ in range(3):
+            model(inputs(WIDE).requires_grad_())
+            assert not any(made() is not None for block in blocks for made in block.results)
+
+
+@pytest.mark.parametrize("budget", [None, 10**6])
+def test_a_result_that_is_changed_after_it_was_saved_is_told(budget: int | None) -> None:
+    blocks = squashed()
+    blocks[1].factor = 2.0
+    model = nn.Sequential(*blocks)
+    with pytest.raises(RuntimeError, match="inplace operation"):
+        gradients(model, [])
+    with streamer_of(model, budget=budget):
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match="inplace operation"):
+                gradients(model, [])
+
+
+@pytest.mark.parametrize("budget", [None, 10**6])
+def test_gradients_of_gradients(budget: int | None) -> None:
+    def second(model: nn.Module) -> Tensor:
+        x = inputs(WIDE).requires_grad_()
+        (first,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
+        (found,) = torch.autograd.grad(first.square().sum(), x)
+        return found
+
+    model = nn.Sequential(*squashed())
+    expected = second(model)
+    with streamer_of(model, budget=budget):
+        for _ in range(3):
+            assert same(second(model), expected)
+
+
+class Times(nn.Module):
+    """Multiplies by a weight, which autograd saves; computes for so many virtual seconds."""
+
+    def __init__(self, ops: VirtualOps, seconds: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(1024) + 0.5, requires_grad=False)
+        self.ops, self.seconds = ops, seconds
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.ops.compute(self.seconds)
+        return x * self.weight
+
+
+def timed_blocks(ops: VirtualOps, n_blocks: int) -> list[Times]:
+    return [Times(ops, 1e-6) for _ in range(n_blocks)]
+
+
+def test_a_graph_keeps_no_residents_that_a_new_plan_has_moved() -> None:
+    ops = VirtualOps(bandwidth=1e9)
+    blocks, budget, spread = timed_blocks(ops, 16), 9 * 4096, random.Random(5)  # noqa: S311 - times
+    model = nn.Sequential(*blocks)
+    x = torch.randn(1024, requires_grad=True)
+    (expected,) = torch.autograd.grad(model(x).sum(), x)
+    plans: set[frozenset[int]] = set()
+    with faked(ops), LayerStreamer(
+        model, device="cpu", budget=budget, location="shared"
+    ) as streamer:  # fmt: skip
+        for step in range(16):
+            for block in blocks if step == 8 else ():
+                block.seconds = spread.uniform(0.5e-6, 10e-6)
+            losses = [model(x).sum() for _ in range(3)]
+            plans.add(frozenset(stage_of(streamer).streamed_of(stage_of(streamer).components[0])))
+            for loss in losses:
+                (found,) = torch.autograd.grad(loss, x)
+                assert same(found, expected)
+    assert len(plans) > 1
+    assert ops.peak_bytes <= budget
+
+
+def test_a_graph_keeps_no_residents_of_a_model_that_gives_way() -> None:
+    ops = VirtualOps(bandwidth=1e9)
+    first, second = (nn.Sequential(*timed_blocks(ops, 6)) for _ in range(2))
+    budget = 8 * 4096
+    x = torch.randn(1024, requires_grad=True)
+    (expected,) = torch.autograd.grad(second(first(x)).sum(), x)
+    place = Placement(torch.device("cpu"), budget, method="async", location="shared")
+    with faked(ops):
+        streamed = StreamedModels({"first": first, "second": second}, place, budget)
+        streamed.attach()
+        for _ in range(3):
+            loss = second(first(x)).sum()
+            assert ops.peak_bytes <= budget
+            (found,) = torch.autograd.grad(loss, x)
+            assert same(found, expected)
+        streamed.detach()

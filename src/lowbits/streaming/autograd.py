@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, final
+from weakref import ref
 
 import torch
 from torch.utils._pytree import tree_map_only
@@ -13,6 +14,8 @@ from lowbits.core.memory import storage_address
 from lowbits.errors import StreamError
 
 if TYPE_CHECKING:
+    from weakref import ReferenceType
+
     from torch import Tensor
 
     from lowbits.streaming.layout import Place
@@ -26,6 +29,7 @@ class _Saved:
 
     entry: Stored
     place: Place
+    resident: ReferenceType[Tensor] | None
     shape: torch.Size
     stride: tuple[int, ...]
     offset: int
@@ -36,32 +40,53 @@ class _Saved:
     is_neg: bool
 
     def read(self) -> Tensor:
-        """Return the same view of a new copy.
+        """Return the same view, of a new copy where the unit is not there any more.
 
         Raises:
             RuntimeError: the weight was written since, as torch says of any saved tensor.
         """
         if self.version != self.entry.master.version_of(self.place):
             raise _changed(self.entry)
-        # Moved as bytes: of a tensor with holes, a device would make one without.
-        run = self.place.run_of(self.entry.master.copy(self.place)).to(self.device)
-        read = run.view(self.dtype).as_strided(self.shape, self.stride, self.offset)
+        read = self._run().view(self.dtype)
+        read = read.as_strided(self.shape, self.stride, read.storage_offset() + self.offset)
         # Both are marks on a view; the bytes are those of what it is a view of.
         read = torch.conj(read) if self.is_conj else read
         return torch._neg_view(read) if self.is_neg else read
 
+    def _run(self) -> Tensor:
+        flat = self.resident() if self.resident else None
+        if flat is not None:
+            return self.place.bytes_in(flat)
+        # Moved as bytes: of a tensor with holes, a device would make one without.
+        return self.place.run_of(self.entry.master.copy(self.place)).to(self.device)
 
-class _Kept(NamedTuple):
-    """A view of a resident's tensor, and how often it had been written."""
 
-    entry: Stored
+class _Activation(NamedTuple):
+    """What is no weight, as torch keeps it where there are no hooks.
+
+    Without the graph that it belongs to: what an operation saves of its own result would keep both
+    alive for ever. Torch puts them together again, but looks for writes only where it has no hooks.
+    """
+
     tensor: Tensor
     version: int
 
+    @classmethod
+    def of(cls, tensor: Tensor) -> _Activation:
+        """Keep a tensor."""
+        return cls(tensor.detach(), tensor._version)
+
     def read(self) -> Tensor:
-        """Return it, unless it was written since; as `_Saved.read`."""
+        """Return it.
+
+        Raises:
+            RuntimeError: it was written since, as torch says.
+        """
         if self.tensor._version != self.version:
-            raise _changed(self.entry)
+            raise RuntimeError(
+                "a tensor that the backward pass needs was changed by an inplace operation: it is "
+                f"at version {self.tensor._version}; expected version {self.version} instead"
+            )
         return self.tensor
 
 
@@ -71,8 +96,10 @@ def reread_for_backward(
     """Let autograd keep the name of a unit's tensor in place of its bytes.
 
     The slot holds another unit by the time of the backward pass, which reads the master instead.
-    What is no weight is left to the hooks of whoever calls: checkpoints count what is saved, and
-    run the unit once more, which may be streamed then and was not, or the other way round.
+    A resident is read where it is, if it is there still: another plan, or another model, may want
+    its memory, which a graph would keep beside the budget. What is no weight is left to the hooks
+    of whoever calls: checkpoints count what is saved, and run the unit once more, which may be
+    streamed then and was not, or the other way round.
 
     Args:
         entry: the unit.
@@ -83,38 +110,31 @@ def reread_for_backward(
         return nullcontext()
     hooks: Any = torch._C._autograd
     outer = hooks._top_saved_tensors_default_hooks(False)
-    if outer is None and not is_streamed:
-        return nullcontext()
-    pack_other, unpack_other = outer or (_as_it_is, _as_it_is)
+    pack_other, unpack_other = outer or (_Activation.of, _Activation.read)
     storage, begin = flat.untyped_storage().data_ptr(), flat.storage_offset()
     versions = entry.buffer_versions()
+    resident = None if is_streamed else ref(flat)
 
     def pack(tensor: Tensor) -> Any:
         if not tensor.numel() or storage_address(tensor) != storage:
             return pack_other(tensor)
-        if not is_streamed:
-            return _Kept(entry, tensor, tensor._version)
         at = int(tensor.storage_offset() * tensor.itemsize - begin)
         place = entry.unit.place_at(at)
         if versions.get(place.offset, tensor._version) != tensor._version:
             return pack_other(tensor.clone())  # this forward has written it: it is no weight
         return _Saved(
-            entry, place, tensor.shape, tensor.stride(), (at - place.offset) // tensor.itemsize,
-            tensor.dtype, tensor.device, entry.master.version_of(place),
-            tensor.is_conj(), tensor.is_neg(),
+            entry, place, resident, tensor.shape, tensor.stride(),
+            (at - place.offset) // tensor.itemsize, tensor.dtype, tensor.device,
+            entry.master.version_of(place), tensor.is_conj(), tensor.is_neg(),
         )  # fmt: skip
 
     def unpack(saved: Any) -> Tensor:
-        if isinstance(saved, (_Saved, _Kept)):
+        if isinstance(saved, _Saved):
             return saved.read()
         other: Tensor = unpack_other(saved)
         return other
 
     return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
-
-
-def _as_it_is(saved: Any) -> Any:
-    return saved
 
 
 def _changed(entry: Stored) -> RuntimeError:
