@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from peft import LoHaConfig, LoKrConfig, LoraConfig, OFTConfig, get_peft_model
+from peft import (
+    HRAConfig,
+    IA3Config,
+    LoHaConfig,
+    LoKrConfig,
+    LoraConfig,
+    OFTConfig,
+    VeraConfig,
+    get_peft_model,
+)
 from safetensors.torch import save_file
 from torch import nn
 from torch.nn.modules.module import _global_module_registration_hooks as hooks
@@ -119,6 +128,38 @@ def test_what_cannot_be_merged_says_so_and_works_beside(config: Any, message: st
     with pytest.raises(errors.PatchError, match=message):
         model.merge_adapter()
     assert torch.equal(model(TOKENS), beside)
+
+
+OTHERS: dict[str, Any] = {
+    "oft": OFTConfig(r=4, oft_block_size=0, target_modules=["up"]),
+    "vera": VeraConfig(r=4, target_modules=["up"]),
+    "ia3": IA3Config(target_modules=["up"], feedforward_modules=[]),
+    "hra": HRAConfig(target_modules=["up"]),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_other_kinds_are_not_left_out_without_a_word(kind: str) -> None:
+    net, handle = packed()
+    model = adapted(net, OTHERS[kind])
+    beside = model(TOKENS)
+    with pytest.raises(errors.PatchError, match="'default' into up: .* Beside the weights"):
+        lowbits.merge_lora(net)
+    assert torch.equal(model(TOKENS), beside)
+    with model.disable_adapter():
+        lowbits.merge_lora(net)
+    model.unload()
+    handle.restore()
+
+
+def test_other_kinds_are_refused_where_all_is_to_be_merged() -> None:
+    net = Net().eval()
+    lowbits.apply(net, FINE, lora="merge")
+    model = adapted(net, OTHERS["oft"])
+    with pytest.raises(errors.PatchError, match="Beside the weights"):
+        model(TOKENS)
+    model.unload()
+    assert net(TOKENS).isfinite().all()
 
 
 def test_tied_weights_are_not_merged_into() -> None:

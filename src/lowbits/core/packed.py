@@ -136,6 +136,8 @@ class PackedLayer(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in type(self).lowbits_names:
+            if value is getattr(self, name):
+                return  # peft gives a layer that it unwraps its own weight
             scheme = self.lowbits_layouts[name].scheme
             raise PatchError(
                 f"cannot set {name!r} of a {type(self).lowbits_base.__name__} stored as {scheme}; "

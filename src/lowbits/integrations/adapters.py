@@ -28,6 +28,7 @@ from lowbits.integrations.peft import (
     Scales,
     State,
     acting,
+    acting_otherwise,
     delta_of,
     is_mergeable,
     note_merged,
@@ -134,15 +135,35 @@ class Adapters:
             NonFiniteWeightError: a sum holds NaN or infinity; that layer is as it was.
         """
         with self._lock:
-            for module in self._modules():
-                is_packed = isinstance(module._modules.get(WRAPPED), PackedLayer)
-                is_unknown = is_packed and KEY not in module.__dict__ and is_mergeable(module)
-                if is_unknown and acting(module):
-                    raise SourceUnavailableError(NO_HANDLE)
+            self._refuse_others()
             wanted = [(wrapper, acting(wrapper)) for wrapper in self._present()]
             self.write((w, scales) for w, scales in wanted if not state_of(w).holds(scales))
             for wrapper, _ in wanted:
                 state_of(wrapper).is_automatic = False
+
+    def _refuse_others(self, *, is_asked: bool = True) -> None:
+        """Raise where an adapter acts on a packed layer that it cannot be merged into.
+
+        Args:
+            is_asked: of all layers; else of those that are merged into before a pass.
+        """
+        for module in self._modules():
+            layer = module._modules.get(WRAPPED)
+            if not isinstance(layer, PackedLayer) or KEY in module.__dict__:
+                continue
+            if (others := acting_otherwise(module)) and (is_asked or self._is_automatic(layer)):
+                raise PatchError(
+                    f"cannot merge adapter {others[0]!r} into {self._name_of(layer)}: peft's "
+                    f"{type(module).__name__} is none of those that add to a weight (LoRA, DoRA, "
+                    "LoHa, LoKr). Beside the weights (lora='fp16') it works"
+                )
+            if is_asked and is_mergeable(module) and acting(module):
+                raise SourceUnavailableError(NO_HANDLE)
+
+    def _name_of(self, layer: PackedLayer) -> str:
+        owned = self._owned() if self._owned else None
+        found = owned.find(layer) if owned else None
+        return found[0] if found else f"a {type(layer).__name__}"
 
     def unmerge(self) -> None:
         """Take out of the codes what was merged, of layers that peft has unwrapped too.
@@ -208,6 +229,8 @@ class Adapters:
             trains: gradients are recorded: adapters that want them act beside the weights.
         """
         with self._lock:
+            if not self._is_lenient:
+                self._refuse_others(is_asked=False)
             present = self._present()
             changed = []
             for wrapper in present:
@@ -408,6 +431,8 @@ class _Wrapped:
             adapters.let_go(child)  # peft has unwrapped it
         elif is_mergeable(module):
             adapters.adopt(module, child)
+        else:
+            adapters.is_used = True  # what cannot be merged is refused where it is to be
 
 
 @final

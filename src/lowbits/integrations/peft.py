@@ -307,6 +307,15 @@ def _dense(wrapper: Any, name: str, scale: float) -> Dense:
     return Dense(matrix.reshape(wrapper.base_layer.lowbits_layouts["weight"].rows), scale)
 
 
+def acting_otherwise(wrapper: Any) -> list[str]:
+    """Return the adapters that act on a layer of peft, of a kind that is not `is_mergeable`."""
+    tuner = getattr(sys.modules.get("peft.tuners.tuners_utils"), "BaseTunerLayer", ())
+    if not isinstance(wrapper, tuner) or is_mergeable(wrapper) or wrapper.disable_adapters:
+        return []
+    held = [getattr(wrapper, kind) for kind in wrapper.adapter_layer_names]
+    return [name for name in _active(wrapper) if any(name in names for names in held)]
+
+
 def is_mergeable(module: nn.Module) -> bool:
     """Say whether a module is peft's, of a kind that adds to a weight: LoRA, LoHa, LoKr."""
     kinds = (("peft.tuners.lora.layer", "LoraLayer"), ("peft.tuners.lycoris_utils", "LycorisLayer"))
