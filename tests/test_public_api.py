@@ -7,8 +7,11 @@ import importlib
 import inspect
 import pickle
 import pkgutil
+from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
 import lowbits
 from lowbits import errors
@@ -103,3 +106,55 @@ def test_backends_is_a_function_and_a_package() -> None:
     import lowbits.backends.float8 as module
 
     assert module.Float8Backend.name in {info.name for info in lowbits.backends()}
+
+
+WRONG: dict[str, Any] = {
+    "skip": [None, 3, [0], "0"],
+    "rules": [{0: "bnb-nf4"}, ["0"]],
+    "components": [3, [None]],
+    "source": [3],
+    "cancel": [True],
+    "progress": [True],
+    "compute_dtype": [torch.float8_e4m3fn, torch.int8, "float16"],
+    "gpu_weights": ["ALL", None, -1, 0.5, True],
+    "keep_source": [None],
+    "lora": [3],
+}
+
+
+@pytest.mark.parametrize("option", WRONG)
+def test_values_that_no_option_takes_are_refused_by_name(option: str) -> None:
+    for value in WRONG[option]:
+        model = nn.Linear(64, 64)
+        with pytest.raises(errors.ConfigError, match=f"^{option}: got"):
+            lowbits.apply(model, "bnb-nf4", **{option: value})
+        assert type(model) is nn.Linear
+
+
+def test_what_would_do_is_said() -> None:
+    with pytest.raises(errors.ConfigError, match="expected 'auto', 'all', bytes, or a size"):
+        lowbits.LowbitsConfig(gpu_weights="most")
+    with pytest.raises(errors.ConfigError, match="file, none$"):
+        lowbits.LowbitsConfig(keep_source=None)  # type: ignore[arg-type]
+    assert lowbits.LowbitsConfig(gpu_weights=6e9).gpu_weights == 6_000_000_000  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"quantize\(\) got .* 'schema'"):
+        lowbits.quantize(nn.Linear(64, 64), "bnb-nf4", schema=1)
+
+
+def test_what_is_no_backend_is_refused() -> None:
+    for value in (None, lowbits.QuantBackend):
+        with pytest.raises(errors.ConfigError, match="expected an instance"):
+            lowbits.register_backend(value)  # type: ignore[arg-type]
+    with pytest.raises(errors.UnknownBackendError, match="None"):
+        lowbits.backend(None)  # type: ignore[arg-type]
+
+
+def test_a_rule_is_advised_where_it_helps() -> None:
+    small, odd = nn.Sequential(nn.Linear(32, 32)), nn.Sequential(nn.Linear(72, 64))
+    for model, is_advised in ((small, True), (odd, False), (nn.Sequential(), False)):
+        with pytest.raises(errors.NoCapableBackendError) as caught:
+            lowbits.quantize(model, "gguf-q8_0")
+        assert ("rules=" in str(caught.value)) is is_advised
+    lowbits.quantize(small, "gguf-q8_0", rules={"*": "gguf-q8_0"})
+    with pytest.raises(errors.UnknownSchemeError):
+        lowbits.quantize(odd, "")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import weakref
 from collections import defaultdict
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any, final
+from dataclasses import fields, replace
+from typing import TYPE_CHECKING, Any, Final, final
 
 import torch
 from torch import nn
@@ -21,6 +21,7 @@ from lowbits._target import (
     require_one,
 )
 from lowbits.config import LowbitsConfig
+from lowbits.core.backend import QuantBackend
 from lowbits.core.convert import ConvertOptions, convert, stored_bytes_of
 from lowbits.core.device import default_device, usable_device
 from lowbits.core.handle import Handle, Placed, find_handle
@@ -56,10 +57,11 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
     from pathlib import Path
 
-    from lowbits.core.backend import QuantBackend
     from lowbits.progress import CancelToken, ProgressCallback
 
 logger = logging.getLogger("lowbits.api")
+
+_OPTIONS: Final = {item.name for item in fields(LowbitsConfig)}
 
 
 def apply(  # noqa: PLR0913 - one place for every option
@@ -133,9 +135,11 @@ def quantize(module: nn.Module, scheme: Any, **options: Any) -> Handle:
         scheme: as for `apply`, but no `LowbitsConfig`.
         options: those of `apply`, but ``device`` and what streams.
     """
-    for option in ("device", "gpu_weights", "reserve", "swap", "location", "never_oom"):
-        if option in options:
+    for option in options:
+        if option in ("device", "gpu_weights", "reserve", "swap", "location", "never_oom"):
             raise ConfigError(f"{option}: quantize moves nothing; use lowbits.apply for that")
+        if option not in _OPTIONS:
+            raise TypeError(f"quantize() got an unexpected keyword argument {option!r}")
     return _apply(modules_of(module), LowbitsConfig(scheme, **options), None)
 
 
@@ -145,7 +149,12 @@ def schemes() -> tuple[SchemeInfo, ...]:
 
 
 def backend(name: str) -> QuantBackend:
-    """Return a backend by name."""
+    """Return a backend by name.
+
+    Raises:
+        UnknownBackendError: with the closest name.
+        BackendUnavailableError: the package that it comes from cannot be loaded.
+    """
     return DEFAULT.backend(name)
 
 
@@ -153,8 +162,11 @@ def register_backend(backend: QuantBackend) -> None:
     """Add a backend to those that `apply` knows; packages use the entry point group instead.
 
     Raises:
+        ConfigError: it is no `QuantBackend`.
         DuplicateBackendError: its name, or a scheme's, is taken.
     """
+    if not isinstance(backend, QuantBackend):
+        raise ConfigError(f"backend: got {backend!r}, expected an instance of lowbits.QuantBackend")
     DEFAULT.register(backend)
 
 

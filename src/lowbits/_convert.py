@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lowbits._target import require_one, unwrapped
 from lowbits.backends.gguf.backend import PREFIX
-from lowbits.config import LowbitsConfig
+from lowbits.config import LowbitsConfig, require_choice
 from lowbits.core.device import default_device
 from lowbits.core.handle import settle_adapters
 from lowbits.core.names import dotted, modules_beside_adapters
@@ -105,7 +105,8 @@ def convert(
     """Write a checkpoint in another scheme, a weight at a time.
 
     Takes as much memory as the largest weight needs, whatever the model's size, on the accelerator
-    if there is one. What was at `dst` stays until the new file is whole.
+    if there is one. What was at `dst` stays until the new file is whole; that may be `src` itself,
+    whose weights in full precision are gone then.
 
     Args:
         src: a safetensors or GGUF file, an index of shards, or the folder of a model or pipeline.
@@ -130,7 +131,10 @@ def convert(
         NonFiniteWeightError: a weight that is to be packed holds NaN or infinity.
         OSError: the system refuses to write.
     """
-    LowbitsConfig(skip=skip, on_requantize=on_requantize)  # says what these may not be
+    # Says what these may not be.
+    LowbitsConfig(
+        rules=rules, skip=skip, on_requantize=on_requantize, progress=progress, cancel=cancel
+    )
     src, dst, request = Path(src), Path(dst), request_of(scheme)
     chosen = {glob: request_of(value).scheme for glob, value in (rules or {}).items()}
     how = _How(request, chosen, tuple(skip), on_requantize, progress, cancel)
@@ -364,12 +368,13 @@ def save_gguf(
         The type of each tensor, and why it is not the one asked for.
 
     Raises:
-        ConfigError: a value that means nothing here, or a model without names of the reference.
+        ConfigError: a value that means nothing here, a path that is called as a file of another
+            kind, or a model without names of the reference.
         NonFiniteWeightError: a weight that is to be packed holds NaN or infinity.
         OSError: the system refuses to write.
     """
-    if names not in _NAMES:
-        raise ConfigError(f"names: got {names!r}, expected one of {', '.join(_NAMES)}")
+    path = Path(path)
+    _require_gguf(path, type_or_mix, arch, names)
     linear = None
     if isinstance(model, nn.Module):
         model = unwrapped(model)
@@ -389,7 +394,18 @@ def save_gguf(
     options = ExportOptions(
         asked, arch, target, linear, DEFAULT, device, progress=progress, cancel=cancel
     )
-    return _export(Path(path), weights, options, "warn")
+    return _export(path, weights, options, "warn")
+
+
+def _require_gguf(path: Path, type_or_mix: Any, arch: Any, names: Any) -> None:
+    """Raise where a value has no chance of being one of `save_gguf`."""
+    require_choice("names", names, _NAMES)
+    is_other = path.suffix.lower() in FILE_SUFFIXES and path.suffix.lower() != _GGUF
+    if is_other or path.is_dir():
+        raise ConfigError(f"path: {path} is no {_GGUF} file, or not called as one")
+    for option, value in (("type_or_mix", type_or_mix), ("arch", arch or "auto")):
+        if not isinstance(value, str):
+            raise ConfigError(f"{option}: got {value!r}, expected a string")
 
 
 def _export(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lowbits._target import modules_of
-from lowbits.config import parse_size
+from lowbits.config import parse_size, require_dtype
 from lowbits.core.adopt import adopt_layers
 from lowbits.core.guards import saved_by
 from lowbits.core.handle import find_handle, guard, settle_adapters
@@ -96,6 +96,8 @@ def save(
         return
     (target,) = modules_of(target).values()
     shard_bytes = parse_size(max_shard_size, "max_shard_size")
+    if not shard_bytes:
+        raise ConfigError(f"max_shard_size: got {max_shard_size!r}, expected more than nothing")
     file = path
     if not is_file:
         path.mkdir(parents=True, exist_ok=True)
@@ -187,8 +189,7 @@ def load(
         OSError: the system refuses to open it.
     """
     modules = modules_of(into)
-    if dtype is not None and not getattr(dtype, "is_floating_point", False):
-        raise ConfigError(f"dtype: got {dtype!r}, expected a floating one, as torch.bfloat16")
+    require_dtype("dtype", dtype)
     refuse_pipeline(Path(path), "; or lowbits.load_pipeline(path), where lowbits wrote it")
     opened = open_checkpoint(path, OpenOptions(DEFAULT, verify, allow_pickle, allow_nonfinite))
     refuse_adapters(opened)

@@ -12,7 +12,7 @@ from torch import nn
 from lowbits.core.handle import find_handle
 from lowbits.core.interception import interceptor_of
 from lowbits.core.scheme import NATIVE
-from lowbits.core.select import Component, Selection, select
+from lowbits.core.select import Component, Selection, is_left_by_default, select
 from lowbits.core.surgery import journal_of
 from lowbits.errors import AlreadyPatchedError, ConfigError, NoCapableBackendError, suggestion
 from lowbits.integrations.configs import component_requests, is_pipeline_config, request_of
@@ -153,8 +153,10 @@ def require_one(components: Sequence[Component], decisions: Sequence[Decision]) 
     listed = "; ".join(
         f"{path or 'weight'}: {reason}" for path, reason in list(matrices.items())[:3]
     )
+    hint = "; rules={'*': scheme} packs what is left alone by default"
+    can_help = any(map(is_left_by_default, matrices.values()))
     raise NoCapableBackendError(
-        f"no layer would be packed ({listed or 'the target has no matrices'}); "
-        "rules={'*': scheme} packs what is left alone by default",
+        f"no layer would be packed ({listed or 'the target has no matrices'})"
+        f"{hint if can_help else ''}",
         matrices,
     )

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from decimal import Decimal
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, final
 
@@ -110,7 +112,7 @@ class LowbitsConfig:
             value = getattr(self, option)
             if value not in words:
                 # The one place where a frozen field is set: sizes are ints from here on.
-                object.__setattr__(self, option, parse_size(value, option))
+                object.__setattr__(self, option, parse_size(value, option, words))
         self._require_types()
 
     def require_default(self, why: str) -> None:
@@ -124,15 +126,35 @@ class LowbitsConfig:
         if self.scheme is None:
             raise ConfigError("scheme: got None, expected one as 'bnb-nf4'; 'native' packs nothing")
         for option in ("components", "skip", "never_oom"):
-            if isinstance(value := getattr(self, option), str):
+            value = getattr(self, option)
+            if isinstance(value, str):
                 raise ConfigError(
                     f"{option}: got the string {value!r}, expected a sequence of them"
                 )
+            if value is not None or option != "components":
+                _require_strings(option, value)
         if self.rules is not None and not isinstance(self.rules, Mapping):
             raise ConfigError(f"rules: got {self.rules!r}, expected a scheme by glob, as a dict")
-        dtype = self.compute_dtype
-        if dtype is not None and not getattr(dtype, "is_floating_point", False):
-            raise ConfigError(f"compute_dtype: got {dtype!r}, expected one as torch.bfloat16")
+        _require_strings("rules", self.rules or {})
+        require_dtype("compute_dtype", self.compute_dtype)
+        if self.source is not None and not isinstance(self.source, str | PathLike):
+            raise ConfigError(f"source: got {self.source!r}, expected a path")
+        if self.progress is not None and not callable(self.progress):
+            raise ConfigError(f"progress: got {self.progress!r}, expected a function")
+        if self.cancel is not None and not isinstance(self.cancel, CancelToken):
+            raise ConfigError(f"cancel: got {self.cancel!r}, expected a lowbits.CancelToken")
+
+
+def _require_strings(option: str, value: Any) -> None:
+    if not isinstance(value, Collection) or not all(isinstance(item, str) for item in value):
+        raise ConfigError(f"{option}: got {value!r}, expected strings, as ['0', 'blocks.*']")
+
+
+def require_dtype(option: str, value: Any) -> None:
+    """Raise `ConfigError` where a value is neither None nor a dtype that can be computed in."""
+    if value is None or (getattr(value, "is_floating_point", False) and value.itemsize > 1):
+        return
+    raise ConfigError(f"{option}: got {value!r}, expected a floating one, as torch.bfloat16")
 
 
 def require_choice(option: str, value: Any, choices: Sequence[str]) -> None:
@@ -140,16 +162,17 @@ def require_choice(option: str, value: Any, choices: Sequence[str]) -> None:
     if value not in choices:
         raise ConfigError(
             f"{option}: got {value!r}, expected one of {', '.join(choices)}"
-            f"{suggestion(str(value), choices)}"
+            f"{suggestion(value, choices) if isinstance(value, str) else ''}"
         )
 
 
-def parse_size(value: Any, option: str) -> int:
+def parse_size(value: Any, option: str, words: Sequence[str] = ()) -> int:
     """Return a size in bytes: ``6_000_000_000``, ``"6GB"`` (1e9), ``"6GiB"`` (2**30), ``"512 MB"``.
 
     Args:
         value: of the option.
         option: its name, for the message.
+        words: that would do in place of a size, for the message.
 
     Raises:
         ConfigError: not a size.
@@ -158,14 +181,18 @@ def parse_size(value: Any, option: str) -> int:
         >>> parse_size("1.5KiB", "budget")
         1536
     """
-    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
-        return value
+    is_whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+    if is_whole and not isinstance(value, bool) and value >= 0:
+        return int(value)
     match = _SIZE.fullmatch(value.strip().upper()) if isinstance(value, str) else None
     if match is None:
-        raise ConfigError(f"{option}: got {value!r}, expected bytes or a size as '6GB' or '512MiB'")
+        others = "".join(f"{word!r}, " for word in words)
+        raise ConfigError(
+            f"{option}: got {value!r}, expected {others}bytes, or a size as '6GB' or '512MiB'"
+        )
     number, prefix, binary = match.groups()
     power = "KMGT".index(prefix.upper()) + 1 if prefix else 0
-    return int(float(number) * (1024 if binary else 1000) ** power)
+    return int(Decimal(number) * (1024 if binary else 1000) ** power)
 
 
 def scheme_name(value: str) -> str:

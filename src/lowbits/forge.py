@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import inf
 from typing import TYPE_CHECKING, Any, Final, final
 
 from lowbits import _api
@@ -21,6 +22,16 @@ _LOW_BITS: Final = tuple(
     for name in ("Automatic", "bnb-nf4", "float8-e4m3fn", "bnb-fp4", "float8-e5m2")
     for suffix in ("", FP16_LORA)
 )
+
+
+#: Options of `lowbits.apply` that have another name here.
+_NAMES: Final = {
+    "scheme": "diffusion_in_low_bits",
+    "swap": "swap_method",
+    "location": "swap_location",
+    "gpu_weights": "gpu_weights_mb",
+    "never_oom": "never_oom_unet, never_oom_vae",
+}
 
 
 @final
@@ -90,8 +101,9 @@ def apply(
         ConfigError: no entry of Forge's.
         LowbitsError: what `lowbits.apply` raises.
     """
-    if "gpu_weights" in others:
-        raise ConfigError("gpu_weights: it is called gpu_weights_mb here, as in Forge")
+    for theirs, ours in _NAMES.items():
+        if theirs in others:
+            raise ConfigError(f"{theirs}: it is called {ours} here, as in Forge")
     given = locals()
     chosen = {o.keyword: _choice(o, given[o.keyword]) for o in options() if o.choices}
     never_oom = {"denoiser": never_oom_unet, "vae": never_oom_vae}
@@ -112,7 +124,7 @@ def apply(
 
 def _megabytes(value: Any) -> int:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or value < 0 or value != int(value):
+    if not is_number or not 0 <= value < inf or value != int(value):
         raise ConfigError(f"gpu_weights_mb: got {value!r}, expected megabytes as 6144")
     return int(value) * _MB
 

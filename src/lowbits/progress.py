@@ -16,10 +16,12 @@ class ProgressEvent:
     """One finished step of a long operation.
 
     Attributes:
-        stage: what is going on, e.g. ``"pack"`` or ``"restore"``.
+        stage: ``"pack"``, ``"save"``, ``"load"``, ``"convert"``, or ``"check"``, which comes before
+            the writing of a GGUF file.
         fqn: dotted name of the layer that was just finished, component first.
-        done_bytes: full-precision bytes handled so far.
-        total_bytes: full-precision bytes that the operation will handle.
+        done_bytes: handled so far in this stage: of what is packed as it was before, of files as
+            they are stored.
+        total_bytes: that the stage will handle.
     """
 
     stage: str

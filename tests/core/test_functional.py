@@ -165,3 +165,17 @@ def test_a_packed_weight_is_not_trained() -> None:
     with pytest.raises(PatchError, match="'requires_grad_' to a weight stored as gguf-q8_0"):
         layer.weight.requires_grad_()
     assert not layer.weight.requires_grad_(False).requires_grad
+
+
+@pytest.mark.parametrize("scheme", ["bnb-nf4", "gguf-q4_k", "torchao-int8-dynamic"])
+@pytest.mark.parametrize("shape", [(4, 128), (2, 512), (256, 2), (1, 2, 128)])
+def test_inputs_of_another_width_are_told_as_torch_tells_them(
+    scheme: str, shape: tuple[int, ...]
+) -> None:
+    layer, x = nn.Linear(256, 64), torch.randn(shape)
+    with pytest.raises(RuntimeError) as expected:
+        layer(x)
+    lowbits.quantize(layer, scheme)
+    with pytest.raises(RuntimeError) as found:
+        layer(x)
+    assert str(found.value) == str(expected.value)

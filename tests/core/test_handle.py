@@ -21,6 +21,11 @@ def test_it_says_whether_it_is_active() -> None:
     assert repr(handle).startswith("Handle(active: ")
     handle.restore()
     assert repr(handle).startswith("Handle(restored: ")
+    model, handle = quantized()
+    new = handle.switch("bnb-nf4")
+    assert repr(handle).startswith("Handle(switched: ")
+    lowbits.dequantize(model)
+    assert repr(new).startswith("Handle(spent: ")
 
 
 def test_a_packed_weight_says_what_it_is_and_is_not_printed_in_full() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
+import pytest
 import torch
 from torch import nn
 
@@ -83,3 +85,18 @@ def test_units() -> None:
 def test_shared_storage_counts_once() -> None:
     whole = torch.zeros(10)
     assert storage_bytes([whole, whole[:5]]) == 40
+
+
+@pytest.mark.parametrize("scheme", ["native", None])
+def test_what_was_packed_before_is_told_as_packed(scheme: str | None) -> None:
+    model = nn.Sequential(nn.Linear(64, 128), nn.Linear(128, 64))
+    full = sum(parameter.nbytes for parameter in model.parameters())
+    before = lowbits.quantize(model, "bnb-nf4").report()
+    loaded = copy.deepcopy(model)
+    report = (lowbits.apply(loaded, scheme) if scheme else lowbits.apply(loaded)).report()
+    assert report.bytes_before == before.bytes_before == full
+    assert report.bytes_after == before.bytes_after
+    assert [layer.scheme for layer in report.packed] == ["bnb-nf4"] * 2
+    assert {layer.reason for layer in report.packed} == {"stored as bnb-nf4 already"}
+    assert not report.restorable
+    assert "2 weights packed as bnb-nf4, originals: none" in report.summary()

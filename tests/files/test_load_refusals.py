@@ -352,3 +352,17 @@ def test_a_folder_that_was_saved_into_twice(tmp_path: Path) -> None:
     for read in (lambda: lowbits.load(tmp_path, into=model(1)), lambda: lowbits.inspect(tmp_path)):
         with pytest.raises(ConfigError, match="was saved into twice"):
             read()
+
+
+def test_a_file_that_is_not_what_it_is_called(tmp_path: Path) -> None:
+    (tmp_path / "x.gguf").write_text("hello hello hello")
+    with pytest.raises(FormatError, match="not a GGUF file: it begins with"):
+        lowbits.inspect(tmp_path / "x.gguf")
+    save_file({"weight": torch.randn(64, 64)}, tmp_path / "y.gguf")
+    assert lowbits.inspect(tmp_path / "y.gguf").format == "safetensors"
+
+
+def test_shards_of_no_bytes(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="max_shard_size: got '0MB'"):
+        lowbits.save(torch.nn.Linear(64, 64), tmp_path / "x.safetensors", max_shard_size="0MB")
+    assert not list(tmp_path.iterdir())

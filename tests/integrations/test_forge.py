@@ -106,7 +106,13 @@ def test_other_options_go_to_apply() -> None:
         ({"gpu_weights_mb": -1}, "gpu_weights_mb: got"),
         ({"gpu_weights_mb": "6GB"}, "gpu_weights_mb: got '6GB', expected megabytes as 6144"),
         ({"gpu_weights_mb": 0.5}, "gpu_weights_mb: got 0.5"),
+        ({"gpu_weights_mb": float("nan")}, "gpu_weights_mb: got nan"),
+        ({"gpu_weights_mb": float("inf")}, "gpu_weights_mb: got inf"),
         ({"gpu_weights": "6GB"}, "gpu_weights: it is called gpu_weights_mb here"),
+        ({"swap": "async"}, "swap: it is called swap_method here"),
+        ({"location": "cpu"}, "location: it is called swap_location here"),
+        ({"scheme": "bnb-nf4"}, "scheme: it is called diffusion_in_low_bits here"),
+        ({"never_oom": {"vae"}}, "never_oom: it is called never_oom_unet, never_oom_vae here"),
     ],
 )
 def test_what_forge_does_not_offer_is_refused(given: dict[str, Any], message: str) -> None:

@@ -456,3 +456,22 @@ def test_progress_and_cancelling(tmp_path: Path) -> None:
         lowbits.save_gguf(state(), path, "Q4_0", cancel=token)
     assert path.read_bytes() == before
     assert [file.name for file in tmp_path.iterdir()] == ["x.gguf"]
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("x.safetensors", {}, "path: .*x.safetensors is no .gguf file"),
+        ("", {}, "path: .* is no .gguf file"),
+        ("x.gguf", {"arch": 3}, "arch: got 3"),
+        ("x.gguf", {"type_or_mix": None}, "type_or_mix: got None"),
+        ("x.gguf", {"names": "mine"}, "names: got 'mine', expected one of"),
+    ],
+)
+def test_values_that_mean_nothing_are_refused_by_name(
+    tmp_path: Path, name: str, options: dict[str, Any], message: str
+) -> None:
+    kind = options.pop("type_or_mix", "Q8_0")
+    with pytest.raises(ConfigError, match=message):
+        lowbits.save_gguf(state(), tmp_path / name, kind, **options)
+    assert not list(tmp_path.iterdir())

@@ -28,7 +28,7 @@ from lowbits.core.source import (
     Source,
     SourceFiles,
 )
-from lowbits.core.surgery import Journal, PackedParameters, packed_parameters
+from lowbits.core.surgery import Journal, PackedParameters, journal_of, packed_parameters
 from lowbits.errors import NonFiniteWeightError, SourceUnavailableError
 from lowbits.progress import CancelToken, ProgressCallback, ProgressEvent
 
@@ -177,7 +177,11 @@ def stored_bytes_of(decisions: Sequence[Decision]) -> int:
 
 
 def _bytes_before(decisions: Sequence[Decision]) -> dict[int, int]:
-    return {d.tie: d.nbytes for d in decisions}
+    """Return what each tensor took: of one that stays packed, in full precision."""
+    return {
+        d.tie: d.shape.numel() * d.tensor.itemsize if d.is_packed and not d.scheme else d.nbytes
+        for d in decisions
+    }
 
 
 def _pack_all(
@@ -265,9 +269,9 @@ def _report(
         is_again = decision.tie in counted
         counted.add(decision.tie)
         bytes_before = before[decision.tie]
-        bytes_after = decision.nbytes if decision.scheme else bytes_before
-        source = ("file" if decision.tie in sources else mode) if decision.scheme else "-"
-        dropped += bytes_before if source == "none" and not is_again else 0
+        bytes_after = decision.nbytes
+        source = _source_now(decision, "file" if decision.tie in sources else mode)
+        dropped += bytes_before if decision.scheme and source == "none" and not is_again else 0
         numel = decision.shape.numel()
         layers.append(
             LayerReport(
@@ -289,6 +293,12 @@ def _report(
         else ()
     )
     return Report(tuple(layers), warnings)
+
+
+def _source_now(decision: Decision, kept: str) -> str:
+    if decision.scheme:
+        return kept
+    return "none" if decision.is_packed and not journal_of(decision.module) else "-"
 
 
 def _scheme_now(decision: Decision) -> str:

@@ -39,6 +39,13 @@ def linear(
     Returns:
         ``(..., rows)`` in x's dtype, or autocast's where that is on.
     """
+    rows, row_length = packed.shape
+    if x.shape[-1] != row_length:
+        lines = x.shape[:-1].numel()
+        raise RuntimeError(
+            f"mat1 and mat2 shapes cannot be multiplied ({lines}x{x.shape[-1]} and "
+            f"{row_length}x{rows})"
+        )
 
     def multiply(x: Tensor, dtype: torch.dtype) -> Tensor:
         inputs = _in_dtype(x, dtype)

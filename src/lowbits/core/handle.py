@@ -120,6 +120,7 @@ class Handle:
         self._homes: list[tuple[weakref.ref[nn.Module], torch.device]] = []
         self._hooks: list[RemovableHandle] = []
         self._successor: Handle | None = None
+        self._is_restored = False
 
     def attach(self, journals: Mapping[str, Journal], save: Save) -> None:
         """Make each component own this handle, and its journal.
@@ -276,6 +277,7 @@ class Handle:
                 raise
         self.adapters.forget()
         self._leave()
+        self._is_restored = True
         for reference, device in self._homes:
             module = reference()
             if module is not None and streamed_part(module) is None:
@@ -378,7 +380,8 @@ class Handle:
             last.restore()
 
     def __repr__(self) -> str:
-        state = "active" if self.is_active else "restored"
+        end = "switched" if self._successor else "restored" if self._is_restored else "spent"
+        state = "active" if self.is_active else end
         return f"Handle({state}: {self._report.summary()})"
 
 

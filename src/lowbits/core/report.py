@@ -30,7 +30,8 @@ class LayerReport:
         kind: ``"Linear"``, ``"Conv2d"``, ``"bias"``, ...
         shape: of the full-precision tensor.
         scheme: that it is stored in; ``"native"`` where it was left alone.
-        bytes_before: of the full-precision tensor; 0 where a tied one was counted already.
+        bytes_before: of the full-precision tensor, or as it was stored before, where it is packed
+            anew; 0 where a tied one was counted already.
         bytes_after: of what is stored now.
         bits_per_weight: of what is stored now.
         source: where the original can be had again: ``"memory"``, ``"file"``, ``"none"``; ``"-"``

@@ -36,6 +36,10 @@ TINY_WEIGHTS: Final = 4096
 #: projection.
 PROJECTION_RATIO: Final = 8
 
+#: What reasons begin with that a rule overrides.
+_TINY: Final = "tiny:"
+_OUTER: Final = "first or last projection:"
+
 _FLOATS: Final = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 #: Weights in these are packed as well: their values are known exactly, if not what they were.
 _FLOAT8S: Final = (
@@ -342,7 +346,7 @@ class _Decider:
         if reason:
             return replace(decision, reason=reason)
         name = self._selection.rules[rule] if rule is not None else self._component.scheme
-        return self._in_scheme(decision, name or NATIVE)
+        return self._in_scheme(decision, NATIVE if name is None else name)
 
     def _skipped(self, decision: Decision) -> str | None:
         if not _is_layer(decision):
@@ -374,20 +378,21 @@ class _Decider:
     def _small_or_outer(self, decision: Decision) -> str:
         numel = decision.shape.numel()
         if numel < TINY_WEIGHTS:
-            return f"tiny: {numel} weights"
+            return f"{_TINY} {numel} weights"
         in_block = any(not fqn or decision.fqn.startswith(fqn + ".") for fqn in self._blocks)
         if decision.kind in (EMBEDDING, PARAMETER) or in_block:
             return ""
         narrow, wide = sorted(decision.shape[:2])
         if narrow * PROJECTION_RATIO <= wide:
-            return f"first or last projection: {narrow} channels on one side, {wide} on the other"
+            return f"{_OUTER} {narrow} channels on one side, {wide} on the other"
         return ""
 
     def _in_scheme(self, decision: Decision, name: str) -> Decision:
         """Give a tensor its scheme, or the first of its fallbacks that takes it."""
         backend, scheme = self._selection.registry.require(name)
         if backend is None:
-            return replace(decision, reason="native: kept in its own precision")
+            stored = f"stored as {decision.stored_as} already" if decision.is_packed else ""
+            return replace(decision, reason=stored or "native: kept in its own precision")
         kept = set(decision.fqn.split(".")) & set(self._component.kept_in_fp32)
         decision = replace(
             decision, compute_dtype=self._component.compute_dtype, keeps_fp32=bool(kept)
@@ -423,6 +428,11 @@ class _Decider:
             self._taken[rule] += 1
             self._mixed[decision.tie] = rule.scheme
         return self._mixed[decision.tie]
+
+
+def is_left_by_default(reason: str) -> bool:
+    """Say whether a rule for all layers packs what was left alone for this reason."""
+    return reason.startswith((_TINY, _OUTER))
 
 
 def _not_a_layer(decision: Decision) -> str:

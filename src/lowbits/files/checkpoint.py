@@ -135,8 +135,11 @@ def _opened(path: Path, options: OpenOptions) -> Checkpoint:
 
 def _kind(path: Path) -> str:
     with open_file(path) as file:
-        start = file.read(4)
-    return next((kind for magic, kind in _MAGIC.items() if start.startswith(magic)), SAFETENSORS)
+        start = file.read(9)
+    # What is called .gguf and begins as neither is told that it is no GGUF file.
+    is_gguf = path.suffix.lower() == ".gguf" and not start.endswith(b"{")
+    other = GGUF if is_gguf else SAFETENSORS
+    return next((kind for magic, kind in _MAGIC.items() if start.startswith(magic)), other)
 
 
 def _safetensors(path: Path, options: OpenOptions) -> Checkpoint:

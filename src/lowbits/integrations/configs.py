@@ -136,6 +136,8 @@ def _torchao(config: Any) -> Request:
 
 
 def _quanto(config: Any) -> Request:
+    if (activations := getattr(config, "activations", None)) is not None:
+        raise ConfigError(f"QuantoConfig: no scheme does activations={activations!r}")
     kind = getattr(config, "weights_dtype", None) or config.weights
     return Request(f"quanto-{kind}", _globs(config.modules_to_not_convert))
 
