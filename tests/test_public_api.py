@@ -132,7 +132,7 @@ def test_values_that_no_option_takes_are_refused_by_name(option: str) -> None:
 
 
 def test_what_would_do_is_said() -> None:
-    with pytest.raises(errors.ConfigError, match="expected 'auto', 'all', bytes, or a size"):
+    with pytest.raises(errors.ConfigError, match="or a size as .*, or 'auto', or 'all'"):
         lowbits.LowbitsConfig(gpu_weights="most")
     with pytest.raises(errors.ConfigError, match="file, none$"):
         lowbits.LowbitsConfig(keep_source=None)  # type: ignore[arg-type]

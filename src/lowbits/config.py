@@ -186,9 +186,9 @@ def parse_size(value: Any, option: str, words: Sequence[str] = ()) -> int:
         return int(value)
     match = _SIZE.fullmatch(value.strip().upper()) if isinstance(value, str) else None
     if match is None:
-        others = "".join(f"{word!r}, " for word in words)
+        others = "".join(f", or {word!r}" for word in words)
         raise ConfigError(
-            f"{option}: got {value!r}, expected {others}bytes, or a size as '6GB' or '512MiB'"
+            f"{option}: got {value!r}, expected bytes or a size as '6GB' or '512MiB'{others}"
         )
     number, prefix, binary = match.groups()
     power = "KMGT".index(prefix.upper()) + 1 if prefix else 0

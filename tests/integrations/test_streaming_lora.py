@@ -6,9 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from pipelines import PIPELINES, draw
 from safetensors.torch import save_file
 from streamed import MODES, Anatomy, mode_name, smallest_budget, stream
+from streaming.models import Stack, inputs
 
 import lowbits
 from lowbits import errors
@@ -186,3 +188,32 @@ def test_a_lora_fused_before_is_not_undone_by_the_file(
         assert handle.stats().disk_bytes > 0
     anatomy.check()
     assert torch.equal(draw("flux", pipe), fused)
+
+
+@pytest.mark.parametrize("resident", [False, True])
+@torch.no_grad()
+def test_a_lora_that_came_while_streamed_is_merged_then_switched_off(*, resident: bool) -> None:
+    """peft takes it out of the weights inside a forward, by `.data`, which nobody counts."""
+
+    def script(model: Any) -> list[torch.Tensor]:
+        torch.manual_seed(3)
+        config = LoraConfig(r=4, target_modules=["up", "down"], init_lora_weights=False)
+        wrapped = get_peft_model(model, config).eval()
+        results = [model(inputs(64))]
+        wrapped.merge_adapter()
+        results.append(model(inputs(64)))
+        with wrapped.disable_adapter():
+            results += [model(inputs(64)) for _ in range(3)]
+        results.append(model(inputs(64)))
+        wrapped.merge_adapter()
+        return [*results, model(inputs(64))]
+
+    def made() -> Stack:
+        torch.manual_seed(0)
+        return Stack(4, 64, hidden=64).requires_grad_(requires_grad=False).eval()
+
+    expected, model = script(made()), made()
+    budget = 10**7 if resident else 100_000
+    with lowbits.LayerStreamer(model, device="cpu", budget=budget, method="queue"):
+        assert all(map(torch.equal, script(model), expected))
+    assert torch.equal(model(inputs(64)), expected[-1])

@@ -143,15 +143,15 @@ def test_a_pass_takes_few_orders(share: float) -> None:
     with streamed(model, ops, ring_budget(model, share), **RING) as streamer:
         passes = []
         for _ in range(22):
+            units = [unit for unit in streamer.stats().units if not unit.is_base]
             ops.log.clear()
             model(x)
             passes.append(Counter(step.what for step in ops.log))
             ops.host_after(ops.mark_computed())  # what was timed can be read by the next one
-        units = [unit for unit in streamer.stats().units if not unit.is_base]
     copies = sum(not unit.is_resident for unit in units)
     assert (copies == 0) == (share == 1)
     # Behind the first five, every seventh is measured, the last one here. What a measured pass has
-    # taken may change the plan until the second one behind it.
+    # taken may change the plan at its end, and until the second one behind it.
     for orders in passes[17:]:
         assert orders["copy"] == orders["copy_after"] == orders["has_happened"] == copies
         assert orders["compute_after"] <= copies

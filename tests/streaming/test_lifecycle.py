@@ -24,6 +24,7 @@ from streaming.models import (
 )
 from torch import nn
 
+import lowbits
 from lowbits.core.interception import interceptor_of
 from lowbits.errors import (
     AlreadyPatchedError,
@@ -384,3 +385,16 @@ def test_the_copying_thread_dies(after: str, monkeypatch: pytest.MonkeyPatch) ->
     if after == "detach":
         streamer.detach()
         assert same(model(inputs()), expected)
+
+
+@pytest.mark.parametrize("scheme", ["native", "bnb-nf4"])
+def test_a_graph_from_before_tells_that_its_weights_are_gone(scheme: str) -> None:
+    model = Stack(4, 64, hidden=64).requires_grad_(requires_grad=False)
+    if scheme != "native":
+        lowbits.quantize(model, scheme)
+    x = inputs(64).requires_grad_()
+    loss = model(x).square().mean()
+    with streamer_of(model), pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    (gradient,) = torch.autograd.grad(model(x).square().mean(), x)
+    assert gradient.isfinite().all()

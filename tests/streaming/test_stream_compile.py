@@ -153,3 +153,41 @@ def test_a_compiled_block_that_had_to_be_split_says_so() -> None:
         else:
             return
     assert "budget" in message
+
+
+def frozen() -> Stack:
+    torch.manual_seed(0)
+    return Stack(5, 64, hidden=64).requires_grad_(requires_grad=False).eval()
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
+def test_a_compiled_function_may_go_backward() -> None:
+    """The weights that the backward pass reads again are read out of graphs."""
+
+    def guide(x: torch.Tensor) -> torch.Tensor:
+        x = x.detach().requires_grad_()
+        return torch.autograd.grad(model(x).square().sum(), x)[0]
+
+    model = frozen()
+    expected = guide(inputs(64))
+    for location in ("cpu", "disk"):
+        with streamer_of(model, budget=70_000, location=location):
+            compiled = torch.compile(guide, backend="eager")
+            for _ in range(2):
+                assert same(compiled(inputs(64)), expected)
+
+
+@pytest.mark.parametrize("scheme", ["native", "bnb-nf4"])
+def test_a_compiled_function_may_look_at_a_weight(scheme: str) -> None:
+    def sample(x: torch.Tensor) -> torch.Tensor:
+        weight: Any = model.blocks[0].up.weight
+        doubled: torch.Tensor = model(x.to(weight.dtype)) * 2
+        return doubled
+
+    model = frozen()
+    if scheme != "native":
+        lowbits.quantize(model, scheme)
+    with torch.no_grad():
+        expected = sample(inputs(64))
+        with streamer_of(model):
+            assert same(torch.compile(sample, backend="eager")(inputs(64)), expected)

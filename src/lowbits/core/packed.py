@@ -232,11 +232,17 @@ def dequantized(
     return layout.backend.unpack(packed_weight(layer, name), dtype).view(layout.shape)
 
 
+#: `dequantized`, out of graphs, of what is streamed.
+_dequantized_apart: Final[Callable[..., Tensor]] = torch.compiler.disable(dequantized)  # type: ignore[no-untyped-call]
+
+
 def read_weight(layer: PackedLayer, name: str = "weight") -> Tensor:
     """Return what an attribute read of a packed weight gives: a proxy."""
     if torch.compiler.is_compiling():
         # A compiler cannot look into the proxy; it drops what is not used.
-        return dequantized(layer, name)
+        stored = layer._parameters[layer.lowbits_layouts[name].fields[0].parameter]
+        is_here = type(stored) is nn.Parameter
+        return dequantized(layer, name) if is_here else _dequantized_apart(layer, name)
     # The dictionary, not what is in it now: a streamed weight is elsewhere by the time it is used.
     # A layer that is restored gets another one.
     parameters: dict[str, Any] = layer._parameters

@@ -39,6 +39,7 @@ class _Saved:
     is_conj: bool
     is_neg: bool
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def read(self) -> Tensor:
         """Return the same view, of a new copy where the unit is not there any more.
 
@@ -129,10 +130,8 @@ def reread_for_backward(
         )  # fmt: skip
 
     def unpack(saved: Any) -> Tensor:
-        if isinstance(saved, _Saved):
-            return saved.read()
-        other: Tensor = unpack_other(saved)
-        return other
+        tensor: Tensor = saved.read() if isinstance(saved, _Saved) else unpack_other(saved)
+        return tensor
 
     return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 

@@ -137,6 +137,8 @@ class Component:
         """
         if not self._tree.has_changed():
             return
+        for entry in self.entries:
+            entry.find_mergers()
         held = {
             (id(holder.module), holder.name): (holder, t) for holder, t in held_tensors(self.root)
         }

@@ -118,11 +118,14 @@ class Place:
     def let_go(self) -> None:
         """Take the original's bytes away, for others have them.
 
-        What is left takes no memory: whoever kept the object reads NaN, and cannot write into it.
+        What is left takes no memory: whoever kept the object reads NaN, and cannot write into it. A
+        graph that has saved it raises, as where it was written.
         """
         with torch.inference_mode(self.is_inference):
             poison = torch.full((self.dtype.itemsize,), 0xFF, dtype=torch.uint8, device="cpu")
             self.original.data = poison.view(self.dtype)[0].expand(self.shape)
+        if not self.is_inference:
+            torch.autograd.graph.increment_version(self.original)
         mark_streamed(self.original)  # another model may hold it, too
 
     def adopt(self, tensor: Tensor, before: Tensor, device: torch.device) -> None:

@@ -200,6 +200,7 @@ def _may_write(func: Callable[..., Any], kwargs: Mapping[str, Any]) -> bool:
     return name in _SECRET_WRITERS and scales
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator] # a graph would keep these values
 def _compute(
     func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], *, writes: bool
 ) -> Any:

@@ -74,10 +74,7 @@ class Stored:
         ]
         # Buffers of theirs may be written without a count while they are in training.
         self._writers = {holder.module for holder, _ in unit.holders() if not holder.is_parameter}
-        # Layers of peft may take what is merged out of a weight as they run, without a count.
-        self._mergers: list[Any] = [
-            layer for layer in unit.module.modules() if hasattr(layer, "merged_adapters")
-        ]
+        self.find_mergers()
         self._uses = 0
         # Originals at first: `hide` takes them away.
         self._held: Sequence[Tensor] = [place.original for place in unit.places]
@@ -336,6 +333,11 @@ class Stored:
         """Return how often each buffer that modules hold was written, by its place's offset."""
         pairs = zip(self.unit.places, self._held, strict=True)
         return {place.offset: held._version for place, held in pairs if self.is_buffer(place)}
+
+    def find_mergers(self) -> None:
+        """Look for layers of peft: they take what is merged out of a weight without a count."""
+        modules = self.unit.module.modules()
+        self._mergers: list[Any] = [each for each in modules if hasattr(each, "merged_adapters")]
 
     def count_merged(self) -> int:
         """Return how many adapters are merged into layers of the unit, as peft notes them."""
