@@ -28,14 +28,21 @@ from lowbits.files.own import OWN_FILE, own_file_in, versions, weights_of
 from lowbits.files.own_writer import WriteOptions, write_own
 from lowbits.files.safetensors_writer import SHARD_BYTES
 from lowbits.files.sharded import SUFFIX
-from lowbits.integrations.diffusers import forget_quantizer, is_pipeline, kept_in_fp32
+from lowbits.integrations.diffusers import (
+    forget_quantizer,
+    is_modular,
+    is_pipeline,
+    kept_in_fp32,
+)
 from lowbits.integrations.keymaps import map_for
 from lowbits.integrations.models import (
     components_in,
+    folders_of,
     load_rest,
     refuse_pipeline,
     save_config,
     skeleton,
+    wrapper_class,
 )
 from lowbits.integrations.module_tensors import tensors_of
 from lowbits.streaming.engine import refuse_streamed
@@ -131,6 +138,11 @@ def _save_pipeline(
     cancel: CancelToken | None,
 ) -> None:
     """Let a pipeline save itself, its packed models as they are stored, copies too."""
+    if is_modular(pipe):
+        raise ConfigError(
+            "target: a modular pipeline is not saved as a whole: lowbits.save(pipe.transformer, "
+            "folder) saves one of its models, and lowbits.load(folder, into=model) reads it"
+        )
 
     def save_part(module: nn.Module, part: Path, size: int | str | None) -> None:
         refuse_other_weights(folder / part.name, BESIDE_SAVED)
@@ -296,14 +308,21 @@ def load_pipeline(
     """
     folder = Path(path)
     parts = {}
+
+    def read(part: Path, library: str, class_name: str) -> nn.Module:
+        model = skeleton(part, library, class_name)
+        report = load(part, into=model, dtype=dtype, progress=progress, cancel=cancel)
+        for warning in report.warnings:
+            logger.warning("%s: %s", part.name, warning)
+        return model
+
     for name, (library, class_name) in components_in(folder).items():
-        if own_file_in(folder / name) and name not in options:
-            parts[name] = skeleton(folder / name, library, class_name)
-            report = load(
-                folder / name, into=parts[name], dtype=dtype, progress=progress, cancel=cancel
-            )
-            for warning in report.warnings:
-                logger.warning("%s: %s", name, warning)
+        if not own_file_in(folder / name) or name in options:
+            continue
+        if (wrapper := wrapper_class(library, class_name)) is None:
+            parts[name] = read(folder / name, library, class_name)
+        else:
+            parts[name] = wrapper([read(p, library, kind) for p, kind in folders_of(folder / name)])
     if not parts:
         raise ConfigError(
             f"{folder} has no component that lowbits wrote: load it with "

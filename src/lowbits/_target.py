@@ -149,7 +149,9 @@ def require_one(components: Sequence[Component], decisions: Sequence[Decision]) 
         c.scheme in (None, NATIVE) for c in components
     ):
         return
-    matrices = {d.path: d.reason for d in decisions if len(d.shape) > 1 and d.kind != "buffer"}
+    asked = {c.name for c in components if c.scheme not in (None, NATIVE)}
+    named = [d for d in decisions if d.component in asked and d.kind != "buffer"]
+    matrices = {d.path: d.reason for d in named if len(d.shape) > 1}
     listed = "; ".join(
         f"{path or 'weight'}: {reason}" for path, reason in list(matrices.items())[:3]
     )

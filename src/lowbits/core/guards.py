@@ -116,7 +116,7 @@ def guard_methods(module: nn.Module, save: Save) -> None:
             continue
         found = [name for name in _REFUSALS if getattr(part, name, None) is not None]
         part.__dict__.update((name, _REFUSALS[name]) for name in found)
-        if getattr(part, _SAVE, None) is not None:
+        if _has_folder(part):
             part.__dict__[_SAVE] = _Saver(part, save)
 
 
@@ -125,21 +125,28 @@ def saved_by(module: nn.Module, save: Save) -> Iterator[None]:
     """Let a model's ``save_pretrained`` do something else for a while, if it is packed.
 
     Args:
-        module: changed in place, and changed back; a copy of a packed one too.
+        module: changed in place, and changed back; a copy of a packed one too. Of what writes a
+            folder for each of its models (several ControlNets), these are.
         save: what it does.
     """
-    own = module.__dict__
-    before = own.get(_SAVE)
-    if getattr(module, _SAVE, None) is None or not _holds_packed(module):
-        yield
-        return
-    own[_SAVE] = _Saver(module, save)
+    inside = module.modules() if hasattr(module, _SAVE) and not _has_folder(module) else (module,)
+    before = {part: part.__dict__.get(_SAVE) for part in inside if _has_folder(part)}
+    before = {part: own for part, own in before.items() if _holds_packed(part)}
+    for part in before:
+        part.__dict__[_SAVE] = _Saver(part, save)
     try:
         yield
     finally:
-        own.pop(_SAVE)
-        if before is not None:
-            own[_SAVE] = before
+        for part, own in before.items():
+            del part.__dict__[_SAVE]
+            if own is not None:
+                part.__dict__[_SAVE] = own
+
+
+def _has_folder(module: nn.Module) -> bool:
+    """Say whether a model writes a folder of its own: its config, and its weights."""
+    has_config = hasattr(module, "save_config") or hasattr(module, "config")
+    return getattr(module, _SAVE, None) is not None and has_config
 
 
 def _holds_packed(module: nn.Module) -> bool:

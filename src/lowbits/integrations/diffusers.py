@@ -34,9 +34,16 @@ _QUANTIZER_ENTRIES: Final = ("quantization_config", "_pre_quantization_dtype", "
 
 
 def is_pipeline(target: Any) -> bool:
-    """Say whether an object is a diffusers pipeline."""
+    """Say whether an object is a diffusers pipeline, modular or not."""
     diffusers = sys.modules.get("diffusers")
-    return diffusers is not None and isinstance(target, diffusers.DiffusionPipeline)
+    is_classic = diffusers is not None and isinstance(target, diffusers.DiffusionPipeline)
+    return is_classic or is_modular(target)
+
+
+def is_modular(target: Any) -> bool:
+    """Say whether an object is a modular pipeline of diffusers."""
+    home = sys.modules.get("diffusers.modular_pipelines.modular_pipeline")
+    return home is not None and isinstance(target, home.ModularPipeline)
 
 
 def components_of(pipe: Any) -> dict[str, nn.Module]:

@@ -75,10 +75,12 @@ _ARCHITECTURES: Final[Mapping[str, tuple[str, ...]]] = {
     "AutoencoderKLWan": ("wan_vae",),
 }
 
-#: What checkpoints hold besides weights, weights that only other models of a kind read, and those
-#: of IP-Adapters, which are loaded by themselves: no model is made with them.
+#: What checkpoints hold besides weights, weights that only other models of a kind read, those of
+#: IP-Adapters, which are loaded by themselves, and what diffusers fuses, which keeps the weights
+#: that it is made of: no model is made with them.
 _NOT_READ: Final = re.compile(
     r"(.*\.)?(position_ids|logit_scale|scaled_fp8|spiece_model|__index_timestep_zero__|_extra_state)"
+    r"|.*\.to_(added_)?q?kv\.(weight|bias)"
     r"|.*\.processor\..*|encoder_hid_proj\.image_projection_layers\..*"
     r"|text_projection\.weight|lm_head\.weight|output\.weight|rope_freqs\.weight"
 )

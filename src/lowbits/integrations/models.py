@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import itertools
 import json
 from collections import Counter
 from typing import TYPE_CHECKING, Any, Final
@@ -16,6 +17,7 @@ from lowbits.integrations.diffusers import default_reason
 from lowbits.integrations.module_tensors import tensors_of
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
     import torch
@@ -111,6 +113,27 @@ def skeleton(folder: Path, library: str, class_name: str) -> nn.Module:
         model.tie_weights()  # the empty Parameters that took their places are not
     empty: nn.Module = model.eval()
     return empty
+
+
+def wrapper_class(library: str, class_name: str) -> Any:
+    """Return the class of what has no config, and a folder for each of its models; None: of others.
+
+    Several ControlNets, or adapters, of diffusers are such models.
+    """
+    found = getattr(importlib.import_module(library), class_name, None)
+    is_wrapper = hasattr(found, "from_pretrained") and not hasattr(found, "from_config")
+    return found if library == "diffusers" and is_wrapper else None
+
+
+def folders_of(folder: Path) -> Iterator[tuple[Path, str]]:
+    """Yield the folder of each model in a wrapper's, and the class that its config names."""
+    path = folder
+    for number in itertools.count(1):
+        config = read_config(path)
+        if config is None:
+            return
+        yield path, config.get("_class_name", "")
+        path = folder.with_name(f"{folder.name}_{number}")
 
 
 def load_rest(
