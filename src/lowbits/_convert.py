@@ -29,6 +29,7 @@ from lowbits.files.checkpoint import (
     GGUF,
     OpenOptions,
     open_checkpoint,
+    read_config,
     refuse_adapters,
 )
 from lowbits.files.convert import converted, stored_name, twice_quantized, untied, widened
@@ -87,6 +88,8 @@ def inspect(path: str | Path, *, allow_pickle: bool = False) -> Inspection:
     if found is None:
         return inspected(opened, None, None)
     classes = classes_of(found.name)
+    own = (read_config(opened.path) or {}).get("_class_name")
+    classes = (own,) if own in classes else classes
     kind = f"a {found.part.replace('_', ' ')} of transformers"
     return inspected(opened, found.name, " or ".join(classes) or kind)
 

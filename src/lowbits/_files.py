@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from contextlib import ExitStack, nullcontext
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,13 @@ from lowbits.core.adopt import adopt_layers
 from lowbits.core.guards import saved_by
 from lowbits.core.handle import find_handle, guard, settle_adapters
 from lowbits.core.registry import DEFAULT
-from lowbits.errors import AlreadyPatchedError, ConfigError, FormatError, located
+from lowbits.errors import (
+    AlreadyPatchedError,
+    BackendUnavailableError,
+    ConfigError,
+    FormatError,
+    located,
+)
 from lowbits.files.checkpoint import (
     FILE_SUFFIXES,
     GGUF,
@@ -303,9 +310,14 @@ def load_pipeline(
         options: of ``DiffusionPipeline.from_pretrained``; a component by its name is taken as is.
 
     Raises:
+        BackendUnavailableError: diffusers is not installed.
         ConfigError: the folder is no pipeline's, or a model's weights are there twice.
         FormatError: a file is not what it claims to be.
     """
+    if find_spec("diffusers") is None:
+        raise BackendUnavailableError(
+            "load_pipeline needs diffusers: pip install 'lowbits[diffusers]'"
+        )
     folder = Path(path)
     parts = {}
 

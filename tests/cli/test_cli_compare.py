@@ -209,6 +209,7 @@ def test_own_prompts_are_drawn_and_not_read(
     [
         (["--schemes", "bnb-nf4", "--all"], 2, "exclude each other"),
         (["--schemes", "bnb-nf5"], 1, "did you mean 'bnb-nf4'"),
+        (["--schemes", " ,"], 2, "got ' ,', expected names as bnb-nf4,gguf-q8_0"),
         (["--lora", "merge"], 2, "needs --lora-weights"),
         (["--lora", "fp8"], 2, "got 'fp8', expected auto, fp16, merge"),
     ],
@@ -220,6 +221,17 @@ def test_what_is_asked_for_must_make_sense(
     result = CliRunner().invoke(app, arguments, env={"COLUMNS": "200"})
     assert result.exit_code == code
     assert message in result.stderr
+
+
+def test_a_folder_that_cannot_be_made_is_told_before_anything_is_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(comparing, "compare", None)
+    arguments = ["compare", str(MODEL), "--out", str(tmp_path / "file" / "out")]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 1
+    assert result.stderr == f"error: {tmp_path / 'file' / 'out'}: Not a directory\n"
 
 
 def test_all_schemes_are_those_of_every_backend() -> None:

@@ -78,6 +78,12 @@ def test_a_narrow_terminal_gets_a_narrow_table() -> None:
     text = _rendered(tables.schemes_table(schemes, 80), 90)
     assert "summary" not in text
     assert "wider terminal" in text
+    lines = [line.split() for line in text.splitlines()]
+    here = {line[0]: line[-2] for line in lines if line and line[0] in {s.name for s in schemes}}
+    assert here.keys() == {scheme.name for scheme in schemes}, "names are in one line"
+    assert {name for name, text in here.items() if text == "read"} == {
+        scheme.name for scheme in schemes if not scheme.can_quantize
+    }
     assert all(scheme.name in text for scheme in schemes)
 
 

@@ -173,7 +173,7 @@ def run(  # noqa: PLR0913 - a parameter is an option
     with Bars(tables.make_console(stderr=True)) as bars:
         bars.track("loading", 0, None)
         place = pick_device(device)
-        parts, rules = options.components(component, scheme), options.split_pairs(rule, "--rule")
+        parts, rules = options.components(component, scheme), options.rules(rule)
         _require(scheme, *(parts or {}).values(), *rules.values())
         pipe = load_pipeline(model, place)
         load_loras(pipe, options.strengths(lora_weights))
@@ -219,6 +219,7 @@ def compare(  # noqa: PLR0913 - a parameter is an option
     strengths = options.strengths(lora_weights)
     ways = options.lora_ways(lora, strengths)
     recipe = _recipe(model, prompts, options.call_settings(settings, num_inference_steps=steps))
+    out.mkdir(parents=True, exist_ok=True)  # before there are pictures to lose
     console = tables.make_console(stderr=True)
     with Bars(console) as bars:
         bars.track("loading", 0, None)
@@ -290,5 +291,8 @@ def _scheme_names(listed: str | None, *, all_schemes: bool) -> tuple[str, ...]:
         packable = (info for info in lowbits.schemes() if info.can_quantize)
         return tuple(info.name for info in packable if info.backend != "-")
     if listed is not None:
-        return tuple(name.strip() for name in listed.split(",") if name.strip())
+        names = tuple(name.strip() for name in listed.split(",") if name.strip())
+        if not names:
+            raise typer.BadParameter(f"got {listed!r}, expected names as bnb-nf4,gguf-q8_0")
+        return names
     return DEFAULT_SCHEMES

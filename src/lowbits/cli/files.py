@@ -45,7 +45,7 @@ def convert(
             src,
             dst,
             scheme,
-            rules=options.split_pairs(rule, "--rule"),
+            rules=options.rules(rule),
             skip=tuple(skip or ()),
             on_requantize=on_requantize,
             progress=lambda event: bars.track(

@@ -7,6 +7,7 @@ import logging
 import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Final, final
 
 from lowbits.errors import ConfigError
@@ -100,6 +101,8 @@ def load_loras(pipe: Any, loras: Mapping[Path, float]) -> dict[str, float]:
     """
     if not loras:
         return {}
+    if find_spec("peft") is None:
+        raise ConfigError("lora_weights: LoRAs need peft: pip install 'lowbits[lora]'")
     if not hasattr(pipe, "load_lora_weights"):
         raise ConfigError(f"lora_weights: a {type(pipe).__name__} takes no LoRA")
     names = [f"lora_{number}" for number in range(len(loras))]

@@ -211,7 +211,9 @@ Blind = Annotated[
 ]
 
 
-def split_pairs(items: Sequence[str] | None, option: str) -> dict[str, str]:
+def split_pairs(
+    items: Sequence[str] | None, option: str, expected: str = "KEY=VALUE"
+) -> dict[str, str]:
     """Return ``KEY=VALUE`` texts as a mapping.
 
     Raises:
@@ -221,9 +223,14 @@ def split_pairs(items: Sequence[str] | None, option: str) -> dict[str, str]:
     for item in items or ():
         key, equals, value = item.partition("=")
         if not (key and equals):
-            raise typer.BadParameter(f"got {item!r}, expected KEY=VALUE", param_hint=option)
+            raise typer.BadParameter(f"got {item!r}, expected {expected}", param_hint=option)
         pairs[key] = value
     return pairs
+
+
+def rules(items: Sequence[str] | None) -> dict[str, str]:
+    """Return ``GLOB=SCHEME`` texts as a mapping."""
+    return split_pairs(items, "--rule", "GLOB=SCHEME")
 
 
 def call_settings(items: Sequence[str] | None, **named: int | None) -> dict[str, Any]:

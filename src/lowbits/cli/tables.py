@@ -69,7 +69,8 @@ def backends_table(backends: Sequence[lowbits.BackendInfo]) -> Table:
 def schemes_table(schemes: Sequence[lowbits.SchemeInfo], width: int) -> Table:
     """Return a table of `lowbits.schemes`, a section for each backend.
 
-    Bits are those of a weight; rows say which lengths are accepted, ``32n``: multiples of 32.
+    Bits are those of a weight; rows say which lengths are accepted, ``32n``: multiples of 32. Here:
+    whether it can be used; ``read``: files in it are loaded, and nothing is packed in it.
 
     Args:
         schemes: the rows.
@@ -78,8 +79,9 @@ def schemes_table(schemes: Sequence[lowbits.SchemeInfo], width: int) -> Table:
     is_wide = width >= _WIDE
     summary = ["summary"] if is_wide else []
     table = _table("scheme", "backend", "bits", "layers", "rows", "here", "Forge", *summary)
+    table.caption = "Here, read: files are loaded in it, and nothing is packed in it."
     if not is_wide:
-        table.caption = "A wider terminal, and --json, say what each of them is."
+        table.caption += "\nA wider terminal, and --json, say what each of them is."
     every = set[str]().union(*(info.layer_kinds for info in schemes))
     for backend, group in groupby(schemes, lambda info: info.backend):
         for info in group:
@@ -89,7 +91,7 @@ def schemes_table(schemes: Sequence[lowbits.SchemeInfo], width: int) -> Table:
                 f"{info.bits_per_weight:.2f}".rjust(5),
                 _kinds(info.layer_kinds, every),
                 f"{info.row_multiple}n" if info.row_multiple > 1 else "any",
-                _mark(info.available),
+                _mark(info.available) if info.can_quantize else Text("read", style="dim"),
                 info.forge_name or "-",
                 *([info.summary] if is_wide else []),
             )
@@ -163,7 +165,7 @@ def _comparison_row(result: Result) -> list[str | Text]:
 def _table(*headings: str) -> Table:
     table = Table(box=box.SIMPLE_HEAD, header_style="bold cyan", padding=(0, 1, 0, 0))
     for heading in headings:
-        table.add_column(heading, overflow="fold")
+        table.add_column(heading, overflow="fold", no_wrap=heading == "scheme")
     return table
 
 

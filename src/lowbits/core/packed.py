@@ -27,6 +27,7 @@ from lowbits.core.backend import Packed, QuantBackend
 from lowbits.core.capability import compute_dtype
 from lowbits.core.memory import PRODUCT_WEIGHTS, storage_bytes
 from lowbits.core.proxy import WeightProxy
+from lowbits.core.state import PackedMetadata
 from lowbits.errors import FormatError, PatchError
 
 if TYPE_CHECKING:
@@ -185,9 +186,22 @@ class PackedLayer(nn.Module):
         if not _holds_these_bytes(self, state_dict, prefix):
             # Another object says that the journal's originals are no longer this layer's.
             self.__dict__["lowbits_layouts"] = Layouts(self.lowbits_layouts)
+        metadata = dict(local_metadata)
         super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+            state_dict, prefix, metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+
+    def _save_to_state_dict(
+        self,
+        destination: dict[str, Any],
+        prefix: str,
+        keep_vars: bool,  # noqa: FBT001 - torch's signature
+    ) -> None:
+        """Save stored tensors; ordinary layers, which would read none of them, are told."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        metadata, name = getattr(destination, "_metadata", {}), prefix.removesuffix(".")
+        if name in metadata:
+            metadata[name] = PackedMetadata(metadata[name], name, self._schemes())
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         cls = type(self)
@@ -198,8 +212,12 @@ class PackedLayer(nn.Module):
 
     def extra_repr(self) -> str:
         """Add the schemes to the layer's own description."""
-        schemes = ", ".join(sorted({layout.scheme for layout in self.lowbits_layouts.values()}))
-        return ", ".join(part for part in (super().extra_repr(), f"scheme={schemes}") if part)
+        return ", ".join(
+            part for part in (super().extra_repr(), f"scheme={self._schemes()}") if part
+        )
+
+    def _schemes(self) -> str:
+        return ", ".join(sorted({layout.scheme for layout in self.lowbits_layouts.values()}))
 
 
 def packed_weight(layer: PackedLayer, name: str = "weight") -> Packed:
