@@ -51,6 +51,7 @@ from lowbits.integrations.models import (
     empty_model,
     packed_by_default,
     refuse_pipeline,
+    wrapper_class,
 )
 from lowbits.progress import CancelToken, ProgressCallback, ProgressEvent
 
@@ -263,6 +264,10 @@ def _convert_pipeline(src: Path, dst: Path, how: _How) -> Report:
     if dst.resolve().is_relative_to(src.resolve()):
         raise ConfigError(f"dst: {dst} is the pipeline's own folder, or in it: name another one")
     listed = components_in(src)
+    for path in src.iterdir():  # the second of several ControlNets, and those behind it
+        first = listed.get(path.name.rpartition("_")[0])
+        if first and path.name not in listed and wrapper_class(*first):
+            listed[path.name] = first
     named = {glob.split(".")[0] for glob in how.rules}
     with atomic_folder(dst) as new:
         parts, others = [], []

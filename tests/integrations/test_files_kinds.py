@@ -76,6 +76,16 @@ def test_several_controlnets(tmp_path: Path, by: str, rules: dict[str, str]) -> 
     assert all("save_pretrained" not in vars(part) for part in pipe.controlnet.modules())
 
 
+def test_several_controlnets_are_converted(tmp_path: Path) -> None:
+    pipe = controlled(2)
+    pipe.save_pretrained(tmp_path / "src")
+    lowbits.convert(tmp_path / "src", tmp_path / "packed", "bnb-nf4")
+    loaded = lowbits.load_pipeline(tmp_path / "packed")
+    assert all(map(is_packed, loaded.controlnet.nets))
+    lowbits.apply(pipe, "bnb-nf4", device="cpu")
+    assert torch.equal(controlled_picture(loaded), controlled_picture(pipe))
+
+
 def test_fused_projections(tmp_path: Path) -> None:
     """diffusers keeps what it has fused, and reads that again."""
     pipe: Any = PIPELINES["flux"].build()

@@ -129,9 +129,9 @@ def saved_by(module: nn.Module, save: Save) -> Iterator[None]:
             folder for each of its models (several ControlNets), these are.
         save: what it does.
     """
-    inside = module.modules() if hasattr(module, _SAVE) and not _has_folder(module) else (module,)
-    before = {part: part.__dict__.get(_SAVE) for part in inside if _has_folder(part)}
-    before = {part: own for part, own in before.items() if _holds_packed(part)}
+    inside = (module,) if _has_folder(module) or not _is_saved(module) else module.modules()
+    parts = [part for part in inside if _has_folder(part) and _holds_packed(part)]
+    before = {part: part.__dict__.get(_SAVE) for part in parts}
     for part in before:
         part.__dict__[_SAVE] = _Saver(part, save)
     try:
@@ -143,10 +143,15 @@ def saved_by(module: nn.Module, save: Save) -> Iterator[None]:
                 part.__dict__[_SAVE] = own
 
 
+def _is_saved(module: nn.Module) -> bool:
+    return getattr(module, _SAVE, None) is not None
+
+
 def _has_folder(module: nn.Module) -> bool:
-    """Say whether a model writes a folder of its own: its config, and its weights."""
-    has_config = hasattr(module, "save_config") or hasattr(module, "config")
-    return getattr(module, _SAVE, None) is not None and has_config
+    """Say whether a model writes a folder of its own, and not one for each model in it."""
+    is_model = hasattr(module, "save_config") or hasattr(module, "config")
+    inside = (part for part in module.modules() if part is not module)
+    return _is_saved(module) and (is_model or not any(map(_is_saved, inside)))
 
 
 def _holds_packed(module: nn.Module) -> bool:

@@ -120,9 +120,11 @@ def wrapper_class(library: str, class_name: str) -> Any:
 
     Several ControlNets, or adapters, of diffusers are such models.
     """
+    if library != "diffusers" or importlib.util.find_spec(library) is None:
+        return None
     found = getattr(importlib.import_module(library), class_name, None)
     is_wrapper = hasattr(found, "from_pretrained") and not hasattr(found, "from_config")
-    return found if library == "diffusers" and is_wrapper else None
+    return found if is_wrapper else None
 
 
 def folders_of(folder: Path) -> Iterator[tuple[Path, str]]:
