@@ -179,3 +179,14 @@ def test_inputs_of_another_width_are_told_as_torch_tells_them(
     with pytest.raises(RuntimeError) as found:
         layer(x)
     assert str(found.value) == str(expected.value)
+
+
+@pytest.mark.parametrize("scheme", LAYOUTS)
+@pytest.mark.parametrize("shape", [(3, 256), (2, 3, 256), (0, 256)])
+def test_a_result_is_no_view(scheme: str, shape: tuple[int, ...]) -> None:
+    """Compilers make another graph for views, and one more when their length changes."""
+    layer = packed(scheme)
+    with torch.no_grad():
+        result = layer(torch.randn(shape))
+    assert result.shape == (*shape[:-1], 96)
+    assert result._base is None

@@ -147,7 +147,9 @@ def linear_by_rows(x: Tensor, packed: Packed, bias: Tensor | None, backend: Quan
     """
     rows, row_length = packed.shape
     flat = x.reshape(-1, row_length)
-    result = flat.new_empty(flat.shape[0], rows)
+    # Not a view: compilers have another graph for those.
+    made = x.new_empty(*x.shape[:-1], rows)
+    result = made.view(-1, rows)
     part_weights = max(PART_WEIGHTS, min(flat.numel(), PRODUCT_WEIGHTS))
     step = packed.rows_at_once(max(1, part_weights // row_length))
     for start in range(0, rows, step):
@@ -159,7 +161,7 @@ def linear_by_rows(x: Tensor, packed: Packed, bias: Tensor | None, backend: Quan
             torch.mm(flat, weight.t(), out=part)
         else:
             torch.addmm(bias[start:stop], flat, weight.t(), out=part)
-    return result.view(*x.shape[:-1], rows)
+    return made
 
 
 class _FrozenLinear(torch.autograd.Function):
