@@ -208,7 +208,7 @@ def load(
         OSError: the system refuses to open it.
     """
     modules = modules_of(into)
-    require_dtype("dtype", dtype)
+    require_dtype("dtype", dtype, "a floating one, as torch.bfloat16")
     refuse_pipeline(Path(path), "; or lowbits.load_pipeline(path), where lowbits wrote it")
     opened = open_checkpoint(path, OpenOptions(DEFAULT, verify, allow_pickle, allow_nonfinite))
     refuse_adapters(opened)

@@ -150,11 +150,11 @@ def _require_strings(option: str, value: Any) -> None:
         raise ConfigError(f"{option}: got {value!r}, expected strings, as ['0', 'blocks.*']")
 
 
-def require_dtype(option: str, value: Any) -> None:
+def require_dtype(option: str, value: Any, expected: str = "one as torch.bfloat16") -> None:
     """Raise `ConfigError` where a value is neither None nor a dtype that can be computed in."""
     if value is None or (getattr(value, "is_floating_point", False) and value.itemsize > 1):
         return
-    raise ConfigError(f"{option}: got {value!r}, expected a floating one, as torch.bfloat16")
+    raise ConfigError(f"{option}: got {value!r}, expected {expected}")
 
 
 def require_choice(option: str, value: Any, choices: Sequence[str]) -> None:

@@ -96,7 +96,14 @@ def test_what_was_packed_before_is_told_as_packed(scheme: str | None) -> None:
     report = (lowbits.apply(loaded, scheme) if scheme else lowbits.apply(loaded)).report()
     assert report.bytes_before == before.bytes_before == full
     assert report.bytes_after == before.bytes_after
-    assert [layer.scheme for layer in report.packed] == ["bnb-nf4"] * 2
-    assert {layer.reason for layer in report.packed} == {"stored as bnb-nf4 already"}
-    assert not report.restorable
-    assert "2 weights packed as bnb-nf4, originals: none" in report.summary()
+    assert [layer.scheme for layer in report.kept] == ["bnb-nf4"] * 2
+    assert report.packed == before.kept == ()
+    assert report.summary().endswith("0 weights packed; 2 were packed before, as bnb-nf4")
+    more = lowbits.quantize(nn.Sequential(copy.deepcopy(model), nn.Linear(64, 64)), "bnb-nf4")
+    assert (
+        more.report()
+        .summary()
+        .endswith(
+            "1 weights packed as bnb-nf4, originals: memory; 2 were packed before, as bnb-nf4"
+        )
+    )

@@ -177,11 +177,17 @@ def stored_bytes_of(decisions: Sequence[Decision]) -> int:
 
 
 def _bytes_before(decisions: Sequence[Decision]) -> dict[int, int]:
-    """Return what each tensor took: of one that stays packed, in full precision."""
-    return {
-        d.tie: d.shape.numel() * d.tensor.itemsize if d.is_packed and not d.scheme else d.nbytes
-        for d in decisions
-    }
+    """Return what each tensor took: of what was loaded packed, and stays so, in full precision."""
+    return {d.tie: d.nbytes if d.scheme or not _was_loaded(d) else _full(d) for d in decisions}
+
+
+def _was_loaded(decision: Decision) -> bool:
+    """Say whether it is packed, and nobody knows what it was made of."""
+    return decision.is_packed and not journal_of(decision.module)
+
+
+def _full(decision: Decision) -> int:
+    return decision.shape.numel() * decision.tensor.itemsize
 
 
 def _pack_all(
@@ -270,8 +276,8 @@ def _report(
         counted.add(decision.tie)
         bytes_before = before[decision.tie]
         bytes_after = decision.nbytes
-        source = _source_now(decision, "file" if decision.tie in sources else mode)
-        dropped += bytes_before if decision.scheme and source == "none" and not is_again else 0
+        source = ("file" if decision.tie in sources else mode) if decision.scheme else "-"
+        dropped += bytes_before if source == "none" and not is_again else 0
         numel = decision.shape.numel()
         layers.append(
             LayerReport(
@@ -293,12 +299,6 @@ def _report(
         else ()
     )
     return Report(tuple(layers), warnings)
-
-
-def _source_now(decision: Decision, kept: str) -> str:
-    if decision.scheme:
-        return kept
-    return "none" if decision.is_packed and not journal_of(decision.module) else "-"
 
 
 def _scheme_now(decision: Decision) -> str:

@@ -197,7 +197,7 @@ class PackedLayer(nn.Module):
         prefix: str,
         keep_vars: bool,  # noqa: FBT001 - torch's signature
     ) -> None:
-        """Save stored tensors; ordinary layers, which would read none of them, are told."""
+        """Save stored tensors; an ordinary layer, which would read none of them, is told."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
         metadata, name = getattr(destination, "_metadata", {}), prefix.removesuffix(".")
         if name in metadata:

@@ -97,6 +97,12 @@ class Report:
         """The layers that are packed."""
         return tuple(layer for layer in self.layers if layer.source != "-")
 
+    @property
+    def kept(self) -> tuple[LayerReport, ...]:
+        """The layers that were packed before, and stay as they are."""
+        kept = (each for each in self.layers if each.reason == f"stored as {each.scheme} already")
+        return tuple(kept)
+
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain data for JSON."""
         return {
@@ -144,11 +150,12 @@ class Report:
         ratio = before / after if after else 1.0
         text = f"{format_bytes(before)} -> {format_bytes(after)} ({ratio:.2f}x)"
         text = f"{text}, {len(packed)} weights packed"
-        if not packed:
-            return text
-        schemes = ", ".join(dict.fromkeys(layer.scheme for layer in packed))
-        sources = ", ".join(dict.fromkeys(layer.source for layer in packed))
-        return f"{text} as {schemes}, originals: {sources}"
+        if packed:
+            sources = ", ".join(dict.fromkeys(layer.source for layer in packed))
+            text = f"{text} as {_schemes(packed)}, originals: {sources}"
+        if kept := self.kept:
+            text = f"{text}; {len(kept)} were packed before, as {_schemes(kept)}"
+        return text
 
     def __str__(self) -> str:
         return self.table()
@@ -162,6 +169,10 @@ def format_bytes(count: int) -> str:
             return f"{value:.0f} {unit}" if unit == "B" else f"{value:.2f} {unit}"
         value /= 1024
     return f"{value:.2f} {_UNITS[-1]}"
+
+
+def _schemes(layers: Iterable[LayerReport]) -> str:
+    return ", ".join(dict.fromkeys(layer.scheme for layer in layers))
 
 
 def _numel(shape: tuple[int, ...]) -> int:

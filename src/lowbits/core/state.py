@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 from collections import OrderedDict
-from typing import TYPE_CHECKING, Any, NoReturn, final
-
-from lowbits.errors import PatchError
+from typing import TYPE_CHECKING, Any, Final, final
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+_ADVICE: Final = (
+    "it is of a packed model, and an ordinary layer finds no weight in it: make one model of "
+    "another (ControlNetModel.from_unet, ...) before lowbits.apply; now, call lowbits.restore or "
+    "lowbits.dequantize first"
+)
 
 
 @final
@@ -17,7 +22,7 @@ class PackedMetadata(dict[str, Any]):
 
     An ordinary layer finds none of its tensors there. With ``strict=False``, as diffusers makes one
     model of another, torch says nothing, and it keeps the random values that it has. But it asks
-    its metadata how to load.
+    its metadata how to load, and there is told what to raise.
     """
 
     def __init__(self, values: Mapping[str, Any], name: str, schemes: str) -> None:
@@ -29,19 +34,15 @@ class PackedMetadata(dict[str, Any]):
             schemes: that it is stored in, for the message.
         """
         super().__init__(values)
-        self._stored = f"{name or 'weight'} is stored as {schemes}"
+        self._message = f"{name or 'weight'} is stored as {schemes} in the state dict: {_ADVICE}"
 
-    def get(self, *_: Any) -> NoReturn:
-        """Refuse to be loaded into what is not packed.
-
-        Raises:
-            PatchError: always; packed layers do not ask.
-        """
-        raise PatchError(
-            f"this state dict is of a packed model ({self._stored}), and an ordinary layer finds "
-            "no weight in it: make one model of another (ControlNetModel.from_unet, ...) before "
-            "lowbits.apply; now, call lowbits.restore or lowbits.dequantize first"
-        )
+    def get(self, key: str, default: Any = None) -> Any:
+        """Answer; let a load that asks fail, once for all of its layers. Packed ones do not ask."""
+        # The list that torch raises of, strict or not, is a local of who asks, and nowhere else.
+        errors = sys._getframe(1).f_locals.get("error_msgs")
+        if isinstance(errors, list) and not any(_ADVICE in error for error in errors):
+            errors.append(self._message)
+        return super().get(key, default)
 
     def __reduce__(self) -> tuple[type[OrderedDict[str, Any]], tuple[list[tuple[str, Any]]]]:
         return OrderedDict, (list(self.items()),)
