@@ -92,6 +92,8 @@ class Adapters:
         self._has_warned = False
         #: Whether a layer was ever wrapped: before that, passes leave nothing to compilers to see.
         self.is_used = False
+        #: Whether one was wrapped by what cannot be merged: it is refused where it is to be.
+        self.has_others = False
         # Held while codes are written: a pass of another thread waits for all of them.
         self._lock = threading.RLock()
 
@@ -229,7 +231,7 @@ class Adapters:
             trains: gradients are recorded: adapters that want them act beside the weights.
         """
         with self._lock:
-            if not self._is_lenient:
+            if self.has_others and not self._is_lenient:
                 self._refuse_others(is_asked=False)
             present = self._present()
             changed = []
@@ -432,7 +434,7 @@ class _Wrapped:
         elif is_mergeable(module):
             adapters.adopt(module, child)
         else:
-            adapters.is_used = True  # what cannot be merged is refused where it is to be
+            adapters.is_used = adapters.has_others = True
 
 
 @final
