@@ -49,6 +49,7 @@ from lowbits.integrations.models import (
     INDEX,
     components_in,
     empty_model,
+    folders_of,
     packed_by_default,
     refuse_pipeline,
     wrapper_class,
@@ -264,10 +265,10 @@ def _convert_pipeline(src: Path, dst: Path, how: _How) -> Report:
     if dst.resolve().is_relative_to(src.resolve()):
         raise ConfigError(f"dst: {dst} is the pipeline's own folder, or in it: name another one")
     listed = components_in(src)
-    for path in src.iterdir():  # the second of several ControlNets, and those behind it
-        first = listed.get(path.name.rpartition("_")[0])
-        if first and path.name not in listed and wrapper_class(*first):
-            listed[path.name] = first
+    for name, first in list(listed.items()):
+        behind = [path.name for path, _ in folders_of(src / name)][1:]
+        if behind and wrapper_class(*first):
+            listed |= dict.fromkeys(behind, first)
     named = {glob.split(".")[0] for glob in how.rules}
     with atomic_folder(dst) as new:
         parts, others = [], []

@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from pipelines import PIPELINES, draw
 from safetensors.torch import save_file
 from streamed import MODES, Anatomy, mode_name, smallest_budget, stream
-from streaming.models import Stack, inputs
+from streaming.models import WIDE, frozen, inputs
 
 import lowbits
 from lowbits import errors
@@ -199,21 +199,17 @@ def test_a_lora_that_came_while_streamed_is_merged_then_switched_off(*, resident
         torch.manual_seed(3)
         config = LoraConfig(r=4, target_modules=["up", "down"], init_lora_weights=False)
         wrapped = get_peft_model(model, config).eval()
-        results = [model(inputs(64))]
+        results = [model(inputs(WIDE))]
         wrapped.merge_adapter()
-        results.append(model(inputs(64)))
+        results.append(model(inputs(WIDE)))
         with wrapped.disable_adapter():
-            results += [model(inputs(64)) for _ in range(3)]
-        results.append(model(inputs(64)))
+            results += [model(inputs(WIDE)) for _ in range(3)]
+        results.append(model(inputs(WIDE)))
         wrapped.merge_adapter()
-        return [*results, model(inputs(64))]
+        return [*results, model(inputs(WIDE))]
 
-    def made() -> Stack:
-        torch.manual_seed(0)
-        return Stack(4, 64, hidden=64).requires_grad_(requires_grad=False).eval()
-
-    expected, model = script(made()), made()
+    expected, model = script(frozen()), frozen()
     budget = 10**7 if resident else 100_000
     with lowbits.LayerStreamer(model, device="cpu", budget=budget, method="queue"):
         assert all(map(torch.equal, script(model), expected))
-    assert torch.equal(model(inputs(64)), expected[-1])
+    assert torch.equal(model(inputs(WIDE)), expected[-1])

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+import lowbits
 from lowbits.errors import InsufficientMemoryError
 from lowbits.streaming.layout import held_tensors
 from lowbits.streaming.streamer import LayerStreamer
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from lowbits.streaming.stats import StreamStats
 
 WIDTH = 16
+#: Of `frozen`.
+WIDE = 64
 
 
 class Block(nn.Module):
@@ -181,6 +184,16 @@ def reference() -> Stack:
     """Return the model of `streamed_models`, not streamed."""
     torch.manual_seed(0)
     return Stack(4).eval()
+
+
+def frozen(scheme: str = "native") -> Stack:
+    """Return blocks that are too wide to be left alone, packed or not, whose weights are frozen."""
+    torch.manual_seed(0)
+    model = Stack(4, WIDE, hidden=WIDE)
+    if scheme != "native":
+        lowbits.quantize(model, scheme)
+    model.requires_grad_(requires_grad=False)
+    return model
 
 
 def streamed_models(locations: tuple[str, ...] = ("cpu", "disk")) -> Iterator[Stack]:

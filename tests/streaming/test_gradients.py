@@ -11,10 +11,12 @@ import torch
 from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from streaming.devices import faked
 from streaming.models import (
+    WIDE,
     WIDTH,
     Block,
     Snapshot,
     Stack,
+    frozen,
     inputs,
     same,
     smallest_budget,
@@ -24,7 +26,6 @@ from streaming.models import (
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-import lowbits
 from lowbits import LayerStreamer
 from lowbits.errors import LowbitsError
 from lowbits.streaming.models import Placement, StreamedModels
@@ -37,17 +38,7 @@ if TYPE_CHECKING:
 
 WAYS = (("queue", "disk"), ("async", "cpu"))
 LOCATIONS = ("cpu", "disk")
-WIDE = 64
 CONFIG: dict[str, Any] = {"r": 4, "target_modules": ["up", "down"], "init_lora_weights": False}
-
-
-def frozen(scheme: str = "none") -> Stack:
-    torch.manual_seed(0)
-    model = Stack(4, WIDE, hidden=WIDE)
-    if scheme != "none":
-        lowbits.quantize(model, scheme)
-    model.requires_grad_(requires_grad=False)
-    return model
 
 
 def with_lora(model: nn.Module, seed: int = 3, name: str = "default") -> Any:
@@ -71,7 +62,7 @@ def gradients(model: nn.Module, wanted: Iterable[nn.Parameter], *, others: int =
     return list(found)
 
 
-@pytest.mark.parametrize("scheme", ["none", "bnb-nf4", "torchao-int8"])
+@pytest.mark.parametrize("scheme", ["native", "bnb-nf4", "torchao-int8"])
 @pytest.mark.parametrize(("method", "location"), WAYS)
 def test_gradients_of_inputs(scheme: str, method: str, location: str) -> None:
     model = frozen(scheme)
@@ -82,7 +73,7 @@ def test_gradients_of_inputs(scheme: str, method: str, location: str) -> None:
     assert same(gradients(model, []), expected)
 
 
-@pytest.mark.parametrize("scheme", ["none", "bnb-nf4", "torchao-int8"])
+@pytest.mark.parametrize("scheme", ["native", "bnb-nf4", "torchao-int8"])
 @pytest.mark.parametrize(("method", "location"), WAYS)
 def test_gradients_of_factors_that_came_while_streamed(
     scheme: str, method: str, location: str
@@ -288,7 +279,7 @@ def test_factors_count_on_the_device() -> None:
         assert streamer.stats().peak_device_bytes == before + added
 
 
-@pytest.mark.parametrize("scheme", ["none", "bnb-nf4"])
+@pytest.mark.parametrize("scheme", ["native", "bnb-nf4"])
 def test_adapters_come_and_go(scheme: str) -> None:
     def script(model: nn.Module) -> list[Tensor]:
         peft: Any = get_peft_model(model, LoraConfig(**CONFIG))

@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from streaming.models import (
+    WIDE,
     WIDTH,
     Block,
     Snapshot,
     Stack,
+    frozen,
     inputs,
     reference,
     same,
@@ -24,7 +26,6 @@ from streaming.models import (
 )
 from torch import nn
 
-import lowbits
 from lowbits.core.interception import interceptor_of
 from lowbits.errors import (
     AlreadyPatchedError,
@@ -389,10 +390,8 @@ def test_the_copying_thread_dies(after: str, monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.parametrize("scheme", ["native", "bnb-nf4"])
 def test_a_graph_from_before_tells_that_its_weights_are_gone(scheme: str) -> None:
-    model = Stack(4, 64, hidden=64).requires_grad_(requires_grad=False)
-    if scheme != "native":
-        lowbits.quantize(model, scheme)
-    x = inputs(64).requires_grad_()
+    model = frozen(scheme)
+    x = inputs(WIDE).requires_grad_()
     loss = model(x).square().mean()
     with streamer_of(model), pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()

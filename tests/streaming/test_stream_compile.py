@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from streaming.models import Snapshot, Stack, inputs, reference, same, streamer_of
+from streaming.models import WIDE, Snapshot, Stack, frozen, inputs, reference, same, streamer_of
 from torch._dynamo.utils import counters
 
 import lowbits
@@ -155,11 +155,6 @@ def test_a_compiled_block_that_had_to_be_split_says_so() -> None:
     assert "budget" in message
 
 
-def frozen() -> Stack:
-    torch.manual_seed(0)
-    return Stack(5, 64, hidden=64).requires_grad_(requires_grad=False).eval()
-
-
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
 def test_a_compiled_function_may_go_backward() -> None:
     """The weights that the backward pass reads again are read out of graphs."""
@@ -169,12 +164,12 @@ def test_a_compiled_function_may_go_backward() -> None:
         return torch.autograd.grad(model(x).square().sum(), x)[0]
 
     model = frozen()
-    expected = guide(inputs(64))
+    expected = guide(inputs(WIDE))
     for location in ("cpu", "disk"):
         with streamer_of(model, budget=70_000, location=location):
             compiled = torch.compile(guide, backend="eager")
             for _ in range(2):
-                assert same(compiled(inputs(64)), expected)
+                assert same(compiled(inputs(WIDE)), expected)
 
 
 @pytest.mark.parametrize("scheme", ["native", "bnb-nf4"])
@@ -184,10 +179,8 @@ def test_a_compiled_function_may_look_at_a_weight(scheme: str) -> None:
         doubled: torch.Tensor = model(x.to(weight.dtype)) * 2
         return doubled
 
-    model = frozen()
-    if scheme != "native":
-        lowbits.quantize(model, scheme)
+    model = frozen(scheme)
     with torch.no_grad():
-        expected = sample(inputs(64))
+        expected = sample(inputs(WIDE))
         with streamer_of(model):
-            assert same(torch.compile(sample, backend="eager")(inputs(64)), expected)
+            assert same(torch.compile(sample, backend="eager")(inputs(WIDE)), expected)

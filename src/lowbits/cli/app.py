@@ -35,6 +35,7 @@ _EXTRAS: Final = {
     "accelerate": "diffusers",
     "diffusers": "diffusers",
     "transformers": "diffusers",
+    "peft": "lora",
 }
 
 #: What a pipeline raises that cannot take a value, besides what lowbits and the system raise.

@@ -7,7 +7,7 @@ import logging
 import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib.util import find_spec
+from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final, final
 
 from lowbits.errors import ConfigError
@@ -97,12 +97,13 @@ def load_loras(pipe: Any, loras: Mapping[Path, float]) -> dict[str, float]:
         The strength of each adapter, by the name that it has in the pipeline.
 
     Raises:
+        ModuleNotFoundError: peft is not installed.
         ConfigError: the pipeline takes none, or the file is none for it.
     """
     if not loras:
         return {}
-    if find_spec("peft") is None:
-        raise ConfigError("lora_weights: LoRAs need peft: pip install 'lowbits[lora]'")
+    with quiet():
+        import_module("peft")  # diffusers does not say how to install it
     if not hasattr(pipe, "load_lora_weights"):
         raise ConfigError(f"lora_weights: a {type(pipe).__name__} takes no LoRA")
     names = [f"lora_{number}" for number in range(len(loras))]

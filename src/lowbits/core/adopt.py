@@ -194,14 +194,13 @@ def _report(
 
 def _row(decision: Decision, reason: str, source: str, *, is_again: bool) -> LayerReport:
     numel, nbytes = decision.shape.numel(), decision.nbytes
-    before = numel * decision.tensor.element_size() if decision.is_packed else nbytes
     return LayerReport(
         fqn=decision.fqn,
         component=decision.component,
         kind=decision.kind,
         shape=tuple(decision.shape),
         scheme=decision.stored_as if decision.is_packed else "native",
-        bytes_before=0 if is_again else before,
+        bytes_before=0 if is_again else decision.full_bytes,
         bytes_after=0 if is_again else nbytes,
         bits_per_weight=nbytes * 8 / numel if numel else 0.0,
         source=source,

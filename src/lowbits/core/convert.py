@@ -178,16 +178,9 @@ def stored_bytes_of(decisions: Sequence[Decision]) -> int:
 
 def _bytes_before(decisions: Sequence[Decision]) -> dict[int, int]:
     """Return what each tensor took: of what was loaded packed, and stays so, in full precision."""
-    return {d.tie: d.nbytes if d.scheme or not _was_loaded(d) else _full(d) for d in decisions}
-
-
-def _was_loaded(decision: Decision) -> bool:
-    """Say whether it is packed, and nobody knows what it was made of."""
-    return decision.is_packed and not journal_of(decision.module)
-
-
-def _full(decision: Decision) -> int:
-    return decision.shape.numel() * decision.tensor.itemsize
+    return {
+        d.tie: d.nbytes if d.scheme or journal_of(d.module) else d.full_bytes for d in decisions
+    }
 
 
 def _pack_all(

@@ -100,8 +100,7 @@ class Report:
     @property
     def kept(self) -> tuple[LayerReport, ...]:
         """The layers that were packed before, and stay as they are."""
-        kept = (each for each in self.layers if each.reason == f"stored as {each.scheme} already")
-        return tuple(kept)
+        return tuple(layer for layer in self.layers if layer.reason == already(layer.scheme))
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain data for JSON."""
@@ -159,6 +158,11 @@ class Report:
 
     def __str__(self) -> str:
         return self.table()
+
+
+def already(scheme: str) -> str:
+    """Return the reason of a layer that is in a scheme, and stays as it is."""
+    return f"stored as {scheme} already"
 
 
 def format_bytes(count: int) -> str:

@@ -20,6 +20,7 @@ from torch import nn
 
 from lowbits.core.names import adapter_fqns, dotted
 from lowbits.core.packed import PackedLayer, marker_name, stored_bytes, stored_names
+from lowbits.core.report import already
 from lowbits.core.scheme import EMBEDDING, LINEAR, NATIVE, PARAMETER, Override, Scheme, rows_of
 from lowbits.core.surgery import journal_of
 from lowbits.errors import ConfigError, PatchError
@@ -148,6 +149,11 @@ class Decision:
         if isinstance(self.module, PackedLayer) and self.is_packed:
             return stored_bytes(self.module, self.name)
         return self.tensor.nbytes
+
+    @property
+    def full_bytes(self) -> int:
+        """Bytes of the full-precision tensor."""
+        return self.shape.numel() * self.tensor.itemsize if self.is_packed else self.nbytes
 
     @property
     def is_low_bit(self) -> bool:
@@ -380,18 +386,17 @@ class _Decider:
         if numel < TINY_WEIGHTS:
             return f"{_TINY} {numel} weights"
         in_block = any(not fqn or decision.fqn.startswith(fqn + ".") for fqn in self._blocks)
-        if decision.kind in (EMBEDDING, PARAMETER) or in_block:
-            return ""
         narrow, wide = sorted(decision.shape[:2])
-        if narrow * PROJECTION_RATIO <= wide:
-            return f"{_OUTER} {narrow} channels on one side, {wide} on the other"
-        return ""
+        is_even = narrow * PROJECTION_RATIO > wide
+        if decision.kind in (EMBEDDING, PARAMETER) or in_block or is_even:
+            return ""
+        return f"{_OUTER} {narrow} channels on one side, {wide} on the other"
 
     def _in_scheme(self, decision: Decision, name: str) -> Decision:
         """Give a tensor its scheme, or the first of its fallbacks that takes it."""
         backend, scheme = self._selection.registry.require(name)
         if backend is None:
-            stored = f"stored as {decision.stored_as} already" if decision.is_packed else ""
+            stored = already(decision.stored_as) if decision.is_packed else ""
             return replace(decision, reason=stored or "native: kept in its own precision")
         kept = set(decision.fqn.split(".")) & set(self._component.kept_in_fp32)
         decision = replace(
@@ -414,7 +419,7 @@ class _Decider:
     def _stored(self, decision: Decision, scheme: Scheme, backend: QuantBackend) -> Decision:
         """Let a weight be packed, unless it is in that scheme already."""
         if decision.stored_as == scheme.name:
-            return replace(decision, is_in_scheme=True, reason=f"stored as {scheme.name} already")
+            return replace(decision, is_in_scheme=True, reason=already(scheme.name))
         dtype = self._dtype if decision.tensor.dtype in _FLOAT8S else None
         reason = f"stored as {decision.stored_as} before" if decision.stored_as else ""
         reason = "; ".join(part for part in (reason, decision.reason) if part)

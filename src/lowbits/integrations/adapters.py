@@ -110,6 +110,13 @@ class Adapters:
             if any(self._is_automatic(module) for module in root.modules()):
                 self._hooks.append(root.register_forward_pre_hook(_BeforePass(self)))
 
+    def _handle(self) -> Handle | None:
+        return self._owned() if self._owned else None
+
+    def _find(self, layer: nn.Module) -> tuple[str, Source] | None:
+        owned = self._handle()
+        return owned.find(layer) if owned else None
+
     def detach(self) -> None:
         """Leave peft's layers as they are."""
         for hook in self._hooks:
@@ -163,8 +170,7 @@ class Adapters:
                 raise SourceUnavailableError(NO_HANDLE)
 
     def _name_of(self, layer: PackedLayer) -> str:
-        owned = self._owned() if self._owned else None
-        found = owned.find(layer) if owned else None
+        found = self._find(layer)
         return found[0] if found else f"a {type(layer).__name__}"
 
     def unmerge(self) -> None:
@@ -283,8 +289,7 @@ class Adapters:
 
     def adopt(self, wrapper: Any, layer: PackedLayer) -> None:
         """Come before peft's class of a layer that wraps a packed one of this handle."""
-        owned = self._owned() if self._owned else None
-        if owned is None or KEY in wrapper.__dict__ or owned.find(layer) is None:
+        if KEY in wrapper.__dict__ or self._find(layer) is None:
             return
         # One that was deleted since has no strength any more: it is part of the weight for good.
         merged = [name for name in wrapper.merged_adapters if name in wrapper.scaling]
@@ -333,7 +338,7 @@ class Adapters:
         return [wrapper for wrapper in wrappers if state_of(wrapper).adapters() is self]
 
     def _modules(self) -> Collection[nn.Module]:
-        owned = self._owned() if self._owned else None
+        owned = self._handle()
         roots = owned.components.values() if owned else ()
         return {id(module): module for root in roots for module in root.modules()}.values()
 
@@ -345,8 +350,7 @@ class Adapters:
 
     def _source(self, layer: nn.Module) -> tuple[str, Source]:
         """Return a packed layer's dotted name, and where its original weight can be had."""
-        owned = self._owned() if self._owned else None
-        found = owned.find(layer) if owned else None
+        found = self._find(layer)
         if found is None:
             raise SourceUnavailableError(NO_HANDLE)
         if found[1].kind == "none":
@@ -366,7 +370,7 @@ class Adapters:
         )
 
     def _refuse_tied(self, layer: PackedLayer, fqn: str) -> None:
-        owned = self._owned() if self._owned else None
+        owned = self._handle()
         if owned is not None and owned.is_tied(layer):
             raise PatchError(
                 f"cannot merge a LoRA into {fqn}: its weight is tied to another layer's, which "

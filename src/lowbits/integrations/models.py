@@ -101,7 +101,7 @@ def skeleton(folder: Path, library: str, class_name: str) -> nn.Module:
         )
     from accelerate import init_empty_weights
 
-    model_class: Any = getattr(importlib.import_module(library), class_name, None)
+    model_class = _class_of(library, class_name)
     if model_class is None:
         raise ConfigError(f"{folder.name}: this {library} has no {class_name}: pip install -U it")
     with init_empty_weights(include_buffers=False):
@@ -115,6 +115,10 @@ def skeleton(folder: Path, library: str, class_name: str) -> nn.Module:
     return empty
 
 
+def _class_of(library: str, class_name: str) -> Any:
+    return getattr(importlib.import_module(library), class_name, None)
+
+
 def wrapper_class(library: str, class_name: str) -> Any:
     """Return the class of what has no config, and a folder for each of its models; None: of others.
 
@@ -122,7 +126,7 @@ def wrapper_class(library: str, class_name: str) -> Any:
     """
     if library != "diffusers" or importlib.util.find_spec(library) is None:
         return None
-    found = getattr(importlib.import_module(library), class_name, None)
+    found = _class_of(library, class_name)
     is_wrapper = hasattr(found, "from_pretrained") and not hasattr(found, "from_config")
     return found if is_wrapper else None
 
