@@ -23,7 +23,8 @@ from torch.nn import functional
 
 import lowbits
 from lowbits.errors import InsufficientMemoryError
-from lowbits.streaming.layout import ALIGNMENT, ModelLayout, held_tensors, kept_bytes, lay_out
+from lowbits.streaming.cut import lay_out
+from lowbits.streaming.layout import ALIGNMENT, ModelLayout, held_tensors, kept_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -160,6 +161,32 @@ def test_what_is_said_to_be_needed_is_enough(budget: int) -> None:
     with pytest.raises(InsufficientMemoryError) as caught:
         streamer_of(model, budget=budget).attach()
     assert_streams(model, torch.randn(2, 160), budget=caught.value.needed_bytes)
+
+
+class Wide(nn.Module):
+    """A block of layers with so many outputs."""
+
+    def __init__(self, *widths: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(64, width, bias=False) for width in widths)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return sum((layer(x).mean() for layer in self.layers), x)
+
+
+@pytest.mark.parametrize(
+    ("depth", "blocks"),
+    [
+        (3, [(8, 64, 512), (128, 16), (128, 16), (512,), (512,), (8, 64, 512)]),
+        (4, [(4, 64), (4, 64), (16, 128, 512), (16, 128, 512), (16, 128, 512)]),
+    ],
+)
+def test_what_so_many_slots_are_said_to_need_is_enough(
+    depth: int, blocks: list[tuple[int, ...]]
+) -> None:
+    """How few bytes so many slots take depends on whose turn each is: on the cut, as well."""
+    model = nn.Sequential(*(Wide(*widths) for widths in blocks))
+    assert_streams(model, torch.randn(2, 64), depth=depth)
 
 
 @torch.no_grad()

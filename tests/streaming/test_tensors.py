@@ -19,7 +19,7 @@ from streaming.models import (
 from torch import nn
 
 from lowbits.errors import LowbitsError
-from lowbits.streaming.layout import lay_out
+from lowbits.streaming.cut import lay_out
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -19,8 +19,9 @@ from lowbits.core.interception import (
 )
 from lowbits.errors import AlreadyPatchedError, PatchError, StreamError
 from lowbits.streaming.component import Component
+from lowbits.streaming.cut import is_called, lay_out
 from lowbits.streaming.foreign import HookGuard, has_cache_hook, refuse_foreign, refuse_hook
-from lowbits.streaming.layout import ModelLayout, held_tensors, is_called, lay_out
+from lowbits.streaming.layout import ModelLayout, held_tensors
 from lowbits.streaming.plan import UnitCost, make_plan
 from lowbits.streaming.repeat import Moment
 from lowbits.streaming.stats import StreamStats, make_stats
