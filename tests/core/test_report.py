@@ -107,3 +107,12 @@ def test_what_was_packed_before_is_told_as_packed(scheme: str | None) -> None:
             "1 weights packed as bnb-nf4, originals: memory; 2 were packed before, as bnb-nf4"
         )
     )
+
+
+def test_a_tied_weight_is_one() -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    model[1].weight = model[0].weight
+    report = lowbits.quantize(model, "bnb-nf4").report()
+    assert [layer.scheme for layer in report.packed] == ["bnb-nf4"] * 2
+    assert ", 1 weights packed as bnb-nf4" in report.summary()
+    assert "; 1 were packed before" in lowbits.apply(copy.deepcopy(model)).report().summary()

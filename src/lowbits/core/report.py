@@ -148,12 +148,12 @@ class Report:
         before, after = self.bytes_before, self.bytes_after
         ratio = before / after if after else 1.0
         text = f"{format_bytes(before)} -> {format_bytes(after)} ({ratio:.2f}x)"
-        text = f"{text}, {len(packed)} weights packed"
+        text = f"{text}, {_count(packed)} weights packed"
         if packed:
             sources = ", ".join(dict.fromkeys(layer.source for layer in packed))
             text = f"{text} as {_schemes(packed)}, originals: {sources}"
         if kept := self.kept:
-            text = f"{text}; {len(kept)} were packed before, as {_schemes(kept)}"
+            text = f"{text}; {_count(kept)} were packed before, as {_schemes(kept)}"
         return text
 
     def __str__(self) -> str:
@@ -173,6 +173,11 @@ def format_bytes(count: int) -> str:
             return f"{value:.0f} {unit}" if unit == "B" else f"{value:.2f} {unit}"
         value /= 1024
     return f"{value:.2f} {_UNITS[-1]}"
+
+
+def _count(layers: Iterable[LayerReport]) -> int:
+    """Count weights, tied ones once."""
+    return sum(1 for layer in layers if layer.bytes_after)
 
 
 def _schemes(layers: Iterable[LayerReport]) -> str:
