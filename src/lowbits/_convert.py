@@ -32,7 +32,14 @@ from lowbits.files.checkpoint import (
     read_config,
     refuse_adapters,
 )
-from lowbits.files.convert import converted, stored_name, twice_quantized, untied, widened
+from lowbits.files.convert import (
+    converted,
+    source_of,
+    stored_name,
+    twice_quantized,
+    untied,
+    widened,
+)
 from lowbits.files.folders import BESIDE_SAVED, atomic_folder, refuse_other_weights
 from lowbits.files.gguf_export import ExportOptions, export, planned
 from lowbits.files.inspection import Inspection, inspected
@@ -225,6 +232,7 @@ def _convert_models(parts: Sequence[_Part], how: _How) -> Report:
     before = {name: weight for part in parts for name, weight in part.named.items()}
     after = {name: weight for part in results for name, weight in part.named.items()}
     schemes = {name: weight.scheme for name, weight in after.items()}
+    is_kept = {part.component.name: _is_kept(part.folder, part.dst) for part in parts}
     notes = _requantized(before, schemes, how.on_requantize)
     for part in results:
         if part.file != part.dst:
@@ -233,7 +241,7 @@ def _convert_models(parts: Sequence[_Part], how: _How) -> Report:
     for part in results:
         _write(part, how, done, total)
         done += sum(weight.nbytes for weight in part.weights.values())
-    return _report(before, after, decisions).noting(notes)
+    return _report(before, after, decisions, is_kept).noting(notes)
 
 
 def _write(part: _Part, how: _How, done_bytes: int, total_bytes: int) -> None:
@@ -306,6 +314,7 @@ def _convert_to_gguf(src: Path, dst: Path, how: _How) -> Report:
         linear,
         DEFAULT,
         default_device(),
+        is_kept=_is_kept(src, dst),
         progress=how.progress,
         cancel=how.cancel,
     )
@@ -455,7 +464,10 @@ def _requantized(
 
 
 def _report(
-    before: Mapping[str, Weight], after: Mapping[str, Weight], decisions: Sequence[Decision]
+    before: Mapping[str, Weight],
+    after: Mapping[str, Weight],
+    decisions: Sequence[Decision],
+    is_kept: Mapping[str, bool],
 ) -> Report:
     layers = []
     for decision in decisions:
@@ -473,13 +485,15 @@ def _report(
                 bytes_before=before[name].nbytes,
                 bytes_after=weight.nbytes,
                 bits_per_weight=weight.nbytes * 8 / numel if numel else 0.0,
-                source=_source_of(before[name]) if weight.scheme else "-",
+                source=source_of(before[name], is_kept=is_kept[decision.component])
+                if weight.scheme
+                else "-",
                 reason=decision.reason,
             )
         )
     return Report(tuple(layers))
 
 
-def _source_of(before: Weight) -> str:
-    """Say where a weight is in full precision: in the file that was converted, if anywhere."""
-    return "none" if before.scheme else "file"
+def _is_kept(src: Path, dst: Path) -> bool:
+    """Say whether what is converted is there afterwards, and not written over."""
+    return not (dst.exists() and dst.samefile(src))

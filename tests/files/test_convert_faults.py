@@ -175,8 +175,10 @@ def test_a_killed_process_leaves_the_old_file(tmp_path: Path, name: str) -> None
 @pytest.mark.parametrize("scheme", ["gguf-q8_0", "bnb-nf4"])
 def test_over_its_own_source(tmp_path: Path, scheme: str) -> None:
     src, other = net_file(tmp_path), tmp_path / "other.safetensors"
-    lowbits.convert(src, other, scheme)
-    lowbits.convert(src, src, scheme)
+    beside = lowbits.convert(src, other, scheme)
+    over = lowbits.convert(src, src, scheme)
+    assert {layer.source for layer in beside.packed} == {"file"}
+    assert {layer.source for layer in over.packed} == {"none"}
     require_same(loaded(src, net()), loaded(other, net()))
     lowbits.convert(src, src, scheme)
     require_same(loaded(src, net()), loaded(other, net()))
@@ -184,8 +186,9 @@ def test_over_its_own_source(tmp_path: Path, scheme: str) -> None:
 
 def test_a_gguf_file_over_itself(tmp_path: Path) -> None:
     src = tmp_path / "x.gguf"
+    assert lowbits.convert(net_file(tmp_path), src, "gguf-q8_0").restorable
     lowbits.convert(net_file(tmp_path), src, "gguf-f16")
-    lowbits.convert(src, src, "gguf-q8_0")
+    assert not lowbits.convert(src, src, "gguf-q8_0").restorable
     assert stored(src)["blocks.0.up.weight"].scheme == "gguf-q8_0"
     before = contents(stored(src))["blocks.0.up.weight"][1]["qdata"]
     lowbits.convert(src, src, "gguf-q8_0")

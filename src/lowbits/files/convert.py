@@ -143,3 +143,13 @@ def decoded(weight: Weight, registry: BackendRegistry) -> Tensor:
     """Return a weight's values in its shape; of a packed one in float32."""
     return_freed_memory()  # of the weight before
     return in_float32(weight.read(), registry).view(weight.shape)
+
+
+def source_of(before: Weight, *, is_kept: bool) -> str:
+    """Say where a weight that was packed is in full precision: in the file it is from, if anywhere.
+
+    Args:
+        before: as it was.
+        is_kept: whether that file is there still.
+    """
+    return "file" if is_kept and not before.scheme else "none"

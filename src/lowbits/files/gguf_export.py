@@ -16,7 +16,7 @@ from lowbits.core.packing import pack_weight
 from lowbits.core.report import LayerReport, Report
 from lowbits.core.scheme import LINEAR
 from lowbits.errors import ConfigError, NonFiniteWeightError
-from lowbits.files.convert import decoded
+from lowbits.files.convert import decoded, source_of
 from lowbits.files.gguf_rules import (
     TensorPlan,
     check_metadata,
@@ -54,6 +54,7 @@ class ExportOptions:
         linear: names of the weights of Linear layers; None: guessed by name and shape.
         registry: of the schemes that weights may be in.
         device: that quantizes.
+        is_kept: whether the weights come from a file that stays.
         progress: called after each weight.
         cancel: stops between two weights.
     """
@@ -64,6 +65,7 @@ class ExportOptions:
     linear: Collection[str] | None
     registry: BackendRegistry
     device: torch.device
+    is_kept: bool = False
     progress: ProgressCallback | None = None
     cancel: CancelToken | None = None
 
@@ -122,7 +124,7 @@ def export(path: Path, weights: Mapping[str, Weight], options: ExportOptions) ->
         return data
 
     write_gguf(path, metadata, tensors, read)
-    return Report(tuple(map(partial(_report, weights), plans, tensors)))
+    return Report(tuple(map(partial(_report, weights, options), plans, tensors)))
 
 
 def planned(weights: Mapping[str, Weight], options: ExportOptions) -> dict[str, str]:
@@ -215,8 +217,14 @@ def _scheme(type_name: str, *, is_best: bool) -> Scheme:
     return best if best and is_best else schemes[name]
 
 
-def _report(weights: Mapping[str, Weight], plan: TensorPlan, tensor: TensorToWrite) -> LayerReport:
+def _report(
+    weights: Mapping[str, Weight],
+    options: ExportOptions,
+    plan: TensorPlan,
+    tensor: TensorToWrite,
+) -> LayerReport:
     weight = weights[plan.name]
+    source = source_of(weight, is_kept=options.is_kept)
     numel = torch.Size(plan.shape).numel()
     return LayerReport(
         fqn=plan.name.removesuffix(".weight"),
@@ -227,6 +235,6 @@ def _report(weights: Mapping[str, Weight], plan: TensorPlan, tensor: TensorToWri
         bytes_before=weight.nbytes,
         bytes_after=tensor.nbytes,
         bits_per_weight=tensor.nbytes * 8 / numel if numel else 0.0,
-        source="none" if _is_blocks(tensor.type_name) else "-",
+        source=source if _is_blocks(tensor.type_name) else "-",
         reason=plan.reason,
     )
