@@ -40,7 +40,7 @@ from lowbits.files.convert import (
     untied,
     widened,
 )
-from lowbits.files.folders import BESIDE_SAVED, atomic_folder, refuse_other_weights
+from lowbits.files.folders import BESIDE_SAVED, atomic_folder, copy_folder, refuse_other_weights
 from lowbits.files.gguf_export import ExportOptions, export, planned
 from lowbits.files.inspection import Inspection, inspected
 from lowbits.files.own import OWN_FILE, versions, weights_of
@@ -290,7 +290,7 @@ def _convert_pipeline(src: Path, dst: Path, how: _How) -> Report:
         report = _convert_models(parts, how)
         for path in others:
             if path.is_dir():
-                shutil.copytree(path, new / path.name)
+                copy_folder(path, new / path.name)
             else:
                 shutil.copyfile(path, new / path.name)
     return report

@@ -34,7 +34,7 @@ from lowbits.files.load import LoadOptions, install, stage
 from lowbits.files.own import OWN_FILE, own_file_in, versions, weights_of
 from lowbits.files.own_writer import WriteOptions, write_own
 from lowbits.files.safetensors_writer import SHARD_BYTES
-from lowbits.files.sharded import SUFFIX
+from lowbits.files.sharded import SUFFIX, files_of
 from lowbits.integrations.diffusers import (
     forget_quantizer,
     is_modular,
@@ -114,12 +114,13 @@ def save(
         raise ConfigError(f"max_shard_size: got {max_shard_size!r}, expected more than nothing")
     file = path
     if not is_file:
-        path.mkdir(parents=True, exist_ok=True)
         refuse_other_weights(path, BESIDE_SAVED)
         file = path / OWN_FILE
     _refuse_originals(target, file)
     settle_adapters(target.modules(), takes_out=True)
     weights, ties = weights_of(target)
+    if not is_file:
+        path.mkdir(parents=True, exist_ok=True)
     options = WriteOptions(versions(weights.values()), shard_bytes, "save", progress, cancel)
     with nullcontext() if is_file else atomic_folder(path) as new:
         if new is not None:
@@ -128,13 +129,15 @@ def save(
 
 
 def _refuse_originals(target: nn.Module, file: Path) -> None:
-    """Raise where a file is the only place that a model's originals are in."""
+    """Raise where a file, or a shard of it, is the only place that a model's originals are in."""
     owned = find_handle(target)
-    if owned is not None and file.exists() and any(map(file.samefile, owned.source_files())):
-        raise ConfigError(
-            f"path: {file} holds the originals that keep_source='file' restores from, which would "
-            "be gone: save into another file"
-        )
+    sources = [path for path in owned.source_files() if path.exists()] if owned else []
+    for path in files_of(file) if sources else ():
+        if path.exists() and any(map(path.samefile, sources)):
+            raise ConfigError(
+                f"path: {path} holds the originals that keep_source='file' restores from, which "
+                "would be gone: save into another file"
+            )
 
 
 def _save_pipeline(
@@ -153,6 +156,7 @@ def _save_pipeline(
 
     def save_part(module: nn.Module, part: Path, size: int | str | None) -> None:
         refuse_other_weights(folder / part.name, BESIDE_SAVED)
+        _refuse_originals(module, folder / part.name / OWN_FILE)
         save(module, part, max_shard_size=size or SHARD_BYTES, progress=progress, cancel=cancel)
 
     with ExitStack() as stack:

@@ -206,6 +206,31 @@ def test_the_only_originals_are_not_written_over(tmp_path: Path) -> None:
     lowbits.save(target, file)
 
 
+@pytest.mark.parametrize("name", ["own", "own/lowbits.safetensors"])
+def test_shards_with_the_only_originals_are_not_written_over(tmp_path: Path, name: str) -> None:
+    target = model()
+    before = state(target)
+    lowbits.save(target, tmp_path / "own", max_shard_size="10KB")
+    there = sorted(tmp_path.rglob("*.safetensors"))
+    assert len(there) > 1
+    handle = lowbits.quantize(target, "bnb-nf4", keep_source="file", source=tmp_path / "own")
+    for size in ("10KB", "1GB"):
+        with pytest.raises(errors.ConfigError, match="holds the originals.*another file"):
+            lowbits.save(target, tmp_path / name, max_shard_size=size)
+    assert sorted(tmp_path.rglob("*.safetensors")) == there
+    handle.restore()
+    assert equal(state(target), before)
+
+
+def test_originals_that_are_gone_are_in_nobodys_way(tmp_path: Path) -> None:
+    target = model()
+    for name in ("x", "y"):
+        save_file(target.state_dict(), tmp_path / f"{name}.safetensors")
+    lowbits.quantize(target, "bnb-nf4", keep_source="file", source=tmp_path / "x.safetensors")
+    (tmp_path / "x.safetensors").unlink()
+    lowbits.save(target, tmp_path / "y.safetensors")
+
+
 def test_auto_with_little_memory_lets_only_unproven_originals_go(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

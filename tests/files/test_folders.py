@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from lowbits.files.folders import atomic_folder
+from lowbits.files.folders import atomic_folder, copy_folder
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -63,6 +64,8 @@ def test_each_part_is_the_old_one_or_the_new_one(
         except type(error):
             is_raised = True
     found = contents(folder)
+    everything = {text for name, text in found.items() if not name.endswith("notes.txt")}
+    assert len(everything) == 1, found
     for part in PARTS:
         own = {name: text for name, text in found.items() if name.startswith(part)}
         assert own.pop(f"{part}/notes.txt") == "mine"
@@ -102,3 +105,22 @@ def test_a_part_on_another_disk_that_is_full(
         write(new, "new")
     assert set(contents(other).values()) == {"new"}
     assert (folder / "vae").is_symlink()
+
+
+def test_a_part_that_may_not_be_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "pipe"
+    write(folder, "old")
+    monkeypatch.setattr(os, "access", lambda path, _: Path(path).name != "vae")
+    with pytest.raises(PermissionError, match="vae"), atomic_folder(folder) as new:
+        write(new, "new")
+    assert set(contents(folder).values()) == {"old"}
+    assert sorted(path.name for path in folder.iterdir()) == ["model_index.json", *PARTS]
+
+
+def test_copies_of_what_is_read_only_are_not(tmp_path: Path) -> None:
+    write(tmp_path / "store", "old")
+    for path in (tmp_path / "store").rglob("*"):
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    copy_folder(tmp_path / "store", tmp_path / "copy")
+    assert contents(tmp_path / "copy") == contents(tmp_path / "store")
+    assert all(path.stat().st_mode & 0o200 for path in (tmp_path / "copy").rglob("*"))

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import shutil
-from contextlib import contextmanager
-from errno import ENOTDIR
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from errno import EACCES, ENOTDIR
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, final
 
 from lowbits.errors import ConfigError
 from lowbits.files.atomic import temporary_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
+
+logger = logging.getLogger("lowbits.files")
 
 #: A model's weights, as diffusers, transformers and lowbits call them; variants have names between.
 _WEIGHTS: Final = re.compile(
@@ -39,11 +43,11 @@ BESIDE_LOADED: Final = (
 def atomic_folder(path: Path) -> Iterator[Path]:
     """Give an empty folder whose contents take their places in `path` once they are written.
 
-    Whatever is raised until then, what was there stays. Of a folder that is replaced, weights that
-    the new one does not have are gone, and all else stays. A process that is killed leaves
-    ``.<name>.*.tmp`` in it, or beside it where it is new, which may be deleted; one that is killed
-    while folders take their places leaves some of them, and may leave the old one of the last under
-    such a name.
+    Whatever is raised until all of them have, what was there stays. Of a folder that is replaced,
+    weights that the new one does not have are gone, and all else stays. A process that is killed
+    leaves ``.<name>.*.tmp`` in it, or beside it where it is new, which may be deleted; one that is
+    killed while several take their places leaves some of them, and may leave the old one of the
+    last under such a name.
 
     Args:
         path: a folder, which may be there; its parents are made.
@@ -59,43 +63,120 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     new.mkdir(parents=True)
     try:
         yield new
-        target.mkdir(exist_ok=True)
-        # Folders first: the index of a pipeline tells of them.
-        for entry in sorted(new.iterdir(), key=lambda entry: entry.is_file()):
-            _place(entry, Path(os.path.realpath(target / entry.name)))
+        if target.is_dir():
+            _place(new, target)
+        else:
+            new.replace(target)
     finally:
         shutil.rmtree(new, ignore_errors=True)
 
 
-def _place(new: Path, target: Path) -> None:
-    if new.is_file():
-        new.replace(target)
-        return
-    # On the target's disk first, which may be another one, and full: renames cannot fail there.
-    ready, old = temporary_of(target), temporary_of(target)
+def copy_folder(source: Path, target: Path) -> None:
+    """Copy a folder and what is in it, with the modes that the umask leaves.
+
+    A store may be read-only: what is copied from it must not be.
+    """
+    target.mkdir()
+    for entry in source.iterdir():
+        (copy_folder if entry.is_dir() else shutil.copyfile)(entry, target / entry.name)
+
+
+def _place(new: Path, folder: Path) -> None:
+    """Let all that is in a folder take its place in another one, or nothing."""
+    # Folders first: the index of a pipeline tells of them.
+    entries = sorted(new.iterdir(), key=lambda entry: entry.is_file())
+    exchanges = [_exchange(entry, folder) for entry in entries]
     try:
-        shutil.move(new, ready)
-        _exchange(ready, target, old)
+        for each in exchanges:
+            each.prepare()
+        _do_all(exchanges)
     finally:
-        shutil.rmtree(ready, ignore_errors=True)
-    if old.exists():
-        try:
-            _give_others(old, target)
-        except BaseException:  # of an interrupt, too: nothing else knows where they are
-            _give_others(old, target)
-            raise
-        shutil.rmtree(old)
+        for each in exchanges:
+            each.discard()
+    with ExitStack() as stack:  # each of them, whatever the others raise
+        for each in exchanges:
+            stack.callback(each.finish)
 
 
-def _exchange(ready: Path, target: Path, old: Path) -> None:
+def _do_all(exchanges: Sequence[_Exchange]) -> None:
     try:
-        if target.is_dir():
-            target.replace(old)
-        ready.replace(target)
+        for each in exchanges:
+            each.do()
     except BaseException:
-        if old.exists() and not target.exists():
-            old.replace(target)
+        for each in reversed(exchanges):
+            each.undo()
         raise
+
+
+@final
+@dataclass(frozen=True)
+class _Exchange:
+    """A file or folder that takes its place, and what was there.
+
+    Attributes:
+        new: where it was written.
+        target: its place.
+        ready: where it waits for the others, beside its place.
+        old: where what was there waits until all the others have theirs.
+    """
+
+    new: Path
+    target: Path
+    ready: Path
+    old: Path
+
+    def prepare(self) -> None:
+        """Bring it to its disk, which may be another one, and full: renames cannot fail there."""
+        if self.target.is_dir() and not os.access(self.target, os.W_OK):
+            raise PermissionError(EACCES, os.strerror(EACCES), str(self.target))
+        shutil.move(self.new, self.ready)
+        if self.target.is_file():
+            shutil.copy2(self.target, self.old)
+
+    def do(self) -> None:
+        """Put it in its place."""
+        if self.target.is_dir():
+            self.target.replace(self.old)
+        self.ready.replace(self.target)
+
+    def undo(self) -> None:
+        """Take it out again, as far as it got."""
+        if not self.ready.exists():
+            self.target.replace(self.ready)
+        if self.old.exists() and not self.target.exists():
+            self.old.replace(self.target)
+
+    def discard(self) -> None:
+        """Remove what did not get to its place."""
+        if self.ready.is_dir():
+            shutil.rmtree(self.ready, ignore_errors=True)
+        else:
+            self.ready.unlink(missing_ok=True)
+        if self.old.is_file():
+            self.old.unlink()
+
+    def finish(self) -> None:
+        """Give the new folder what else the old one had, and remove that."""
+        if not self.old.exists():
+            return
+        try:
+            _give_others(self.old, self.target)
+        except BaseException:  # of an interrupt, too: nothing else knows where they are
+            _give_others(self.old, self.target)
+            self._remove()
+            raise
+        self._remove()
+
+    def _remove(self) -> None:
+        try:
+            shutil.rmtree(self.old)
+        except OSError as error:
+            logger.warning("%s is saved; what it held before is left: %s", self.target, error)
+
+
+def _exchange(new: Path, folder: Path) -> _Exchange:
+    target = Path(os.path.realpath(folder / new.name))
+    return _Exchange(new, target, temporary_of(target), temporary_of(target))
 
 
 def _give_others(old: Path, target: Path) -> None:

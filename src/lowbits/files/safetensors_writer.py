@@ -16,6 +16,7 @@ import json
 import math
 import re
 from dataclasses import dataclass
+from errno import ENAMETOOLONG
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Final, NamedTuple, final
@@ -26,7 +27,7 @@ from lowbits.core.memory import bytes_of
 from lowbits.errors import BackendError, ConfigError, FormatError
 from lowbits.files.atomic import atomic_files
 from lowbits.files.safetensors import CHECKSUM, DTYPES, MAX_HEADER_BYTES, METADATA
-from lowbits.files.sharded import CHECKSUMS, INDEX_SUFFIX, SUFFIX, read_index
+from lowbits.files.sharded import CHECKSUMS, INDEX_SUFFIX, SUFFIX, index_of, read_index
 from lowbits.progress import ProgressEvent
 
 if TYPE_CHECKING:
@@ -164,7 +165,7 @@ def write_safetensors(
     made = metadata if isinstance(metadata, Metadata) else _constant(metadata or {})
     shards = _split(path, groups, max_shard_bytes)
     rooms = {file: _room(file, shard, made) for file, shard in shards.items()}
-    index = path.with_name(path.name.removesuffix(SUFFIX) + INDEX_SUFFIX)
+    index = index_of(path)
     former = _former_shards(index)
     report = _Report(stage, sum(group.nbytes for group in groups), progress, cancel)
     taken: set[str] = set()
@@ -402,6 +403,10 @@ def _former_shards(index: Path) -> list[Path]:
         former = read_index(index)
     except (FileNotFoundError, FormatError):
         return []
+    except OSError as error:
+        if error.errno == ENAMETOOLONG:
+            return []
+        raise
     metadata, listed = former.get("metadata"), former.get("weight_map")
     if not isinstance(metadata, dict) or not isinstance(listed, dict):
         return []

@@ -73,12 +73,25 @@ def open_tensors(path: str | Path, variant: str | None = None) -> Tensors:
     path = Path(path)
     if path.is_dir():
         return _open_folder(path, variant)
-    index = path.with_name(path.name.removesuffix(SUFFIX) + INDEX_SUFFIX)
     if path.suffix == ".json":
         return _open_index(path, path)
-    if index.exists() and not path.exists():
+    index = index_of(path)
+    # In this order: the name of an index is longer, and may be too long.
+    if not path.exists() and index.exists():
         return _open_index(index, path)
     return _merge(path, [path], {})
+
+
+def index_of(file: Path) -> Path:
+    """Return where the index is, or would be, of a file that is split into shards."""
+    return file.with_name(file.name.removesuffix(SUFFIX) + INDEX_SUFFIX)
+
+
+def files_of(file: Path) -> list[Path]:
+    """Return the files that a save to some path may have written: the file, and shards of it."""
+    own = _parse(file)
+    alike = ((_parse(other), other) for other in file.parent.glob(f"*{SUFFIX}"))
+    return [other for name, other in alike if (name.stem, name.variant) == (own.stem, own.variant)]
 
 
 @final
