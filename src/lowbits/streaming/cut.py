@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 from statistics import median
 from typing import TYPE_CHECKING, Final
@@ -48,15 +49,16 @@ def lay_out(root: nn.Module, *, budget_bytes: int, depth: int | None) -> ModelLa
         budget_bytes: for all weights on the device.
         depth: units that have to fit beside each other; None: three, or else one.
     """
+    for evens_out in (True, False) if depth is None else (False,):
+        cut = _Cut(root)
+        if evens_out:
+            cut.even_out(budget_bytes)
+        cut.refine_all(budget_bytes, depth)
+        if cut.fits(budget_bytes, depth):
+            return cut.layout
+    # What does not fit is told by a cut that does not depend on the budget.
     cut = _Cut(root)
-    if depth is None:
-        cut.even_out(budget_bytes)
-    cut.refine_all(budget_bytes, depth)
-    if cut.fits(budget_bytes, depth):
-        return cut.layout
-    # What does not fit is told by another cut, which depends on the budget less, or not at all.
-    cut = _Cut(root)
-    cut.refine_all(budget_bytes if depth is None else 0, depth)
+    cut.refine_all(0, depth)
     return cut.layout
 
 
@@ -100,22 +102,22 @@ class _Cut:
 
     def refine(self, budget_bytes: int, depth: int, *, must_fit: bool) -> bool:
         """Make the largest units smaller, or else the base; return False where nothing helps."""
-        units = self.layout.units
-        sizes = sorted((unit.nbytes for unit in units), reverse=True)[:depth]
-        largest, depth = max(sizes, default=0), max(1, len(sizes))
+        sizes = sorted((unit.nbytes for unit in self.layout.units), reverse=True)[:depth]
         room = budget_bytes - self.layout.fixed_bytes
         if sum(sizes) <= room or budget_bytes >= self.layout.nbytes:
             return False
-        chosen = self._split(room // depth + 1)
-        if len(chosen) == len(units) and must_fit and sizes:
-            chosen = self._split(sizes[-1])  # what is too large is whole; its neighbours are not
-        if len(chosen) == len(units):
-            leaf = self._promoted(largest, depth)
-            chosen += [leaf] if leaf is not None else []
-        if len(chosen) == len(units):
-            return False
-        self.layout = self._lay_out(chosen)
-        return True
+        if self._change(self._split(room // max(1, len(sizes)) + 1)):
+            return True
+        # What is too large is whole; its neighbours are not.
+        if must_fit and sizes and self._change(self._split(sizes[-1])):
+            return True
+        modules = [unit.module for unit in self.layout.units]
+        return self._change(modules + self._promoted(sum(sizes) - room, depth))
+
+    def _change(self, chosen: Sequence[nn.Module]) -> bool:
+        """Let other modules be units; return False where they come out as before."""
+        before, self.layout = self.layout, self._lay_out(chosen)
+        return [u.module for u in self.layout.units] != [u.module for u in before.units]
 
     def _split(self, least: int) -> list[nn.Module]:
         """Return the modules of all units, of those of some size on their parts instead."""
@@ -124,22 +126,49 @@ class _Cut:
             chosen += _parts(unit.module) if unit.nbytes >= least else [unit.module]
         return chosen
 
-    def _promoted(self, largest: int, depth: int) -> nn.Module | None:
-        """Return the module of the base that makes most room by becoming a unit."""
-        sizes: dict[int, int] = defaultdict(int)
-        modules: dict[int, nn.Module] = {}
+    def _promoted(self, missing_bytes: int, depth: int) -> list[nn.Module]:
+        """Return modules of the base that make room by becoming units: enough, or what can be had.
+
+        One that is larger than all units makes slots larger, too: it comes after all that are not.
+        """
+        leaves = self._leaves()
+        largest = max((unit.nbytes for unit in self.layout.units), default=0)
+        sums = list(itertools.accumulate(nbytes for nbytes, _ in leaves))
+
+        def cost(count: int) -> int:
+            slots = min(depth, len(self.layout.units) + count)
+            return slots * max(0, leaves[count - 1][0] - largest)
+
+        ends = range(1, len(leaves) + 1)
+        counts = [n for n in ends if n == len(leaves) or leaves[n][0] > largest]
+        gains = {n: sums[n - 1] - cost(n) for n in counts}
+        enough = (n for n in counts if gains[n] >= missing_bytes)
+        count = next(enough, max(counts, key=gains.__getitem__, default=0))
+        if not count or gains[count] <= 0:
+            return []
+        chosen, wanted = [], min(missing_bytes, gains[count]) + cost(count)
+        for nbytes, module in reversed(leaves[:count]):
+            if wanted > 0:
+                chosen.append(module)
+                wanted -= nbytes
+        return chosen
+
+    def _leaves(self) -> list[tuple[int, nn.Module]]:
+        """Return the modules of the base that can be units, with their bytes, the smallest first.
+
+        What is in units is there because several have it: it would come back.
+        """
+        inside = {id(module) for unit in self.layout.units for module in unit.module.modules()}
+        # torch's attention computes with its child's weights, and does not call it.
+        attentions = [m for m in self.root.modules() if isinstance(m, nn.MultiheadAttention)]
+        wholes = {id(child): whole for whole in attentions for child in whole.modules()}
+        sizes: dict[nn.Module, int] = defaultdict(int)
         for place in self.layout.base.places:
-            if len(place.holders) == 1:
-                module = place.holders[0].module
-                modules[id(module)] = module
-                sizes[id(module)] += padded(place.nbytes)
-        gains = {
-            key: size - depth * max(0, size - largest)
-            for key, size in sizes.items()
-            if not _has_children(modules[key])
-        }
-        best = max(gains, key=gains.__getitem__, default=None)
-        return modules[best] if best is not None and gains[best] > 0 else None
+            module = place.holders[0].module
+            is_leaf = id(module) in wholes or not _has_children(module)
+            if len(place.holders) == 1 and id(module) not in inside and is_leaf:
+                sizes[wholes.get(id(module), module)] += padded(place.nbytes)
+        return sorted(((nbytes, m) for m, nbytes in sizes.items()), key=lambda leaf: leaf[0])
 
     def _lay_out(self, chosen: Sequence[nn.Module]) -> ModelLayout:
         order = {id(module): number for number, module in enumerate(self.root.modules())}
