@@ -24,7 +24,6 @@ from lowbits.core.scheme import NATIVE
 from lowbits.core.select import Component, Selection, select
 from lowbits.errors import ConfigError, SourceUnavailableError
 from lowbits.files.checkpoint import (
-    CONFIG,
     FILE_SUFFIXES,
     GGUF,
     OpenOptions,
@@ -55,6 +54,7 @@ from lowbits.integrations.keymaps import classes_of, to_reference
 from lowbits.integrations.models import (
     INDEX,
     components_in,
+    copy_config,
     empty_model,
     folders_of,
     packed_by_default,
@@ -261,9 +261,8 @@ def _write(part: _Part, how: _How, done_bytes: int, total_bytes: int) -> None:
         cancel=how.cancel,
     )
     write_own(part.file, part.weights, part.ties, options)
-    config = part.folder / CONFIG
-    if part.file != part.dst and config.is_file() and part.folder.resolve() != part.dst.resolve():
-        shutil.copyfile(config, part.dst / CONFIG)
+    if part.file != part.dst and part.folder.resolve() != part.dst.resolve():
+        copy_config(part.folder, part.dst)
 
 
 def _convert_pipeline(src: Path, dst: Path, how: _How) -> Report:

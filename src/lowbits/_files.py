@@ -229,6 +229,7 @@ def load(
     report = install(staged)
     for part in staged:
         guard(modules[part.component], save_component)
+        forget_quantizer(modules[part.component])  # made of its config; layers are ordinary ones
     return report.noting(opened.problems)
 
 

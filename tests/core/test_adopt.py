@@ -270,6 +270,19 @@ def test_int8_after_its_first_pass() -> None:
     torch.testing.assert_close(model(x), expected)
 
 
+@torch.no_grad()
+def test_a_bias_that_was_cast_in_a_pass() -> None:
+    model: Any = bnb_4bit(quant_type="nf4", compute_dtype=torch.bfloat16)()
+    x = torch.randn(3, 64)
+    model(x)
+    assert model.layers[0].bias.dtype == torch.bfloat16
+    lowbits.adopt(model)
+    assert model.layers[0].bias.dtype == model.layers[0].weight.dtype == torch.float32
+    expected = model(x)
+    lowbits.dequantize(model)
+    torch.testing.assert_close(model(x), expected)
+
+
 def test_codes_in_the_order_of_a_cpu() -> None:
     """What bitsandbytes does in the first pass where the CPU has AVX512-BF16."""
     bnb = pytest.importorskip("bitsandbytes.functional")

@@ -8,8 +8,11 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from oracles import bitsandbytes_values
+from safetensors.torch import save_file
 from stored import packed_of, recognised, values_of, written
+from torch import nn
 
+import lowbits
 from lowbits.core.registry import DEFAULT
 from lowbits.errors import FormatError
 
@@ -62,6 +65,21 @@ def test_values_are_those_of_bitsandbytes(
     assert weight.nbytes == sum(t.nbytes for n, t in tensors.items() if n != "x.bias")
     assert torch.equal(values_of(weight), values)
     assert weights["x.bias"].scheme is None
+
+
+@pytest.mark.parametrize("row_length", [7, 100, 224, 256])
+def test_one_row_that_ends_within_a_block(tmp_path: Path, row_length: int) -> None:
+    tensors, values = quantized((1, row_length))
+    packed = packed_of(written(tmp_path, tensors)["x.weight"])
+    assert packed.row_sliceable == (row_length % 64 == 0)
+    layer = nn.Linear(row_length, 1, bias=False)
+    tensors.pop("x.bias")
+    save_file(
+        {name.removeprefix("x."): t for name, t in tensors.items()}, tmp_path / "y.safetensors"
+    )
+    lowbits.load(tmp_path / "y.safetensors", into=layer)
+    x = torch.randn(3, row_length)
+    torch.testing.assert_close(layer(x), x @ values.T)
 
 
 @pytest.mark.parametrize("nested", [False, True])

@@ -37,6 +37,18 @@ if TYPE_CHECKING:
 # What is refused, and leaves no trace
 
 
+def test_layers_of_another_library_are_refused(tmp_path: Path) -> None:
+    layers = pytest.importorskip("bitsandbytes").nn
+    source = nn.Sequential(nn.Linear(128, 128))
+    lowbits.quantize(source, "gguf-q8_0")
+    lowbits.save(source, tmp_path / "x.safetensors")
+    into = nn.Sequential(layers.Linear8bitLt(128, 128, has_fp16_weights=False)).to("cpu")
+    expected = into(torch.ones(2, 128))
+    with pytest.raises(PatchError, match="0 is a Linear8bitLt of bitsandbytes.*ordinary layers"):
+        lowbits.load(tmp_path / "x.safetensors", into=into)
+    assert torch.equal(into(torch.ones(2, 128)), expected)
+
+
 def test_a_packed_module_is_refused(tmp_path: Path) -> None:
     file = saved(tmp_path, model())
     into = model(1)

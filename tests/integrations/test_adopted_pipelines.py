@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -61,6 +62,28 @@ def test_a_pipeline_with_a_quantized_denoiser(
     lowbits.dequantize(pipe)
     torch.testing.assert_close(draw("flux", pipe), expected, rtol=0, atol=2e-3)
     transformer.save_pretrained(tmp_path / "again")
+
+
+def test_what_was_converted_is_forgotten_by_its_config(tmp_path: Path) -> None:
+    """Saved as ordinary layers later, they would be taken for quantized ones."""
+    pipe: Any = PIPELINES["flux"].build()
+    pipe.transformer.save_pretrained(tmp_path / "full")
+    pipe.transformer = type(pipe.transformer).from_pretrained(
+        tmp_path / "full", quantization_config=torchao_config(), torch_dtype=torch.float32
+    )
+    pipe.save_pretrained(tmp_path / "quantized")
+    lowbits.convert(tmp_path / "quantized", tmp_path / "packed", "gguf-q8_0", on_requantize="allow")
+    config = json.loads((tmp_path / "packed" / "transformer" / "config.json").read_text("utf-8"))
+    before = json.loads((tmp_path / "quantized" / "transformer" / "config.json").read_text("utf-8"))
+    assert before.pop("quantization_config")
+    assert config == before
+    loaded = type(pipe.transformer).from_config({**before, "quantization_config": {"x": 1}})
+    lowbits.load(tmp_path / "packed" / "transformer", into=loaded)
+    assert "quantization_config" not in loaded.config
+    lowbits.dequantize(loaded)
+    loaded.save_pretrained(tmp_path / "plain")
+    plain = type(loaded).from_pretrained(tmp_path / "plain")
+    assert torch.equal(plain.proj_out.weight, loaded.proj_out.weight)
 
 
 def test_a_text_encoder_of_transformers(tmp_path: Path) -> None:

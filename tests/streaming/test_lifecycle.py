@@ -33,6 +33,7 @@ from lowbits.errors import (
     PatchError,
     StreamError,
 )
+from lowbits.streaming.masters import HostMaster
 from lowbits.streaming.proxy import StreamedTensor
 from lowbits.streaming.stored import Stored
 from lowbits.streaming.streamer import LayerStreamer
@@ -397,3 +398,25 @@ def test_a_graph_from_before_tells_that_its_weights_are_gone(scheme: str) -> Non
         loss.backward()
     (gradient,) = torch.autograd.grad(model(x).square().mean(), x)
     assert gradient.isfinite().all()
+
+
+def test_host_memory_is_free_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not when the garbage collector comes: several models of gigabytes would have gathered."""
+    made: list[weakref.ref[Tensor]] = []
+    init = HostMaster.__init__
+
+    def noted(self: HostMaster, unit: Any, flat: Tensor, *args: Any) -> None:
+        init(self, unit, flat, *args)
+        made.append(weakref.ref(flat))
+
+    monkeypatch.setattr(HostMaster, "__init__", noted)
+    model = Stack(4)
+    gc.disable()
+    try:
+        for _ in range(2):
+            with streamer_of(model, location="cpu"):
+                model(inputs())
+            assert not [reference for reference in made if reference() is not None]
+    finally:
+        gc.enable()
+    assert made

@@ -283,11 +283,11 @@ def stored_4bit(
     weights = shape[0] * shape[1]
     blocks = require_blocks(weights, block, codes.nbytes, absmax.numel())
     qdata = codes.contiguous().view(-1).view(torch.uint8)
-    grid = (shape[0], -1) if shape[1] % block == 0 else (1, -1)
+    is_sliceable = shape[1] % block == 0
+    grid = (shape[0], -1) if is_sliceable else (1, -1)
     tensors = {"qdata": qdata.view(grid)}
     if nested is None:
         tensors["scale"] = absmax.float().view(grid)
-        is_sliceable = grid[0] == shape[0]
         return Packed(f"bnb-{kind}", shape, tensors, row_sliceable=is_sliceable)
     scale, offset = nested[0].float().view(-1), nested[1].float().view(1)
     if absmax.dtype != torch.uint8 or scale.numel() != -(-blocks // NESTED_BLOCK):

@@ -62,6 +62,8 @@ def adopt_layers(modules: Mapping[str, nn.Module], registry: BackendRegistry) ->
             adopter.consider(name, fqn, layer)
     takeovers = {id(takeover.module): takeover for takeover in adopter.takeovers}
     take_over(adopter.takeovers)
+    for takeover in adopter.takeovers:
+        _match_bias(takeover.module)
     components = {
         name: not any(id(part) in adopter.reasons for part in module.modules())
         for name, module in modules.items()
@@ -169,6 +171,14 @@ def _dtype(
         if tensor is not None and tensor.is_floating_point() and tensor.element_size() > 1:
             return tensor.dtype
     return torch.bfloat16
+
+
+def _match_bias(layer: nn.Module) -> None:
+    """Give a bias its weight's dtype: bitsandbytes casts it to what it computes in, in a pass."""
+    weight, bias = layer.weight, layer._parameters.get("bias")
+    assert isinstance(weight, torch.Tensor)
+    if bias is not None and bias.dtype != weight.dtype:
+        bias.data = bias.data.to(weight.dtype)
 
 
 def _report(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lowbits.core.backend import Packed
+from lowbits.core.foreign import is_of
 from lowbits.core.names import dotted, modules_beside_adapters
 from lowbits.core.packed import PackedLayer, storage_form
 from lowbits.core.packing import are_finite
@@ -137,13 +138,15 @@ def stage(
     Raises:
         FormatError: something is missing, of another shape, or not what it claims to be.
         AlreadyPatchedError: the module is packed.
-        PatchError: it has a buffer without values that no file holds, or an adapter is merged.
+        PatchError: it has a buffer without values that no file holds, an adapter is merged, or a
+            layer is another library's.
     """
     if any(isinstance(part, PackedLayer) for part in module.modules()):
         raise AlreadyPatchedError(
             f"{options.component or type(module).__name__} holds packed layers: call "
             "lowbits.restore(target) or lowbits.dequantize(target) before loading into it"
         )
+    _refuse_foreign(module, options.registry)
     _refuse_empty_buffers(module)
     _refuse_merged(module)
     targets = _targets(module)
@@ -200,6 +203,18 @@ def _targets(module: nn.Module) -> list[_Target]:
                 holder = _Holder(part, name, dotted(fqn, name))
                 found[id(tensor)] = replace(known, holders=(*known.holders, holder))
     return list(found.values())
+
+
+def _refuse_foreign(module: nn.Module, registry: BackendRegistry) -> None:
+    """Raise where a layer of another library would go on computing with what it has no more."""
+    found = (backend.foreign for backend in registry.all().values())
+    packages = [foreign.package for foreign in found if foreign]
+    for fqn, part in module.named_modules():
+        if any(is_of(part, package) for package in packages):
+            raise PatchError(
+                f"{fqn or 'the module'} is a {type(part).__name__} of {type(part).__module__}: "
+                "load into a model of ordinary layers (lowbits.adopt takes over what that one has)"
+            )
 
 
 def _refuse_empty_buffers(module: nn.Module) -> None:

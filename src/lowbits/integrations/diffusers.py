@@ -30,7 +30,8 @@ _QUANTIZER_FLAGS: Final = (
     *("hf_quantizer", "is_quantized", "quantization_method"),
     *("is_loaded_in_4bit", "is_loaded_in_8bit", "is_4bit_serializable", "is_8bit_serializable"),
 )
-_QUANTIZER_ENTRIES: Final = ("quantization_config", "_pre_quantization_dtype", "_is_quantized")
+#: What they leave in a model's config.
+QUANTIZER_ENTRIES: Final = ("quantization_config", "_pre_quantization_dtype", "_is_quantized")
 
 
 def is_pipeline(target: Any) -> bool:
@@ -112,11 +113,11 @@ def forget_quantizer(module: nn.Module) -> None:
             part.__dict__.pop(name, None)
         frozen = part.__dict__.get("_internal_dict")  # diffusers' config: it refuses deletions
         if frozen is not None:
-            kept = {key: frozen[key] for key in frozen if key not in _QUANTIZER_ENTRIES}
+            kept = {key: frozen[key] for key in frozen if key not in QUANTIZER_ENTRIES}
             part.__dict__["_internal_dict"] = type(frozen)(kept)
         config = part.__dict__.get("config")
         entries = vars(config) if hasattr(config, "__dict__") else {}
-        for name in _QUANTIZER_ENTRIES:
+        for name in QUANTIZER_ENTRIES:
             entries.pop(name, None)
 
 

@@ -6,14 +6,15 @@ import importlib
 import importlib.util
 import itertools
 import json
+import shutil
 from collections import Counter
 from typing import TYPE_CHECKING, Any, Final
 
 from lowbits.errors import ConfigError, FormatError
-from lowbits.files.checkpoint import read_config
+from lowbits.files.checkpoint import CONFIG, read_config
 from lowbits.files.safetensors import read_safetensors
 from lowbits.files.sharded import SUFFIX
-from lowbits.integrations.diffusers import default_reason
+from lowbits.integrations.diffusers import QUANTIZER_ENTRIES, default_reason
 from lowbits.integrations.module_tensors import tensors_of
 
 if TYPE_CHECKING:
@@ -39,6 +40,21 @@ def save_config(module: nn.Module, folder: Path) -> None:
         model.save_config(folder)
     elif hasattr(getattr(model, "config", None), "save_pretrained"):  # transformers'
         model.config.save_pretrained(folder)
+
+
+def copy_config(source: Path, target: Path) -> None:
+    """Copy a model's ``config.json``, where it has one, to a folder where lowbits has the weights.
+
+    Without what a library has left in it that quantized the model: it would be followed.
+    """
+    config = read_config(source)
+    if config is None:
+        return
+    kept = {key: value for key, value in config.items() if key not in QUANTIZER_ENTRIES}
+    if len(kept) == len(config):
+        shutil.copyfile(source / CONFIG, target / CONFIG)
+    else:
+        (target / CONFIG).write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
 
 
 def components_in(folder: Path) -> dict[str, tuple[str, str]]:

@@ -95,6 +95,7 @@ class Component:
                 entry.take_back()
             for entry in done:
                 entry.reveal()
+                entry.retire()
             for loose in self._loose:
                 loose.give_back()
             raise

@@ -123,9 +123,13 @@ class Stored:
         self.show(originals)
 
     def retire(self) -> None:
-        """Let stand-ins that others have kept raise from now on."""
+        """Let stand-ins that others have kept raise from now on, and free what the master has.
+
+        At once: units, slots and stand-ins know each other, and wait for the garbage collector.
+        """
         for proxy in self._outside:
             proxy.retire()
+        self.master.close()
 
     def hide(self) -> None:
         """Let modules hold stand-ins."""
