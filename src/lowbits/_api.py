@@ -24,7 +24,7 @@ from lowbits.config import LowbitsConfig
 from lowbits.core.backend import QuantBackend
 from lowbits.core.convert import ConvertOptions, convert, stored_bytes_of
 from lowbits.core.device import default_device, usable_device
-from lowbits.core.handle import Handle, Placed, find_handle
+from lowbits.core.handle import Handle, find_handle
 from lowbits.core.homes import homes_of, same_device
 from lowbits.core.interception import streamed_part
 from lowbits.core.memory import storage_bytes
@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
     from pathlib import Path
 
+    from lowbits.core.seams import Placed
     from lowbits.progress import CancelToken, ProgressCallback
 
 logger = logging.getLogger("lowbits.api")

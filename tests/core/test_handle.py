@@ -57,3 +57,32 @@ def test_a_whole_around_a_packed_part_is_refused() -> None:
     model, _ = quantized()
     with pytest.raises(errors.AlreadyPatchedError, match="holds packed layers already"):
         lowbits.quantize(nn.Sequential(model[0], nn.Linear(64, 64)), "bnb-nf4")
+
+
+@pytest.mark.parametrize("how", ["restore", "reconfigure", "switch", "with"])
+def test_a_handle_that_could_not_be_switched_goes_on(how: str) -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    weight, asked = model[0].weight, [False]
+
+    def progress(_: Any) -> None:
+        if asked[0]:
+            raise RuntimeError("stop")
+
+    handle = lowbits.apply(model, "bnb-nf4", device="cpu", keep_source="memory", progress=progress)
+    asked[0] = True
+    with pytest.raises(RuntimeError, match="stop"):
+        handle.switch("gguf-q8_0")
+    assert (handle.is_active, handle.is_streamed) == (True, False)
+    assert {layer.scheme for layer in handle.report().packed} == {"bnb-nf4"}
+    asked[0] = False
+    if how == "reconfigure":
+        handle.reconfigure(gpu_weights=handle.report().bytes_after - 1)
+        assert handle.is_streamed
+        assert handle.stats().budget_bytes == handle.report().bytes_after - 1
+    elif how == "switch":
+        assert handle.switch("gguf-q8_0").is_active
+        assert not handle.is_active
+    with handle:
+        pass
+    assert model[0].weight is weight
+    assert lowbits.handle(model) is None

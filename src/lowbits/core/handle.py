@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections import OrderedDict
-from typing import TYPE_CHECKING, Any, Final, Protocol, final
+from typing import TYPE_CHECKING, Any, Concatenate, Final, ParamSpec, TypeVar, final
 
 from lowbits.core.guards import allow_methods, guard_methods
 from lowbits.core.interception import streamed_part
@@ -14,8 +15,7 @@ from lowbits.core.surgery import Journal, journal_of, take_back, verify_sources
 from lowbits.errors import AlreadyPatchedError, NotPatchedError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
-    from contextlib import AbstractContextManager
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
     from types import TracebackType
 
@@ -25,72 +25,25 @@ if TYPE_CHECKING:
 
     from lowbits.core.guards import Save
     from lowbits.core.report import Report
+    from lowbits.core.seams import Adapters, Placed, Target
     from lowbits.core.source import Source
 
 _OWNED: Final = "_lowbits_handle"
 
-
-class Placed(Protocol):
-    """How a target's weights are placed: on the device for good, or streamed."""
-
-    @property
-    def is_streamed(self) -> bool:
-        """Whether they are streamed."""
-
-    def stats(self) -> Any:
-        """Return `lowbits.StreamStats`."""
-
-    def attach(self, *, must_fit: bool = True) -> None:
-        """Place them, or, after `detach`, place them as before, though they fit no more."""
-
-    def detach(self) -> None:
-        """Leave them where they were, all of them or none."""
-
-    def turn(self) -> AbstractContextManager[Any]:
-        """Keep others from running them: who waits for a turn goes on when this is over."""
+_Given = ParamSpec("_Given")
+_Result = TypeVar("_Result")
 
 
-class Adapters(Protocol):
-    """What acts beside packed layers, or was merged into them."""
+def _by_stand_in(
+    method: Callable[Concatenate[Handle, _Given], _Result],
+) -> Callable[Concatenate[Handle, _Given], _Result]:
+    """Let the handle do it that has packed the target as before, where a switch has failed."""
 
-    def attach(self, owned: Handle) -> None:
-        """Look after the adapters of a handle's target, those that come later too."""
+    @functools.wraps(method)
+    def call(self: Handle, /, *args: _Given.args, **kwargs: _Given.kwargs) -> _Result:
+        return method(self._in_force(), *args, **kwargs)
 
-    def detach(self) -> None:
-        """Leave them as they are."""
-
-    def forget(self) -> None:
-        """Let those that were merged act again: the packed weights are gone."""
-
-    def fused(self) -> Mapping[nn.Module, Any]:
-        """Return what was merged on request into each layer, and is there still."""
-
-    def settle(self, *, takes_out: bool = False) -> None:
-        """Let the packed weights hold what adapters say now, but for what is merged unasked."""
-
-    def fuse_again(self, fused: Mapping[nn.Module, Any]) -> None:
-        """Merge that into layers that were packed anew."""
-
-    def merge(self) -> None:
-        """Merge what acts."""
-
-    def unmerge(self) -> None:
-        """Let it act beside the packed weights, which are what they were."""
-
-
-class Target(Protocol):
-    """What a handle needs to do to its target, and cannot do itself."""
-
-    def modules(self) -> list[nn.Module]:
-        """Return all of its models that still exist."""
-
-    def switch(self, owned: Handle, scheme: Any) -> Handle:
-        """Pack the target in another scheme."""
-
-    def place_again(
-        self, owned: Handle, placed: Placed, changes: Mapping[str, Any], *, must_fit: bool
-    ) -> Placed:
-        """Place the target in another way, or as it was if that fails."""
+    return call
 
 
 @final
@@ -120,6 +73,7 @@ class Handle:
         self._homes: list[tuple[weakref.ref[nn.Module], torch.device]] = []
         self._hooks: list[RemovableHandle] = []
         self._successor: Handle | None = None
+        self._stand_in: Handle | None = None
         self._is_restored = False
 
     def attach(self, journals: Mapping[str, Journal], save: Save) -> None:
@@ -146,7 +100,7 @@ class Handle:
     @property
     def is_streamed(self) -> bool:
         """Whether its target's weights are streamed, or take turns under a `device_budget`."""
-        return self._placed.is_streamed
+        return self._in_force()._placed.is_streamed
 
     @property
     def components(self) -> dict[str, nn.Module]:
@@ -156,7 +110,8 @@ class Handle:
     @property
     def is_active(self) -> bool:
         """Whether the target is still packed, or streamed, by this handle."""
-        return bool(self._parts()) or (self.is_streamed and bool(self._hosts()))
+        owner = self._in_force()
+        return bool(owner._parts()) or (owner.is_streamed and bool(owner._hosts()))
 
     def _hosts(self) -> list[_Owned]:
         """Return what models of the target have that are another handle's."""
@@ -171,6 +126,7 @@ class Handle:
         sources = (source for part in self._parts() for source in part.journal.sources())
         return {source.path for source in sources if source.path is not None}
 
+    @_by_stand_in
     def report(self) -> Report:
         """Return what was done to each layer, byte by byte.
 
@@ -200,6 +156,7 @@ class Handle:
         sources = [s for part in self._parts() for s in part.journal.sources()]
         return found is not None and sum(source is found[1] for source in sources) > 1
 
+    @_by_stand_in
     def stats(self) -> Any:
         """Return what streaming did, as `lowbits.StreamStats`: bytes moved, stalls, peak bytes.
 
@@ -212,6 +169,7 @@ class Handle:
         known = {id(reference()) for reference, _ in self._homes}
         self._homes += [(weakref.ref(m), device) for m, device in homes if id(m) not in known]
 
+    @_by_stand_in
     def reconfigure(
         self,
         *,
@@ -246,12 +204,13 @@ class Handle:
         Args:
             must_fit: False: where they do not fit, the next pass says so.
         """
-        if self.is_active:
+        if self._stand_in is None and self.is_active:
             self._place_again({}, must_fit=must_fit)
 
     def _place_again(self, changes: Mapping[str, Any], *, must_fit: bool) -> None:
         self._placed = self._target.place_again(self, self._placed, changes, must_fit=must_fit)
 
+    @_by_stand_in
     def restore(self) -> None:
         """Undo everything: bit-equal weights, the same classes, hooks and order as before.
 
@@ -283,6 +242,7 @@ class Handle:
             if module is not None and streamed_part(module) is None:
                 module.to(device)
 
+    @_by_stand_in
     def switch(self, scheme: Any) -> Handle:
         """Pack the same components in another scheme, from the originals, with the same options.
 
@@ -297,11 +257,21 @@ class Handle:
 
         Raises:
             SourceUnavailableError: originals were not kept.
-            LowbitsError: whatever applying raises; the target is then as it was, in its old scheme.
+            LowbitsError: whatever applying raises; the target is then as it was, in its old scheme,
+                and this handle goes on.
         """
         self._require_active("switch")
-        self._successor = self._target.switch(self, scheme)
+        try:
+            self._successor = self._target.switch(self, scheme)
+        except BaseException:
+            owners = (find_handle(module) for module in self.components.values())
+            self._stand_in = next((o for o in owners if o is not None and o is not self), None)
+            raise
         return self._successor
+
+    def _in_force(self) -> Handle:
+        """Return the handle that goes on for this one, where it could not be switched; or this."""
+        return self._stand_in._in_force() if self._stand_in else self
 
     def end_streaming(self) -> None:
         """Stop streaming: weights are where they were before."""
@@ -311,6 +281,7 @@ class Handle:
         """Begin again as it was before `end_streaming`."""
         self._placed.attach(must_fit=False)
 
+    @_by_stand_in
     def release(self) -> None:
         """Let the target go without restoring it: it stays packed, and has no handle.
 
@@ -373,9 +344,9 @@ class Handle:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        last = self
+        last = self._in_force()
         while last._successor is not None:
-            last = last._successor
+            last = last._successor._in_force()
         if last.is_active:
             last.restore()
 
