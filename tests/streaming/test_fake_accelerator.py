@@ -154,6 +154,17 @@ def modules_move_both_ways() -> None:
     assert before[0].device == model[0].weight.device == device
 
 
+def classes_of_tensors_take_what_crosses() -> None:
+    device = fake_accelerator()
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).to(device)
+    with lowbits.LayerStreamer(model, device=device, budget=512, location="cpu"):
+        for value in (torch.ones(4, 4), torch.zeros(4, 4, device=device)):
+            stand_in = model[0].weight
+            stand_in.data = value
+            assert model[0].weight is stand_in
+            assert torch.equal(model.state_dict()["0.weight"].cpu(), value.cpu())
+
+
 def gradients_are_the_same() -> None:
     results = []
     for device in (torch.device("cpu"), fake_accelerator()):
@@ -311,6 +322,7 @@ def importing_registers_nothing() -> None:
         memory_lives_as_long_as_a_view,
         mixed_devices_raise,
         modules_move_both_ways,
+        classes_of_tensors_take_what_crosses,
         gradients_are_the_same,
         copies_to_the_host_are_counted,
         copies_are_made_and_saved,

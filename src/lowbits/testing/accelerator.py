@@ -196,7 +196,8 @@ def _keep_identity() -> None:
         return data.__get__(self)
 
     def write(self: Tensor, value: Tensor) -> None:
-        if not crosses(self, value):
+        # A class with a ``__torch_function__`` is asked first, wherever the tensors lie.
+        if not crosses(self, value) or torch.overrides.has_torch_function((self,)):
             data.__set__(self, value)
             return
         gradient, self.grad = self.grad, None
