@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 
@@ -11,6 +12,10 @@ def main() -> None:
     # Read when torch is imported. Threads that spin while they wait save 10 % on idle cores, and
     # make drawing up to eight times slower where another program uses the cores too.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A pipe of Windows may not take the letters of a file's name, when all is done.
+            stream.reconfigure(errors="backslashreplace")
     try:
         from lowbits.cli.app import app
     except ModuleNotFoundError as error:

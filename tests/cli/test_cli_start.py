@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors.torch import save_file
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 def _python(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -48,3 +56,19 @@ assert not heavy, heavy
 def test_it_runs_as_a_module() -> None:
     done = _python("-m", "lowbits", "--version")
     assert done.stdout.startswith("lowbits ")
+
+
+def test_names_that_the_terminal_cannot_show(tmp_path: Path) -> None:
+    save_file({"a.weight": torch.randn(64, 64)}, tmp_path / "x.safetensors")
+    convert = ("convert", "x.safetensors", "\N{SNOWMAN}.safetensors")
+    paths = os.pathsep.join(map(os.path.abspath, sys.path))
+    done = subprocess.run(
+        [sys.executable, "-m", "lowbits", *convert, "--scheme", "float8-e4m3fn"],
+        capture_output=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONIOENCODING": "cp1252", "PYTHONPATH": paths},
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert rb"\u2603.safetensors" in done.stdout + done.stderr

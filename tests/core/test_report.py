@@ -116,3 +116,21 @@ def test_a_tied_weight_is_one() -> None:
     assert [layer.scheme for layer in report.packed] == ["bnb-nf4"] * 2
     assert ", 1 weights packed as bnb-nf4" in report.summary()
     assert "; 1 were packed before" in lowbits.apply(copy.deepcopy(model)).report().summary()
+
+
+def test_tensors_of_other_kinds_count_as_what_they_hold() -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    model.register_buffer("sparse", torch.eye(64).to_sparse())
+    report = lowbits.quantize(model, "bnb-nf4").report()
+    held = 64 * 4 + 2 * 64 * 8  # values, and indices
+    assert next(layer for layer in report.layers if layer.fqn == "sparse").bytes_before == held
+    assert report.bytes_before == 2 * (64 * 64 + 64) * 4 + held
+
+
+def test_what_another_library_quantized_counts_as_that() -> None:
+    quantization = pytest.importorskip("torchao.quantization")
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+    held = storage_bytes(model.parameters())
+    report = lowbits.apply(model, "native", device="cpu").report()
+    assert report.bytes_before == report.bytes_after == held < 2 * (64 * 64 + 64) * 2

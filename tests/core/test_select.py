@@ -123,6 +123,16 @@ def test_a_row_length_that_does_not_fit_falls_back_and_says_so() -> None:
     assert layers["1"].scheme == "quanto-int4"
 
 
+@pytest.mark.parametrize("scheme", ["torchao-int8", "float8-e4m3fn"])
+def test_tied_weights_share_what_holds_both(scheme: str) -> None:
+    model = nn.Sequential(nn.Embedding(128, 64), nn.Linear(64, 128, bias=False))
+    model[1].weight = model[0].weight
+    layers = rows(lowbits.quantize(model, f"{scheme}-dynamic", rules={"*": f"{scheme}-dynamic"}))
+    assert {layer.scheme for layer in layers.values()} == {scheme}
+    assert layers["1"].reason == f"tied; instead of {scheme}-dynamic: 0 has the same weight"
+    assert model[0].weight_qdata is model[1].weight_qdata
+
+
 def test_tied_weights_share_their_fate() -> None:
     model = nn.ModuleDict(
         {

@@ -84,14 +84,24 @@ def storage_bytes(tensors: Iterable[Tensor]) -> int:
     """
     sizes: dict[object, int] = {}
     for tensor in chain.from_iterable(map(_parts_of, tensors)):
-        if is_streamed(tensor):
-            sizes[id(tensor)] = tensor.nbytes
+        if is_streamed(tensor) or tensor.layout != torch.strided:
+            sizes[id(tensor)] = held_bytes(tensor)
             continue
         storage = tensor.untyped_storage()
         # A meta tensor has no address: each counts as a storage of its own.
         key = (tensor.device, storage.data_ptr()) if storage.data_ptr() else id(tensor)
         sizes[key] = storage.nbytes() if tensor.device.type != "meta" else tensor.nbytes
     return sum(sizes.values())
+
+
+def held_bytes(tensor: Tensor) -> int:
+    """Return what a tensor's values take: of a sparse one, what it holds.
+
+    Other libraries' tensors that are made of several (torchao's, quanto's) count as those.
+    """
+    if tensor.layout != torch.strided:
+        return tensor._nnz() * (tensor.itemsize + 8 * tensor.ndim)
+    return sum(part.nbytes for part in _parts_of(tensor))
 
 
 def _parts_of(tensor: Any) -> Iterator[Tensor]:

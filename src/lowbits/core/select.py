@@ -11,18 +11,20 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import re
-from collections import Counter, defaultdict
+from collections import Counter
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final, final
 
 import torch
 from torch import nn
 
+from lowbits.core.memory import held_bytes
 from lowbits.core.names import adapter_fqns, dotted
 from lowbits.core.packed import PackedLayer, marker_name, stored_bytes, stored_names
 from lowbits.core.report import already
 from lowbits.core.scheme import EMBEDDING, LINEAR, NATIVE, PARAMETER, Override, Scheme, rows_of
 from lowbits.core.surgery import journal_of
+from lowbits.core.ties import settle_ties
 from lowbits.errors import ConfigError, PatchError
 
 if TYPE_CHECKING:
@@ -148,7 +150,7 @@ class Decision:
         """Bytes of what holds it now."""
         if isinstance(self.module, PackedLayer) and self.is_packed:
             return stored_bytes(self.module, self.name)
-        return self.tensor.nbytes
+        return held_bytes(self.tensor)
 
     @property
     def full_bytes(self) -> int:
@@ -253,7 +255,7 @@ def select(components: Sequence[Component], selection: Selection) -> list[Decisi
     paths = [d.path for d in decisions if _is_layer(d)]
     rules.require_all_used(paths)
     skip.require_all_used(paths)
-    decisions = _settle_ties(decisions)
+    decisions = settle_ties(decisions)
     for decision in decisions:
         if decision.scheme and decision.tensor.is_meta and not selection.sees_meta:
             raise PatchError(
@@ -478,22 +480,3 @@ def _unsuitable_tensor(tensor: torch.Tensor) -> str:
     if tensor.dtype not in (*_FLOATS, *_FLOAT8S):
         return f"its dtype {str(tensor.dtype).removeprefix('torch.')} is not a full precision"
     return "" if tensor.numel() else "empty"
-
-
-def _settle_ties(decisions: list[Decision]) -> list[Decision]:
-    """Pack tied tensors alike, or not at all: a tie broken costs memory and surprises."""
-    groups = defaultdict(list)
-    for decision in decisions:
-        groups[decision.tie].append(decision)
-    settled = []
-    for decision in decisions:
-        group = groups[decision.tie]
-        schemes = {d.scheme.name if d.scheme else None for d in group}
-        if decision.scheme and len(schemes) > 1:
-            other = next(d for d in group if d is not decision)
-            fate = f"stored as {other.scheme.name}" if other.scheme else other.reason
-            reason = f"tied to {other.path}: {fate}"
-            settled.append(replace(decision, scheme=None, backend=None, reason=reason))
-        else:
-            settled.append(decision)
-    return settled

@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Final
 import torch
 
 from lowbits.backends.gguf.backend import PREFIX, type_name
+from lowbits.core.memory import PART_WEIGHTS, temporary
 from lowbits.errors import FormatError
 from lowbits.files.gguf_types import STORED_TYPES, is_finite
 
 if TYPE_CHECKING:
-    from lowbits.core.backend import Packed, QuantBackend
+    from torch import Tensor
 
-_PART_BYTES: Final = 1 << 24
+    from lowbits.core.backend import Packed, QuantBackend
 
 #: What decoders raise of tensors of other shapes and dtypes than they expect.
 _UNDECODABLE: Final = (RuntimeError, LookupError, ValueError, TypeError, AssertionError)
@@ -53,5 +54,12 @@ def _count_nonfinite(packed: Packed) -> int:
         return bad
     # All codes from there on but the sign: e4m3 has one NaN, e5m2 an exponent of them.
     limit = 0x7C if "e5m2" in packed.scheme else 0x7F
-    parts = torch.split(packed["qdata"].view(torch.uint8).view(-1), _PART_BYTES)
-    return bad + sum(int(((part & 0x7F) >= limit).sum()) for part in parts)
+    parts = torch.split(packed["qdata"].view(torch.uint8).view(-1), PART_WEIGHTS)
+    return bad + sum(_count_from(part, limit) for part in parts)
+
+
+def _count_from(codes: Tensor, limit: int) -> int:
+    """Count codes from a limit on, but for their sign; mostly there are none."""
+    # In room that stays: what comes and goes between weights would leave holes in the heap.
+    magnitudes = torch.bitwise_and(codes, 0x7F, out=temporary("magnitudes", codes, torch.uint8))
+    return int((magnitudes >= limit).sum()) if magnitudes.amax() >= limit else 0

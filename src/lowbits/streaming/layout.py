@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lowbits.core.interception import mark_streamed, unmark_streamed
-from lowbits.core.memory import is_dense
+from lowbits.core.memory import held_bytes, is_dense
 from lowbits.core.names import dotted
 
 if TYPE_CHECKING:
@@ -244,13 +244,8 @@ def kept_bytes(root: nn.Module) -> int:
 
 
 def loose_bytes(tensors: Iterable[Tensor]) -> int:
-    """Return what tensors of any kind take, tied ones once; of sparse ones, what they hold."""
-    sizes = {}
-    for tensor in tensors:
-        is_sparse = tensor.layout != torch.strided
-        held = tensor._nnz() * (tensor.itemsize + 8 * tensor.ndim) if is_sparse else tensor.nbytes
-        sizes[id(tensor)] = held
-    return sum(sizes.values())
+    """Return what tensors of any kind take, tied ones once."""
+    return sum({id(tensor): held_bytes(tensor) for tensor in tensors}.values())
 
 
 def relaid(unit: Unit) -> Unit:

@@ -151,7 +151,7 @@ def scratch_directory() -> Path:
     """
     named = os.environ.get("TMPDIR")
     if named:
-        return Path(named)
+        return Path(named).absolute()  # the process may go elsewhere
     usual = Path(tempfile.gettempdir())
     for place in (usual, _DISK_TEMP):
         if place.is_dir() and not is_in_memory(place):
