@@ -305,12 +305,7 @@ class _Target:
         resident = ResidentModels(everything, device)
         if device is None:
             return resident
-        ring_only = _denoisers(everything) if "denoiser" in config.never_oom else frozenset()
-        placement = Placement(
-            device, config.gpu_weights, config.reserve, config.swap, config.location, ring_only,
-            BUDGETS.of(device), {name: self._activations[name] for name in modules},
-            max(map(workspace_bytes, modules.values()), default=0),
-        )  # fmt: skip
+        placement = self._placement(device, modules, config)
         here = (t for t in tensors_of(modules.values()) if same_device(t.device, device))
         budget = placement.budget(nbytes, storage_bytes(here))
         placed: PlacedModels = resident
@@ -318,6 +313,17 @@ class _Target:
             announce = None if "" in everything else announce_device
             placed = StreamedModels(modules, placement, budget, announce, files)
         return GuardedModels(placed, everything, is_always_tiled="vae" in config.never_oom)
+
+    def _placement(
+        self, device: torch.device, modules: Mapping[str, nn.Module], config: LowbitsConfig
+    ) -> Placement:
+        is_ring = "denoiser" in config.never_oom
+        return Placement(
+            device, config.gpu_weights, config.reserve, config.swap, config.location,
+            _denoisers(dict(self._modules)) if is_ring else frozenset(),
+            BUDGETS.of(device), {name: self._activations[name] for name in modules},
+            max(map(workspace_bytes, modules.values()), default=0),
+        )  # fmt: skip
 
     def switch(self, owned: Handle, scheme: Any) -> Handle:
         """Pack the target in another scheme, with the options in force."""
@@ -333,7 +339,12 @@ class _Target:
             raise ConfigError("lowbits.quantize never moves a module: use lowbits.apply for that")
         config = replace(self._config, **changes)
         files = _source_files(config)
+        everything = dict(self._modules)
         with placed.turn():
+            placement = self._placement(self._device, everything, config)
+            if placed.resized(placement, everything):
+                self._config = config
+                return placed
             return self._place(
                 owned, placed, config, files, is_asked=bool(changes), must_fit=must_fit
             )

@@ -7,8 +7,11 @@ from unittest import mock
 
 import pytest
 import torch
+from streaming.models import Stack, inputs, same
 
+import lowbits
 from lowbits.errors import InsufficientMemoryError
+from lowbits.streaming.masters import FileMaster, HostMaster
 from lowbits.streaming.models import Placement
 
 CPU = torch.device("cpu")
@@ -83,3 +86,41 @@ def test_windows_keeps_more_free_and_all_may_be_too_much() -> None:
     # On the CPU weights are loaded already: only a size streams.
     assert Placement(CPU).budget(9 * GIB, 0) is None
     assert Placement(CPU, GIB).budget(9 * GIB, 0) == GIB
+
+
+@pytest.mark.parametrize("location", ["cpu", "disk"])
+def test_another_budget_moves_no_weight_where_the_cut_stays(
+    location: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Stack(12)
+    whole = sum(parameter.nbytes for parameter in model.parameters())
+    with torch.no_grad():
+        expected = model(inputs())
+        handle = lowbits.apply(
+            model, device="cpu", gpu_weights=whole // 2, location=location, swap="queue"
+        )
+        assert same(model(inputs()), expected)
+
+        def refuse(*_: Any) -> None:
+            raise AssertionError("read whole")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(FileMaster, "copy", refuse)
+            patch.setattr(HostMaster, "copy", refuse)
+            for budget in (whole // 3, whole * 2 // 3, whole // 2):
+                handle.reconfigure(gpu_weights=budget)
+                assert handle.stats().budget_bytes == budget
+                assert handle.stats().peak_device_bytes <= budget
+                for _ in range(3):
+                    assert same(model(inputs()), expected)
+                assert 0 < handle.stats().peak_device_bytes <= budget
+            with pytest.raises(InsufficientMemoryError) as caught:
+                handle.reconfigure(gpu_weights=100)
+            assert same(model(inputs()), expected)
+            assert handle.stats().budget_bytes == whole // 2
+        units = len(handle.stats().units)
+        # So little that blocks are split.
+        handle.reconfigure(gpu_weights=caught.value.needed_bytes)
+        assert len(handle.stats().units) > units
+        assert same(model(inputs()), expected)
+    handle.restore()

@@ -29,6 +29,9 @@ class Placed(Protocol):
     def detach(self) -> None:
         """Leave them where they were, all of them or none."""
 
+    def resized(self, placement: Any, modules: Mapping[str, nn.Module]) -> bool:
+        """Place them in another budget where no weight has to move for that; say whether it did."""
+
     def turn(self) -> AbstractContextManager[Any]:
         """Keep others from running them: who waits for a turn goes on when this is over."""
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
+    from lowbits.streaming.models import Placement
     from lowbits.streaming.stats import StreamStats
 
 logger = logging.getLogger("lowbits.vae")
@@ -89,6 +90,10 @@ class GuardedModels(PlacedModels):
         self._placed.detach()
         for guard in self._guards:
             guard.detach()
+
+    def resized(self, placement: Placement, modules: Mapping[str, nn.Module]) -> bool:
+        """Do so; VAEs work as before."""
+        return self._placed.resized(placement, modules)
 
     def turn(self) -> AbstractContextManager[Any]:
         """Keep others from running the models."""

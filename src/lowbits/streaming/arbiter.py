@@ -106,6 +106,18 @@ class Arbiter:
             if not stage.uses:
                 stage.park()
 
+    @property
+    def is_in_use(self) -> bool:
+        """Whether a forward of its models is under way."""
+        return any(stage.uses for stage in self.stages())
+
+    def resize(self, budget_bytes: int) -> None:
+        """Have another budget: everything leaves the device, and comes back as planned then."""
+        self.park()
+        for stage in self.stages():
+            stage.grow()
+        self.budget_bytes, self.peak_bytes = budget_bytes, self.device_bytes
+
     def remove(self, component: Component) -> None:
         """Take a component off the device for good; others of its stage stay as they are."""
         stage = self._stages.get(component)

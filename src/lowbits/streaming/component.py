@@ -56,6 +56,12 @@ class Component:
         return (*self.units, self.base)
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of its tensors, without the padding between them."""
+        places = (place for entry in self.entries for place in entry.unit.places)
+        return sum(place.nbytes for place in places) + self.loose_bytes
+
+    @property
     def host_bytes(self) -> int:
         """Bytes of host memory that masters take."""
         return sum(entry.master.host_bytes for entry in self.entries)

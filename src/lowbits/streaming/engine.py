@@ -363,6 +363,13 @@ def cut(
         PatchError: it has hooks that move its weights, or no bytes.
     """
     _require_streamable(root)
+    return cut_again(root, arbiter, is_ring_only=is_ring_only, apart_bytes=apart_bytes)
+
+
+def cut_again(
+    root: nn.Module, arbiter: Arbiter, *, is_ring_only: bool, apart_bytes: int
+) -> ModelLayout:
+    """Do what `cut` does for a model that is streamed, and outlined for the moment."""
     room = 0 if is_ring_only else max(0, arbiter.budget_bytes - apart_bytes)
     return lay_out(root, budget_bytes=room, depth=arbiter.depth if arbiter.is_ahead else 1)
 

@@ -107,6 +107,13 @@ class Place:
             torch.autograd.graph.increment_version(self.original)
         mark_streamed(self.original)  # another model may hold it, too
 
+    def outline(self) -> Tensor:
+        """Return a tensor on the meta device that is laid out as the original was."""
+        made = torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device="meta")
+        if isinstance(self.original, nn.Parameter):
+            return nn.Parameter(made, requires_grad=self.original.requires_grad)
+        return made
+
     def adopt(self, tensor: Tensor, before: Tensor, device: torch.device) -> None:
         """Take another tensor of this shape and dtype for the original; its bytes are let go.
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import weakref
 from abc import ABC, abstractmethod
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any, final
@@ -16,7 +16,7 @@ from lowbits.streaming.activations import Activations
 from lowbits.streaming.arbiter import Arbiter
 from lowbits.streaming.budget import reserve_bytes
 from lowbits.streaming.device_ops import device_ops
-from lowbits.streaming.engine import Engine, cut, require_fit
+from lowbits.streaming.engine import Engine, cut, cut_again, require_fit
 from lowbits.streaming.layout import kept_bytes
 from lowbits.streaming.stats import StreamStats, make_stats, resident_stats, tensors_of
 
@@ -128,6 +128,17 @@ class PlacedModels(ABC):
     def detach(self) -> None:
         """Leave them where they were, all of them or none."""
 
+    def resized(self, placement: Placement, modules: Mapping[str, nn.Module]) -> bool:  # noqa: ARG002 - for those that can
+        """Place all models of a target in another budget where no weight has to move for that.
+
+        Returns:
+            Whether that is done; False: they have to be placed anew.
+
+        Raises:
+            InsufficientMemoryError: one does not fit; all are as they were.
+        """
+        return False
+
     def turn(self) -> AbstractContextManager[Any]:
         """Keep others from running them: who waits for a turn goes on when this is over."""
         return nullcontext()
@@ -185,8 +196,7 @@ class StreamedModels(PlacedModels):
             announce: tells others that a model is streamed; returns what takes that back.
             source: files that weights may come from.
         """
-        unique = {id(module): (name, module) for name, module in modules.items()}
-        self._modules = dict(found for found in unique.values() if _has_tensors(found[1]))
+        self._modules = _with_tensors(modules)
         self._placement, self._budget_bytes = placement, budget_bytes
         self._arbiter: Arbiter | None = None
         self._engines: dict[str, Engine] = {}
@@ -200,7 +210,7 @@ class StreamedModels(PlacedModels):
             device_ops(where.device), self._budget_bytes, method=where.method, depth=None,
             shared=where.shared,
         )  # fmt: skip
-        layouts = self._layouts(self._modules, must_fit=must_fit)
+        layouts = self._layouts(self._modules, self._arbiter, cut, must_fit=must_fit)
         try:
             for name, layout in layouts.items():
                 self._stream(name, layout)
@@ -209,7 +219,12 @@ class StreamedModels(PlacedModels):
             raise
 
     def _layouts(
-        self, modules: Mapping[str, nn.Module], *, must_fit: bool
+        self,
+        modules: Mapping[str, nn.Module],
+        arbiter: Arbiter,
+        cut_: Callable[..., ModelLayout],
+        *,
+        must_fit: bool,
     ) -> dict[str, ModelLayout]:
         """Cut models as they are now; what others keep on the device is not there for one.
 
@@ -217,16 +232,15 @@ class StreamedModels(PlacedModels):
             InsufficientMemoryError: of the model that needs most, so that what it says will do for
                 all of them.
         """
-        assert self._arbiter
         kept = {name: kept_bytes(module) for name, module in modules.items()}
         layouts: dict[str, ModelLayout] = {}
         worst: InsufficientMemoryError | None = None
         for name, module in modules.items():
             apart = sum(kept.values()) - kept[name]
             is_ring_only = name in self._placement.ring_only
-            layouts[name] = cut(module, self._arbiter, is_ring_only=is_ring_only, apart_bytes=apart)
+            layouts[name] = cut_(module, arbiter, is_ring_only=is_ring_only, apart_bytes=apart)
             try:
-                require_fit(layouts[name], self._arbiter, apart_bytes=apart)
+                require_fit(layouts[name], arbiter, apart_bytes=apart)
             except InsufficientMemoryError as error:
                 if worst is None or error.needed_bytes > worst.needed_bytes:
                     worst = error
@@ -248,6 +262,41 @@ class StreamedModels(PlacedModels):
         if self._announce is not None:
             self._take_back[name] = self._announce(module, engine)
 
+    def resized(self, placement: Placement, modules: Mapping[str, nn.Module]) -> bool:
+        """Give them another budget where that does not change what is moved at once."""
+        arbiter, is_all = self._arbiter, len(self._engines) == len(_with_tensors(modules))
+        if arbiter is None or arbiter.is_in_use or not (is_all and self._is_like(placement)):
+            return False
+        nbytes = sum(engine.component.nbytes for engine in self._engines.values())
+        budget = placement.budget(nbytes, arbiter.device_bytes)
+        if budget is None:
+            return False
+        new = Arbiter(arbiter.ops, budget, method=placement.method, depth=None)
+        entries = [entry for engine in self._engines.values() for entry in engine.component.entries]
+        with ExitStack() as stack:
+            for entry in entries:
+                stack.enter_context(entry.outlined())
+            layouts = self._layouts(self._modules, new, cut_again, must_fit=True)
+        cuts = {name: [unit.name for unit in layout.units] for name, layout in layouts.items()}
+        for name, engine in self._engines.items():
+            if cuts[name] != [entry.unit.name for entry in engine.component.units]:
+                return False
+        arbiter.resize(budget)
+        self._placement, self._budget_bytes = placement, budget
+        return True
+
+    def _is_like(self, placement: Placement) -> bool:
+        """Say whether another placement differs in the budget alone, which nobody else shares."""
+        was = self._placement
+        known = replace(
+            placement,
+            gpu_weights=was.gpu_weights,
+            reserve=was.reserve,
+            activations=was.activations,
+            workspace_bytes=was.workspace_bytes,
+        )
+        return known == was and was.shared is None
+
     def turn(self) -> AbstractContextManager[Any]:
         """Hold the lock of every forward."""
         return self._arbiter.lock if self._arbiter else nullcontext()
@@ -264,7 +313,8 @@ class StreamedModels(PlacedModels):
                     self._take_back.pop(name)()
         except BaseException:
             ended = {name: self._modules[name] for name in reversed(done)}
-            for name, layout in self._layouts(ended, must_fit=False).items():
+            assert self._arbiter
+            for name, layout in self._layouts(ended, self._arbiter, cut, must_fit=False).items():
                 self._stream(name, layout)
             raise
 
@@ -272,6 +322,12 @@ class StreamedModels(PlacedModels):
         """Return what was done so far, all models together."""
         assert self._arbiter
         return make_stats(list(self._engines.values()), self._arbiter)
+
+
+def _with_tensors(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """Return the modules that have any, each once."""
+    unique = {id(module): (name, module) for name, module in modules.items()}
+    return dict(found for found in unique.values() if _has_tensors(found[1]))
 
 
 def _has_tensors(module: nn.Module) -> bool:

@@ -131,6 +131,16 @@ class Stored:
             proxy.retire()
         self.master.close()
 
+    @contextmanager
+    def outlined(self) -> Iterator[None]:
+        """Let modules hold tensors like the originals for a moment, but without bytes."""
+        held = self._held
+        self.show([place.outline() for place in self.unit.places])
+        try:
+            yield
+        finally:
+            self.show(held)
+
     def hide(self) -> None:
         """Let modules hold stand-ins."""
         self.show(self._outside)
