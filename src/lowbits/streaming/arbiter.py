@@ -125,6 +125,7 @@ class Arbiter:
             return  # it was interrupted before it was added
         stage.close()
         del self._stages[component]
+        self._turns.clear()
         rest = [other for other in stage.components if other is not component]
         for other in rest:
             self.add(other)

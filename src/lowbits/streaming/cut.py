@@ -214,6 +214,9 @@ def _parts(module: nn.Module) -> list[nn.Module]:
     # torch.nn.MultiheadAttention computes with its children's weights, and does not call them.
     if not parts or _is_compiled(module) or own > _OWN_SHARE * _tree_bytes(module):
         return [module]
+    if len(parts) == 1:  # a wrapper: its child alone would be no less
+        inner = _parts(parts[0])
+        return inner if len(inner) > 1 else [module]
     return parts
 
 

@@ -59,10 +59,6 @@ class Master(ABC):
         self._put(place, value)
         self._count(place, 1, is_counted)
 
-    def close(self) -> None:
-        """Let go of the bytes: nobody reads them any more, though somebody may hold the master."""
-        self.host_bytes = 0
-
     def _count(self, place: Place, writes: int, seen: int) -> None:
         self._writes += writes
         self._writes_of[place.offset] = self._writes_of.get(place.offset, 0) + seen
@@ -143,12 +139,6 @@ class HostMaster(Master):
     def copy(self, place: Place) -> Tensor:
         """Return a clone of its bytes, holes included."""
         return place.tensor_of(place.bytes_in(self.flat).clone())
-
-    def close(self) -> None:
-        """Free the memory, but for tensors of it that others have kept."""
-        super().close()
-        self.flat, self._slab = torch.empty(0, dtype=torch.uint8, device="cpu"), None
-        self._tensors.clear()
 
     def _put(self, place: Place, value: Tensor) -> None:
         """Copy a value in."""

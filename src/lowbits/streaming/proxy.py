@@ -100,7 +100,8 @@ class StreamedTensor(torch.Tensor):
 
     def retire(self) -> None:
         """Stand for nothing any more: what is read, or written, from now on raises."""
-        self._master = None
+        # Its unit, which knows it, and has the master: gigabytes would wait for the collector.
+        self._master, self._count_read = None, _nothing
 
     def _living(self) -> Master:
         if self._master is None:
@@ -179,6 +180,10 @@ class StreamedTensor(torch.Tensor):
     ) -> Any:
         """Refuse what reaches the wrapper past `__torch_function__`: it has no storage."""
         raise StreamError(f"{func} was called on a streamed weight outside its block's forward")
+
+
+def _nothing() -> None:
+    """Count nothing."""
 
 
 #: Reads that are answered without the bytes on the device.

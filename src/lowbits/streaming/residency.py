@@ -133,6 +133,7 @@ class _Home:
         self.slot.homes.remove(self)
         for rival in self.rivals:
             rival.rivals.remove(self)
+        self.rivals = []
 
 
 @final
@@ -222,6 +223,7 @@ class Residency:
             if id(home) not in known and not home.slot.users:
                 home.slot.buffer = None
                 home.forget()
+                home.go()
 
     def finished_copies(self) -> list[tuple[int, float]]:
         """Return bytes and seconds of the copies that were finished since the last call."""

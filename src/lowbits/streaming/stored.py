@@ -123,13 +123,9 @@ class Stored:
         self.show(originals)
 
     def retire(self) -> None:
-        """Let stand-ins that others have kept raise from now on, and free what the master has.
-
-        At once: units, slots and stand-ins know each other, and wait for the garbage collector.
-        """
+        """Let stand-ins that others have kept raise from now on."""
         for proxy in self._outside:
             proxy.retire()
-        self.master.close()
 
     @contextmanager
     def outlined(self) -> Iterator[None]:
