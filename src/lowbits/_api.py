@@ -342,7 +342,7 @@ class _Target:
         everything = dict(self._modules)
         with placed.turn():
             placement = self._placement(self._device, everything, config)
-            if placed.resized(placement, everything):
+            if placed.resized(placement, everything, must_fit=must_fit):
                 self._config = config
                 return placed
             return self._place(

@@ -148,6 +148,9 @@ def test_tied_weights_share_their_fate() -> None:
     layers = rows(lowbits.quantize(model, "bnb-nf4", skip=("head",)))
     assert layers["table"].reason == "tied to head: skipped by 'head'"
     lowbits.restore(model)
+    layers = rows(lowbits.quantize(model, "bnb-nf4", rules={"table": "bnb-int8"}))
+    assert layers["table"].reason == "tied to head: stored as bnb-nf4"
+    lowbits.restore(model)
     handle = lowbits.quantize(model, "bnb-nf4")
     assert table._parameters["weight_qdata"] is head._parameters["weight_qdata"]
     assert sum(row.bytes_before for row in handle.report().packed) == (128 * 64 + 128 * 128) * 4

@@ -117,6 +117,17 @@ def test_a_part_that_may_not_be_written_to(tmp_path: Path, monkeypatch: pytest.M
     assert sorted(path.name for path in folder.iterdir()) == ["model_index.json", *PARTS]
 
 
+def test_a_file_where_a_folder_is(tmp_path: Path) -> None:
+    folder = tmp_path / "pipe"
+    write(folder, "old")
+    (folder / "model_index.json").unlink()
+    (folder / "model_index.json").mkdir()
+    with pytest.raises(FileExistsError, match="model_index"), atomic_folder(folder) as new:
+        write(new, "new")
+    assert set(contents(folder).values()) == {"old"}
+    assert sorted(path.name for path in folder.iterdir()) == ["model_index.json", *PARTS]
+
+
 def test_copies_of_what_is_read_only_are_not(tmp_path: Path) -> None:
     write(tmp_path / "store", "old")
     for path in (tmp_path / "store").rglob("*"):

@@ -145,6 +145,28 @@ def test_what_one_streams_the_other_places_no_more() -> None:
     pair.check()
 
 
+@pytest.mark.parametrize("scheme", ["no-such", "gguf-q8_0"])
+def test_a_switch_that_fails_leaves_what_others_own(scheme: str) -> None:
+    pair = Pair()
+
+    def progress(event: lowbits.ProgressEvent) -> None:
+        raise ZeroDivisionError(event.fqn)
+
+    one = lowbits.apply(pair.first, "bnb-nf4", components=["text_encoder"], **RESIDENT)
+    two = lowbits.apply(pair.second, "native", progress=progress, **STREAMED)
+    assert two.is_streamed
+    assert "text_encoder" in two.components
+    pictures = pair.draw()
+    with pytest.raises((errors.UnknownSchemeError, ZeroDivisionError)):
+        two.switch(scheme)
+    assert (one.is_streamed, two.is_streamed) == (False, True)
+    assert equal(pair.draw(), pictures)
+    two.restore()
+    assert one.is_active
+    one.restore()
+    pair.check()
+
+
 def test_a_model_that_a_streamer_has_is_placed_by_that() -> None:
     model: Any = PIPELINES["flux"].build().transformer
     handle = lowbits.apply(model, "bnb-nf4", **RESIDENT)

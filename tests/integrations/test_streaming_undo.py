@@ -219,7 +219,7 @@ def test_a_fault_while_streaming_ends_streams_all_again(
     handle = lowbits.apply(pipe, "bnb-nf4", device="cpu", gpu_weights=budget, **options)
     expected = draw("flux", pipe)
     arguments: dict[str, dict[str, Any]] = {
-        "reconfigure": {"gpu_weights": budget + 1},
+        "reconfigure": {"swap": "async" if mode["swap"] == "queue" else "queue"},
         "restore": {},
         "switch": {"scheme": "gguf-q8_0"},
     }

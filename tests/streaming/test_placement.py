@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
-from streaming.models import Stack, inputs, same
+from peft import LoraConfig, inject_adapter_in_model
+from streaming.models import Stack, inputs, same, smallest_budget
 
 import lowbits
 from lowbits.errors import InsufficientMemoryError
@@ -123,4 +125,36 @@ def test_another_budget_moves_no_weight_where_the_cut_stays(
         handle.reconfigure(gpu_weights=caught.value.needed_bytes)
         assert len(handle.stats().units) > units
         assert same(model(inputs()), expected)
+    handle.restore()
+
+
+@torch.no_grad()
+def test_another_budget_after_an_adapter_came_that_nobody_trains() -> None:
+    """It is cut with its blocks then, and streamed."""
+    model = Stack(8).requires_grad_(requires_grad=False).eval()
+    handle = lowbits.apply(
+        model, device="cpu", gpu_weights=smallest_budget(model) * 2, location="cpu"
+    )
+    model(inputs())
+    inject_adapter_in_model(
+        LoraConfig(r=8, target_modules=["up", "down"], init_lora_weights=False), model
+    )
+    model.requires_grad_(requires_grad=False)
+    expected = copy.deepcopy(model)(inputs())
+    budget = handle.report().bytes_before * 6 // 10
+    handle.reconfigure(gpu_weights=budget)
+    for _ in range(3):
+        assert same(model(inputs()), expected)
+    assert handle.stats().peak_device_bytes <= budget
+    handle.restore()
+
+
+@torch.no_grad()
+def test_a_cap_that_is_taken_away_asks_nothing() -> None:
+    model = Stack(8).requires_grad_(requires_grad=False).eval()
+    handle = lowbits.apply(model, device="cpu", gpu_weights=smallest_budget(model), location="cpu")
+    model.blocks[0].register_buffer("more", torch.zeros(20_000))
+    lowbits.device_budget("cpu", None)
+    with pytest.raises(InsufficientMemoryError):
+        model(inputs())
     handle.restore()

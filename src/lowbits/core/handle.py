@@ -261,11 +261,14 @@ class Handle:
                 and this handle goes on.
         """
         self._require_active("switch")
+        own = [name for name, module in self.components.items() if find_handle(module) is self]
         try:
             self._successor = self._target.switch(self, scheme)
         except BaseException:
-            owners = (find_handle(module) for module in self.components.values())
-            self._stand_in = next((o for o in owners if o is not None and o is not self), None)
+            if not self.is_active:
+                # What it packed is packed as before, by another one.
+                owners = (find_handle(self.components[name]) for name in own)
+                self._stand_in = next((owner for owner in owners if owner is not None), None)
             raise
         return self._successor
 

@@ -29,7 +29,7 @@ class Placed(Protocol):
     def detach(self) -> None:
         """Leave them where they were, all of them or none."""
 
-    def resized(self, placement: Any, modules: Mapping[str, nn.Module]) -> bool:
+    def resized(self, placement: Any, modules: Mapping[str, nn.Module], *, must_fit: bool) -> bool:
         """Place them in another budget where no weight has to move for that; say whether it did."""
 
     def turn(self) -> AbstractContextManager[Any]:

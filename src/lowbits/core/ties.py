@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 def settle_ties(decisions: Sequence[Decision]) -> list[Decision]:
     """Return decisions that are the same for all that share a tensor.
 
-    Where they differ, all get the scheme of one that holds the others, too (a Linear's fallback for
-    an Embedding); where there is none, all are left alone.
+    Where they differ because one falls back to what its layer can be in (an Embedding, of a scheme
+    for Linear layers), all do; else all are left alone.
     """
     groups = defaultdict(list)
     for decision in decisions:
@@ -42,9 +42,11 @@ def _settled(decision: Decision, group: Sequence[Decision]) -> Decision:
 
 
 def _holds_all(decision: Decision, group: Sequence[Decision]) -> bool:
-    """Say whether all of a group are to be packed, and can be in one's scheme."""
+    """Say whether all of a group are to be packed, and fall back to one's scheme, or have it."""
     scheme = decision.scheme
     return scheme is not None and all(
-        each.scheme and scheme.refusal(each.kind, rows_of(each.shape, each.kind)[1]) is None
+        each.scheme
+        and scheme.name in (each.scheme.name, *each.scheme.fallbacks)
+        and scheme.refusal(each.kind, rows_of(each.shape, each.kind)[1]) is None
         for each in group
     )

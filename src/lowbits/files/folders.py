@@ -8,7 +8,7 @@ import re
 import shutil
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from errno import EACCES, ENOTDIR
+from errno import EACCES, EEXIST, ENOTDIR
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, final
 
@@ -103,8 +103,9 @@ def _do_all(exchanges: Sequence[_Exchange]) -> None:
         for each in exchanges:
             each.do()
     except BaseException:
-        for each in reversed(exchanges):
-            each.undo()
+        with ExitStack() as stack:  # the last one first, each whatever the others raise
+            for each in exchanges:
+                stack.callback(each.undo)
         raise
 
 
@@ -129,6 +130,8 @@ class _Exchange:
         """Bring it to its disk, which may be another one, and full: renames cannot fail there."""
         if self.target.is_dir() and not os.access(self.target, os.W_OK):
             raise PermissionError(EACCES, os.strerror(EACCES), str(self.target))
+        if self.target.exists() and self.target.is_dir() != self.new.is_dir():
+            raise FileExistsError(EEXIST, "a file is to be where a folder is", str(self.target))
         shutil.move(self.new, self.ready)
         if self.target.is_file():
             shutil.copy2(self.target, self.old)

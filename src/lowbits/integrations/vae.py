@@ -91,9 +91,11 @@ class GuardedModels(PlacedModels):
         for guard in self._guards:
             guard.detach()
 
-    def resized(self, placement: Placement, modules: Mapping[str, nn.Module]) -> bool:
+    def resized(
+        self, placement: Placement, modules: Mapping[str, nn.Module], *, must_fit: bool
+    ) -> bool:
         """Do so; VAEs work as before."""
-        return self._placed.resized(placement, modules)
+        return self._placed.resized(placement, modules, must_fit=must_fit)
 
     def turn(self) -> AbstractContextManager[Any]:
         """Keep others from running the models."""

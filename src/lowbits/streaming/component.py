@@ -61,6 +61,16 @@ class Component:
         places = (place for entry in self.entries for place in entry.unit.places)
         return sum(place.nbytes for place in places) + self.loose_bytes
 
+    def is_cut_as(self, layout: ModelLayout) -> bool:
+        """Say whether it is streamed in the units of a layout, with what came since in its place.
+
+        Adapters that nobody trains stay on the device until the model is cut anew.
+        """
+        units = [(entry.unit.name, entry.unit.nbytes) for entry in self.units]
+        fixed_bytes = self.base.unit.nbytes + self.loose_bytes
+        is_like = units == [(unit.name, unit.nbytes) for unit in layout.units]
+        return is_like and fixed_bytes == layout.fixed_bytes
+
     @property
     def host_bytes(self) -> int:
         """Bytes of host memory that masters take."""

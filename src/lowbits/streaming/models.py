@@ -128,8 +128,19 @@ class PlacedModels(ABC):
     def detach(self) -> None:
         """Leave them where they were, all of them or none."""
 
-    def resized(self, placement: Placement, modules: Mapping[str, nn.Module]) -> bool:  # noqa: ARG002 - for those that can
+    def resized(
+        self,
+        placement: Placement,  # noqa: ARG002 - for those that can
+        modules: Mapping[str, nn.Module],  # noqa: ARG002
+        *,
+        must_fit: bool,  # noqa: ARG002
+    ) -> bool:
         """Place all models of a target in another budget where no weight has to move for that.
+
+        Args:
+            placement: with that budget.
+            modules: of the target, by name.
+            must_fit: as for `attach`.
 
         Returns:
             Whether that is done; False: they have to be placed anew.
@@ -262,7 +273,9 @@ class StreamedModels(PlacedModels):
         if self._announce is not None:
             self._take_back[name] = self._announce(module, engine)
 
-    def resized(self, placement: Placement, modules: Mapping[str, nn.Module]) -> bool:
+    def resized(
+        self, placement: Placement, modules: Mapping[str, nn.Module], *, must_fit: bool
+    ) -> bool:
         """Give them another budget where that does not change what is moved at once."""
         arbiter, is_all = self._arbiter, len(self._engines) == len(_with_tensors(modules))
         if arbiter is None or arbiter.is_in_use or not (is_all and self._is_like(placement)):
@@ -276,11 +289,9 @@ class StreamedModels(PlacedModels):
         with ExitStack() as stack:
             for entry in entries:
                 stack.enter_context(entry.outlined())
-            layouts = self._layouts(self._modules, new, cut_again, must_fit=True)
-        cuts = {name: [unit.name for unit in layout.units] for name, layout in layouts.items()}
-        for name, engine in self._engines.items():
-            if cuts[name] != [entry.unit.name for entry in engine.component.units]:
-                return False
+            layouts = self._layouts(self._modules, new, cut_again, must_fit=must_fit)
+        if not all(e.component.is_cut_as(layouts[name]) for name, e in self._engines.items()):
+            return False
         arbiter.resize(budget)
         self._placement, self._budget_bytes = placement, budget
         return True
