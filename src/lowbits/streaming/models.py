@@ -233,7 +233,7 @@ class StreamedModels(PlacedModels):
         self,
         modules: Mapping[str, nn.Module],
         arbiter: Arbiter,
-        cut_: Callable[..., ModelLayout],
+        cut_by: Callable[..., ModelLayout],
         *,
         must_fit: bool,
     ) -> dict[str, ModelLayout]:
@@ -249,7 +249,7 @@ class StreamedModels(PlacedModels):
         for name, module in modules.items():
             apart = sum(kept.values()) - kept[name]
             is_ring_only = name in self._placement.ring_only
-            layouts[name] = cut_(module, arbiter, is_ring_only=is_ring_only, apart_bytes=apart)
+            layouts[name] = cut_by(module, arbiter, is_ring_only=is_ring_only, apart_bytes=apart)
             try:
                 require_fit(layouts[name], arbiter, apart_bytes=apart)
             except InsufficientMemoryError as error:
