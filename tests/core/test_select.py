@@ -133,6 +133,16 @@ def test_tied_weights_share_what_holds_both(scheme: str) -> None:
     assert model[0].weight_qdata is model[1].weight_qdata
 
 
+@pytest.mark.parametrize("pattern", ["*", "experts.*"])
+def test_raw_parameters_have_to_be_named(pattern: str) -> None:
+    model = nn.ModuleDict({"experts": nn.ParameterList([torch.randn(64, 64)])})
+    with pytest.raises(
+        errors.ConfigError, match=r"raw Parameters alone.* named itself, as 'experts\.0'"
+    ):
+        lowbits.quantize(model, "bnb-nf4", rules={pattern: "bnb-nf4"})
+    assert rows(lowbits.quantize(model, "bnb-nf4", rules={"experts.0": "bnb-nf4"}))
+
+
 def test_tied_weights_share_their_fate() -> None:
     model = nn.ModuleDict(
         {

@@ -194,9 +194,19 @@ class Patterns:
                 found = pattern
         return found
 
-    def require_all_used(self, paths: Iterable[str]) -> None:
-        """Raise `ConfigError` where a pattern named nothing."""
+    def require_all_used(self, paths: Sequence[str], raw: Sequence[str]) -> None:
+        """Raise `ConfigError` where a pattern named nothing.
+
+        Args:
+            paths: of layers, and raw Parameters.
+            raw: those of raw Parameters.
+        """
         for pattern in sorted(self._unused):
+            if near := next(filter(self._compiled[pattern].match, raw), None):
+                raise ConfigError(
+                    f"{self._option}: pattern {pattern!r} matches raw Parameters alone, each of "
+                    f"which has to be named itself, as {near!r}"
+                )
             names = sorted({re.sub(r"\d+", "*", path) for path in paths})
             close = difflib.get_close_matches(pattern, names, n=3, cutoff=0.4)
             hint = f"close to it: {', '.join(map(repr, close))}" if close else f"e.g. {names[:3]}"
@@ -253,8 +263,9 @@ def select(components: Sequence[Component], selection: Selection) -> list[Decisi
         decide = _Decider(component, rules, skip, selection)
         decisions += [decide(tensor) for tensor in _tensors(component)]
     paths = [d.path for d in decisions if _is_layer(d)]
-    rules.require_all_used(paths)
-    skip.require_all_used(paths)
+    raw = [d.path for d in decisions if d.kind == PARAMETER]
+    rules.require_all_used(paths, raw)
+    skip.require_all_used(paths, raw)
     decisions = settle_ties(decisions)
     for decision in decisions:
         if decision.scheme and decision.tensor.is_meta and not selection.sees_meta:
