@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -39,7 +38,7 @@ from lowbits.files.convert import (
     untied,
     widened,
 )
-from lowbits.files.folders import BESIDE_SAVED, atomic_folder, copy_folder, refuse_other_weights
+from lowbits.files.folders import BESIDE_SAVED, atomic_folder, copy, refuse_other_weights
 from lowbits.files.gguf_export import ExportOptions, export, planned
 from lowbits.files.inspection import Inspection, inspected
 from lowbits.files.own import OWN_FILE, versions, weights_of
@@ -288,10 +287,7 @@ def _convert_pipeline(src: Path, dst: Path, how: _How) -> Report:
                 others.append(path)
         report = _convert_models(parts, how)
         for path in others:
-            if path.is_dir():
-                copy_folder(path, new / path.name)
-            else:
-                shutil.copyfile(path, new / path.name)
+            copy(path, new / path.name)
     return report
 
 

@@ -246,7 +246,7 @@ def test_a_pipeline_whose_rest_cannot_be_copied(
     def refuse(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("lowbits._convert.copy_folder", refuse)
+    monkeypatch.setattr("lowbits._convert.copy", refuse)
     with pytest.raises(OSError, match="No space left"):
         lowbits.convert(flux_folder, dst, "gguf-q8_0")
     assert {path: path.read_bytes() for path in dst.rglob("*") if path.is_file()} == before

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from lowbits.files.folders import atomic_folder, copy_folder
+from lowbits.files.folders import atomic_folder, copy
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -132,6 +132,6 @@ def test_copies_of_what_is_read_only_are_not(tmp_path: Path) -> None:
     write(tmp_path / "store", "old")
     for path in (tmp_path / "store").rglob("*"):
         path.chmod(0o555 if path.is_dir() else 0o444)
-    copy_folder(tmp_path / "store", tmp_path / "copy")
+    copy(tmp_path / "store", tmp_path / "copy")
     assert contents(tmp_path / "copy") == contents(tmp_path / "store")
     assert all(path.stat().st_mode & 0o200 for path in (tmp_path / "copy").rglob("*"))

@@ -71,14 +71,17 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(new, ignore_errors=True)
 
 
-def copy_folder(source: Path, target: Path) -> None:
-    """Copy a folder and what is in it, with the modes that the umask leaves.
+def copy(source: Path, target: Path) -> None:
+    """Copy a file, or a folder and what is in it, with the modes that the umask leaves.
 
     A store may be read-only: what is copied from it must not be.
     """
+    if not source.is_dir():
+        shutil.copyfile(source, target)
+        return
     target.mkdir()
     for entry in source.iterdir():
-        (copy_folder if entry.is_dir() else shutil.copyfile)(entry, target / entry.name)
+        copy(entry, target / entry.name)
 
 
 def _place(new: Path, folder: Path) -> None:

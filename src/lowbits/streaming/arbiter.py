@@ -115,7 +115,7 @@ class Arbiter:
         """Have another budget: everything leaves the device, and comes back as planned then."""
         self.park()
         for stage in self.stages():
-            stage.grow()
+            stage.forget_limit(self.depth)
         self.budget_bytes, self.peak_bytes = budget_bytes, self.device_bytes
 
     def remove(self, component: Component) -> None:

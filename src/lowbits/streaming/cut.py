@@ -67,7 +67,6 @@ class _Cut:
 
     def __init__(self, root: nn.Module) -> None:
         self.root = root
-        self.names = {id(module): name for name, module in root.named_modules()}
         least = _tree_bytes(root) * _SMALL_SHARE
         self.layout = self._lay_out(_blocks(root, least))
 
@@ -171,9 +170,9 @@ class _Cut:
         return sorted(((nbytes, m) for m, nbytes in sizes.items()), key=lambda leaf: leaf[0])
 
     def _lay_out(self, chosen: Sequence[nn.Module]) -> ModelLayout:
-        order = {id(module): number for number, module in enumerate(self.root.modules())}
-        modules = sorted({id(m): m for m in chosen}.values(), key=lambda m: order[id(m)])
-        return lay_out_units(self.root, [Unit(self.names[id(m)], m) for m in modules])
+        ids = set(map(id, chosen))
+        named = self.root.named_modules()
+        return lay_out_units(self.root, [Unit(name, m) for name, m in named if id(m) in ids])
 
 
 def _blocks(module: nn.Module, least: float) -> list[nn.Module]:

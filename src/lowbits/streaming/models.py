@@ -128,12 +128,9 @@ class PlacedModels(ABC):
     def detach(self) -> None:
         """Leave them where they were, all of them or none."""
 
+    @abstractmethod
     def resized(
-        self,
-        placement: Placement,  # noqa: ARG002 - for those that can
-        modules: Mapping[str, nn.Module],  # noqa: ARG002
-        *,
-        must_fit: bool,  # noqa: ARG002
+        self, placement: Placement, modules: Mapping[str, nn.Module], *, must_fit: bool
     ) -> bool:
         """Place all models of a target in another budget where no weight has to move for that.
 
@@ -148,7 +145,6 @@ class PlacedModels(ABC):
         Raises:
             InsufficientMemoryError: one does not fit; all are as they were.
         """
-        return False
 
     def turn(self) -> AbstractContextManager[Any]:
         """Keep others from running them: who waits for a turn goes on when this is over."""
@@ -182,6 +178,10 @@ class ResidentModels(PlacedModels):
 
     def detach(self) -> None:
         """Nothing to do."""
+
+    def resized(self, *_: Any, **__: Any) -> bool:
+        """Have no budget."""
+        return False
 
 
 @final

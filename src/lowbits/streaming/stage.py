@@ -70,7 +70,7 @@ class Stage:
         self._last_called: Component | None = None
         self._pid = os.getpid()
         self._note_peak = note_peak
-        self._ops, self._depth, self._asked_depth = ops, depth, depth
+        self._ops, self._depth = ops, depth
         self._trial = MethodTrial() if method == "auto" else None
         self.method = "async" if method == "auto" else method
         self._parked_bytes = 0
@@ -180,9 +180,9 @@ class Stage:
         self.replan()
         self._ops.release_cached()
 
-    def grow(self) -> None:
-        """Forget that there was too little memory: the budget is another one."""
-        self._limit_bytes, self._depth = None, self._asked_depth
+    def forget_limit(self, depth: int | None) -> None:
+        """Forget that memory ran out: the budget, and a ring of this depth, are tried again."""
+        self._limit_bytes, self._depth = None, depth
 
     def give_way(self, budget_bytes: int) -> None:
         """Take less of the device from now on, inside a forward; not below `busy_bytes`."""
