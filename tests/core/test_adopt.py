@@ -228,6 +228,27 @@ def test_report_says_what_each_layer_is() -> None:
     assert rows["layers.1"].source == "-"
 
 
+@pytest.mark.parametrize(
+    ("mapping", "scheme", "reason"),
+    [
+        ("SYMMETRIC", "torchao-int8-dynamic", "as torchao quantized it"),
+        (
+            "ASYMMETRIC",
+            "torchao-int8",
+            "as torchao quantized it; inputs are not quantized any more: no scheme does it so",
+        ),
+    ],
+)
+def test_report_says_where_inputs_are_not_quantized_any_more(
+    mapping: str, scheme: str, reason: str
+) -> None:
+    library = pytest.importorskip("torchao.quantization")
+    how = library.MappingType[mapping]
+    model = torchao("Int8DynamicActivationInt8WeightConfig", act_mapping_type=how)()
+    row = lowbits.adopt(model).layers[0]
+    assert (row.scheme, row.reason) == (scheme, reason)
+
+
 @pytest.mark.parametrize("make", [bnb_4bit(quant_type="nf4"), torchao("Int8WeightOnlyConfig")])
 def test_layers_stay_the_same_objects_with_their_hooks(make: Callable[[], nn.Module]) -> None:
     model: Any = make()

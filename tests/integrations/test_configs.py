@@ -58,6 +58,35 @@ def test_torchao(config: Any, scheme: str) -> None:
     assert request_of(diffusers.TorchAoConfig(config)) == Request(scheme)
 
 
+def test_torchao_by_row_is_what_schemes_do_where_its_own_default_is_coarser() -> None:
+    config = quantization.Float8DynamicActivationFloat8WeightConfig(
+        granularity=quantization.PerRow()
+    )
+    assert request_of(diffusers.TorchAoConfig(config)).scheme == "torchao-float8-dynamic"
+
+
+@pytest.mark.parametrize(
+    ("kind", "option", "value"),
+    [
+        ("Float8WeightOnlyConfig", "weight_dtype", torch.float8_e5m2),
+        ("Int8WeightOnlyConfig", "granularity", quantization.PerGroup(32)),
+        ("Int8WeightOnlyConfig", "granularity", quantization.PerRow(dim=0)),
+        (
+            "Int8DynamicActivationInt8WeightConfig",
+            "act_mapping_type",
+            quantization.MappingType.ASYMMETRIC,
+        ),
+        ("Int4WeightOnlyConfig", "int4_choose_qparams_algorithm", "hqq"),
+    ],
+)
+def test_torchaos_options_that_no_scheme_has_are_refused(
+    kind: str, option: str, value: object
+) -> None:
+    config = getattr(quantization, kind)(**{option: value})
+    with pytest.raises(errors.ConfigError, match=rf"{kind}\({option}=.* is not offered, .* is"):
+        request_of(diffusers.TorchAoConfig(config))
+
+
 def test_what_no_scheme_does_is_refused() -> None:
     with pytest.raises(errors.ConfigError, match=r"group_size=32.* is not offered, 128 is"):
         request_of(diffusers.TorchAoConfig(quantization.Int4WeightOnlyConfig(group_size=32)))

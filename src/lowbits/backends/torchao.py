@@ -79,7 +79,9 @@ class TorchaoBackend(QuantBackend):
     name: ClassVar[str] = "torchao"
     requires: ClassVar[str | None] = "lowbits[torchao]"
     # Its layers are torch's own; both it and diffusers give each of them a description.
-    foreign: ClassVar[Foreign | None] = Foreign("torchao", ("extra_repr",))
+    foreign: ClassVar[Foreign | None] = Foreign(
+        "torchao", ("extra_repr",), inputs="weight.act_quant_kwargs"
+    )
 
     def __init__(self) -> None:
         self._int4 = ByteTable.of_codes([code - _MIDDLE for code in range(16)])

@@ -69,7 +69,7 @@ def adopt_layers(modules: Mapping[str, nn.Module], registry: BackendRegistry) ->
         for name, module in modules.items()
         if any(id(part) in takeovers for part in module.modules())
     }
-    return Adoption(_report(modules, registry, takeovers, adopter.reasons), components)
+    return Adoption(_report(modules, takeovers, adopter), components)
 
 
 @final
@@ -77,12 +77,14 @@ class _Adopter:
     """Decides what becomes of each layer; changes none."""
 
     def __init__(self, modules: Mapping[str, nn.Module], registry: BackendRegistry) -> None:
-        self._modules, self._registry = modules, registry
+        self._modules, self.registry = modules, registry
         self._seen: set[int] = set()
         self._parameters: dict[int, PackedParameters] = {}
         self.takeovers: list[Takeover] = []
         #: Why layers of a library's stay as they are, by their identity.
         self.reasons: dict[int, str] = {}
+        #: What else becomes of those that are taken over.
+        self.remarks: dict[int, str] = {}
 
     def consider(self, component: str, fqn: str, layer: nn.Module) -> None:
         """Look at one layer."""
@@ -90,7 +92,7 @@ class _Adopter:
             return
         self._seen.add(id(layer))
         try:
-            found = _found(layer, self._registry)
+            found = _found(layer, self.registry)
             if found is not None:
                 self.takeovers.append(self._takeover(component, fqn, layer, *found))
         except FormatError as error:
@@ -110,6 +112,9 @@ class _Adopter:
             module, places = object.__new__(base), tuple(self._places(layer))
             module.__dict__.update(layer.__dict__)
         weights = {"weight": self._packed(layer, packed, foreign, self._modules[component])}
+        is_dynamic = packed.scheme.endswith("-dynamic")
+        if foreign and foreign.quantizes_inputs(layer) and not is_dynamic:
+            self.remarks[id(module)] = "; inputs are not quantized any more: no scheme does it so"
         return Takeover(module, base, weights, foreign, fqn, places)
 
     def _places(self, layer: nn.Module) -> Iterator[tuple[nn.Module, str]]:
@@ -124,7 +129,7 @@ class _Adopter:
         weight = layer._parameters["weight"]
         assert weight is not None
         if id(weight) not in self._parameters:
-            backend, _ = self._registry.find(packed.scheme)
+            backend, _ = self.registry.find(packed.scheme)
             assert backend is not None
             layout, tensors = storage_form("weight", packed, backend, _shape(layer, packed))
             dtype = foreign.dtype_of(layer) if foreign else None
@@ -182,21 +187,20 @@ def _match_bias(layer: nn.Module) -> None:
 
 
 def _report(
-    modules: Mapping[str, nn.Module],
-    registry: BackendRegistry,
-    takeovers: Mapping[int, Takeover],
-    reasons: Mapping[int, str],
+    modules: Mapping[str, nn.Module], takeovers: Mapping[int, Takeover], adopter: _Adopter
 ) -> Report:
     components = [Component(name, module, None) for name, module in modules.items()]
-    decisions = select(components, Selection({}, (), registry, sees_packed=True))
+    decisions = select(components, Selection({}, (), adopter.registry, sees_packed=True))
     layers, counted = [], set()
     for decision in decisions:
         is_again = decision.tie in counted
         counted.add(decision.tie)
-        reason = reasons.get(id(decision.module), "") if decision.name == "weight" else ""
-        takeover = takeovers.get(id(decision.module)) if decision.is_packed else None
+        key = id(decision.module)
+        reason = adopter.reasons.get(key, "") if decision.name == "weight" else ""
+        takeover = takeovers.get(key) if decision.is_packed else None
         if takeover and takeover.foreign:
-            reason = f"as {takeover.foreign.package} quantized it"
+            remark = adopter.remarks.get(key, "")
+            reason = f"as {takeover.foreign.package} quantized it{remark}"
         reason = f"tied; {reason}".strip("; ") if is_again else reason or decision.reason
         layers.append(_row(decision, reason, "none" if takeover else "-", is_again=is_again))
     return Report(tuple(layers))

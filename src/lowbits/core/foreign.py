@@ -26,11 +26,17 @@ class Foreign:
         package: that the classes of its layers are in, or below.
         attributes: what such a layer has beside torch's: attributes, buffers and Parameters.
         dtypes: where a layer may say what dtype its weight had, e.g. ``"weight.state.dtype"``.
+        inputs: where a layer says how its inputs are quantized, if they are.
     """
 
     package: str
     attributes: tuple[str, ...]
     dtypes: tuple[str, ...] = ()
+    inputs: str = ""
+
+    def quantizes_inputs(self, layer: nn.Module) -> bool:
+        """Say whether a layer quantizes what it multiplies its weight with."""
+        return bool(self.inputs) and self._at(layer, self.inputs) is not None
 
     def dtype_of(self, layer: nn.Module) -> torch.dtype | None:
         """Return the dtype that a layer's weight had, if the library keeps it."""

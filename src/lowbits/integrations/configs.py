@@ -23,6 +23,12 @@ _TORCHAO: Final[Mapping[str, str]] = {
     "Float8DynamicActivationFloat8WeightConfig": "torchao-float8-dynamic",
 }
 
+#: Options of these that change what is stored, or what it is multiplied with.
+_TORCHAO_STORAGE: Final = (
+    *("group_size", "granularity", "weight_dtype", "activation_dtype"),
+    *("act_mapping_type", "reduce_range", "int4_choose_qparams_algorithm"),
+)
+
 
 @final
 @dataclass(frozen=True)
@@ -125,14 +131,19 @@ def _torchao(config: Any) -> Request:
     if kind not in _TORCHAO:
         raise ConfigError(f"TorchAoConfig: no scheme does {kind}; known: {', '.join(_TORCHAO)}")
     default = type(config.quant_type)()
-    for option in ("group_size", "granularity"):
-        wanted = getattr(config.quant_type, option, None)
-        usual = getattr(default, option, None)
-        if option == "group_size" and wanted != usual:
+    for option in _TORCHAO_STORAGE:
+        wanted, usual = getattr(config.quant_type, option, None), getattr(default, option, None)
+        if wanted != usual and not _is_by_row(wanted):
             raise ConfigError(
                 f"TorchAoConfig: {kind}({option}={wanted}) is not offered, {usual} is"
             )
     return Request(_TORCHAO[kind], _globs(config.modules_to_not_convert))
+
+
+def _is_by_row(granularity: Any) -> bool:
+    """Say whether that is how schemes store weights; torchao's usual one may be coarser."""
+    parts = granularity if isinstance(granularity, (list, tuple)) else [granularity]
+    return all(type(part).__name__ == "PerRow" and part.dim == -1 for part in parts)
 
 
 def _quanto(config: Any) -> Request:

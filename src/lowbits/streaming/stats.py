@@ -55,7 +55,7 @@ class StreamStats:
     Attributes:
         device: that the models compute on.
         budget_bytes: cap on weights on the device.
-        peak_device_bytes: the most weight bytes that were there at any time.
+        peak_device_bytes: the most weight bytes that were there at any time under this budget.
         method: ``"queue"`` or ``"async"``; empty where nothing is streamed.
         location: where masters are: ``"cpu"``, ``"shared"`` or ``"disk"``; empty as above.
         depth: slots of the ring; 0 where everything is resident, or nothing ran yet.
