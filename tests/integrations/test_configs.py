@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -157,6 +158,37 @@ def test_a_pipeline_config_of_one_backend(
 ) -> None:
     config = diffusers.PipelineQuantizationConfig(
         quant_backend=backend, quant_kwargs=options, components_to_quantize=["transformer"]
+    )
+    assert component_requests(config) == {"transformer": Request(scheme)}
+
+
+def test_a_pipeline_config_says_what_to_skip_and_the_dtype_to_compute_in() -> None:
+    options = {**NF4, "bnb_4bit_compute_dtype": "bfloat16", "llm_int8_skip_modules": ["proj_out"]}
+    config = diffusers.PipelineQuantizationConfig(
+        quant_backend="bitsandbytes_4bit",
+        quant_kwargs=options,
+        components_to_quantize="transformer",
+    )
+    wanted = Request("bnb-nf4", ("proj_out", "*.proj_out"), torch.bfloat16)
+    assert component_requests(config) == {"transformer": wanted}
+
+
+@pytest.mark.parametrize(
+    ("backend", "options", "scheme"),
+    [
+        ("torchao", {"quant_type": quantization.Int8WeightOnlyConfig()}, "torchao-int8"),
+        ("quanto", {"weights_dtype": "int4"}, "quanto-int4"),
+    ],
+)
+def test_a_pipeline_config_where_transformers_has_the_same_options(
+    backend: str, options: dict[str, Any], scheme: str
+) -> None:
+    """diffusers makes none of these where both are installed, and their signatures differ."""
+    config = SimpleNamespace(
+        quant_backend=backend,
+        quant_kwargs=options,
+        components_to_quantize=["transformer"],
+        quant_mapping=None,
     )
     assert component_requests(config) == {"transformer": Request(scheme)}
 

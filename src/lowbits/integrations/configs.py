@@ -7,13 +7,16 @@ object of such a class can only exist where its library does.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Final, final
+
+import torch
 
 from lowbits.config import scheme_name
 from lowbits.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
 _TORCHAO: Final[Mapping[str, str]] = {
     "Int8WeightOnlyConfig": "torchao-int8",
@@ -89,19 +92,14 @@ def component_requests(config: Any) -> dict[str, Any]:
 
 
 def _backend_config(config: Any) -> Request:
-    options = dict(config.quant_kwargs or {})
-    name = config.quant_backend
-    if name == "bitsandbytes_8bit":
-        return Request("bnb-int8")
-    if name == "bitsandbytes_4bit":
-        kind = options.get("bnb_4bit_quant_type", "fp4")
-        return _four_bit(kind, nested=bool(options.get("bnb_4bit_use_double_quant")), dtype=None)
-    if name == "quanto":
-        return Request(f"quanto-{options.get('weights_dtype', 'int8')}")
-    raise ConfigError(
-        f"PipelineQuantizationConfig: quant_backend {name!r} does not name a scheme; use "
-        "quant_mapping with one config for each component"
-    )
+    """Return what the options of a backend ask for, which diffusers makes a config of."""
+    if config.quant_backend not in _BACKENDS:
+        raise ConfigError(
+            f"PipelineQuantizationConfig: quant_backend {config.quant_backend!r} does not name a "
+            "scheme; use quant_mapping with one config for each component"
+        )
+    reader, usual = _BACKENDS[config.quant_backend]
+    return reader(SimpleNamespace(**{**usual, **(config.quant_kwargs or {})}))
 
 
 def _four_bit(kind: str, *, nested: bool, dtype: Any) -> Request:
@@ -118,10 +116,11 @@ def _bitsandbytes(config: Any) -> Request:
         return Request("bnb-int8", skip)
     if not config.load_in_4bit:
         raise ConfigError("BitsAndBytesConfig: neither load_in_4bit nor load_in_8bit is set")
+    dtype = config.bnb_4bit_compute_dtype
     request = _four_bit(
         config.bnb_4bit_quant_type,
         nested=config.bnb_4bit_use_double_quant,
-        dtype=config.bnb_4bit_compute_dtype,
+        dtype=getattr(torch, dtype) if isinstance(dtype, str) else dtype,
     )
     return Request(request.scheme, skip, request.compute_dtype)
 
@@ -162,3 +161,21 @@ def _gguf(config: Any) -> Request:  # noqa: ARG001 - one of the readers
 def _globs(names: Any) -> tuple[str, ...]:
     """Return globs that match as diffusers' lists do: a name is a part of the dotted name."""
     return tuple(glob for name in names or () for glob in (name, f"*.{name}"))
+
+
+_BNB: Final[Mapping[str, Any]] = {
+    "load_in_4bit": False,
+    "load_in_8bit": False,
+    "llm_int8_skip_modules": None,
+    "bnb_4bit_quant_type": "fp4",
+    "bnb_4bit_use_double_quant": False,
+    "bnb_4bit_compute_dtype": None,
+}
+
+#: Who reads a backend's options, and what they are where none is given.
+_BACKENDS: Final[Mapping[str, tuple[Callable[[Any], Request], Mapping[str, Any]]]] = {
+    "bitsandbytes_4bit": (_bitsandbytes, {**_BNB, "load_in_4bit": True}),
+    "bitsandbytes_8bit": (_bitsandbytes, {**_BNB, "load_in_8bit": True}),
+    "quanto": (_quanto, {"weights_dtype": "int8", "modules_to_not_convert": None}),
+    "torchao": (_torchao, {"quant_type": None, "modules_to_not_convert": None}),
+}
