@@ -52,4 +52,4 @@ class CancelToken:
     def raise_if_cancelled(self, stage: str) -> None:
         """Raise `CancelledError` where the token was set."""
         if self.cancelled:
-            raise CancelledError(f"{stage} was cancelled; the model is as it was before")
+            raise CancelledError(f"{stage} was cancelled; everything is as it was before")

@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-def test_compiles_where_16_bits_are_computed_in_32() -> None:
+def test_compiles_where_16_bits_are_computed_in_32(monkeypatch: pytest.MonkeyPatch) -> None:
+    for feature in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, feature, lambda: False)
     model, _ = packed_model("torchao-int8")
     model.bfloat16()
     compiled: Any = torch.compile(model, fullgraph=True, backend="eager")

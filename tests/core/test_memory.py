@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import sys
+from types import ModuleType, SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 
 from lowbits import errors
 from lowbits.core import memory
+from lowbits.core.memory import same_bits, storage_bytes
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -34,6 +37,15 @@ def test_nothing_is_known_where_the_system_does_not_say(root: Path) -> None:
     assert memory.available_host_bytes() is None
     write(root, meminfo="MemTotal:  4096 kB\n")
     assert memory.available_host_bytes() is None
+
+
+def test_other_systems_are_asked_by_psutil(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    psutil: Any = ModuleType("psutil")
+    psutil.virtual_memory = lambda: SimpleNamespace(available=3 * MIB, total=9 * MIB)
+    monkeypatch.setitem(sys.modules, "psutil", psutil)
+    monkeypatch.setattr(sys, "platform", "win32")
+    write(root, meminfo="MemAvailable:  4096 kB\n")
+    assert memory.available_host_bytes() == 3 * MIB
 
 
 @pytest.mark.parametrize(
@@ -81,3 +93,16 @@ def test_writes_that_torch_does_not_count() -> None:
         counted.data = torch.ones(2)
     given.data = torch.zeros(2)
     assert [memory.write_count(tensor) for tensor in (made, given, counted)] == [None, None, None]
+
+
+def test_tensors_without_addresses_count_each() -> None:
+    assert storage_bytes([torch.empty(n, device="meta") for n in (3, 5)]) == 32
+
+
+def test_marks_on_views_are_no_bits() -> None:
+    x = torch.randn(4, dtype=torch.complex64)
+    assert same_bits(x.conj(), x.conj().resolve_conj())
+    assert same_bits(x.conj().resolve_conj(), x.conj())
+    assert same_bits(x.conj().imag, x.conj().imag.resolve_neg())
+    assert not same_bits(x.conj(), x)
+    assert not same_bits(x.conj().imag, x.imag)

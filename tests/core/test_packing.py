@@ -11,6 +11,7 @@ from torch import nn
 import lowbits
 from lowbits import errors
 from lowbits.core import packing
+from lowbits.core.backend import Packed
 from lowbits.core.registry import DEFAULT
 
 CPU = torch.device("cpu")
@@ -32,6 +33,26 @@ def test_parts_make_the_same_bytes(name: str, monkeypatch: pytest.MonkeyPatch) -
     assert parts.shape == whole.shape
     for key, tensor in whole.tensors.items():
         assert torch.equal(parts[key], tensor), key
+
+
+@pytest.mark.parametrize("name", ["float8-e4m3fn", "quanto-float8", "torchao-float8"])
+def test_what_metal_has_no_dtype_for_is_made_on_the_host(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend, scheme = DEFAULT.require(name)
+    assert backend is not None
+    moved: list[torch.device] = []
+
+    def to(packed: Packed, device: torch.device) -> Packed:
+        moved.append(device)
+        return packed
+
+    monkeypatch.setattr(Packed, "to", to)
+    metal, weight = torch.device("mps"), torch.randn(8, 64)
+    packed = packing.pack_weight(weight, "Linear", scheme, backend, metal)
+    assert moved == [metal]
+    whole = packing.pack_weight(weight, "Linear", scheme, backend, CPU)
+    assert all(torch.equal(packed[key], tensor) for key, tensor in whole.tensors.items())
 
 
 def test_a_bad_value_in_the_last_part_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -285,3 +285,21 @@ def test_prompts_that_are_tuned_are_never_packed() -> None:
     reasons = {r.fqn: r.reason for r in handle.report().layers if "prompt_encoder" in r.fqn}
     assert "adapter factor" in reasons.values()
     assert handle.report().packed
+
+
+def test_what_is_skipped_says_so_though_it_is_tied() -> None:
+    model = nn.ModuleDict({"table": nn.Embedding(128, 64), "head": nn.Linear(64, 128, bias=False)})
+    model["other"] = nn.Linear(128, 128)
+    model["head"].weight = model["table"].weight
+    layers = rows(lowbits.quantize(model, "bnb-nf4", skip=("head",)))
+    assert layers["head"].reason.endswith("skipped by 'head'")
+    assert not layers["head"].reason.startswith("tied to table")
+
+
+def test_what_holds_both_keeps_its_reason() -> None:
+    model = nn.Sequential(nn.Embedding(128, 64), nn.Linear(64, 128, bias=False))
+    model[1].weight = model[0].weight
+    scheme = "torchao-int8-dynamic"
+    layers = rows(lowbits.quantize(model, scheme, rules={"*": scheme}))
+    assert layers["0"].scheme == "torchao-int8"
+    assert "has the same weight" not in layers["0"].reason

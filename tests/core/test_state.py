@@ -44,3 +44,14 @@ def test_the_metadata_of_a_state_dict_is_saved_as_that_of_any() -> None:
     assert type(loaded._metadata["0"]) is OrderedDict
     assert loaded._metadata == state._metadata  # type: ignore[attr-defined]
     copy.deepcopy(model).load_state_dict(loaded)
+
+
+def test_many_packed_layers_are_told_once() -> None:
+    def made() -> nn.Module:
+        return nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 64))
+
+    model = made()
+    lowbits.quantize(model, "bnb-nf4", rules={"*": "bnb-nf4"})
+    with pytest.raises(RuntimeError) as caught:
+        made().load_state_dict(model.state_dict(), strict=False)
+    assert str(caught.value).count("it is of a packed model") == 1

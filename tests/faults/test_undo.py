@@ -447,3 +447,16 @@ def test_a_tie_that_the_file_holds_under_its_second_name_is_proven(tmp_path: Pat
     handle = pack(target, rules={"*": SCHEME}, keep_source="file", source=tmp_path)
     handle.restore()
     assert target["head"].weight is target["table"].weight
+
+
+def test_a_layer_that_was_dequantized_alone_is_restored_too() -> None:
+    model: Any = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    before = [layer.weight for layer in model]
+    values = [weight.detach().clone() for weight in before]
+    handle = lowbits.quantize(model, "bnb-nf4", rules={"*": "bnb-nf4"})
+    lowbits.dequantize(model[0])
+    handle.restore()
+    for layer, weight, value in zip(model, before, values, strict=True):
+        assert type(layer) is nn.Linear
+        assert layer.weight is weight
+        assert torch.equal(layer.weight, value)

@@ -7,6 +7,7 @@ import os
 import signal
 import stat
 import sys
+from errno import ENOENT
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -267,3 +268,40 @@ def test_a_process_that_is_killed(tmp_path: Path) -> None:
     assert next(iter(names(tmp_path))).startswith(".a.")
     write(path)
     assert path.read_bytes() == b"new"
+
+
+def test_an_error_of_another_file_keeps_its_name(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError) as caught, atomic_file(tmp_path / "x"):
+        raise FileNotFoundError(ENOENT, "gone", "source")
+    assert caught.value.filename == "source"
+
+
+def test_all_of_a_file_is_on_the_disk_before_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With what is buffered still; and nothing stays open."""
+    sizes: list[int] = []
+    opened: list[int] = []
+    closed: list[int] = []
+    fsync, open_, close = os.fsync, os.open, os.close
+
+    def synced(descriptor: int) -> None:
+        sizes.append(os.fstat(descriptor).st_size)
+        fsync(descriptor)
+
+    def opening(*args: Any) -> int:
+        opened.append(open_(*args))
+        return opened[-1]
+
+    def closing(descriptor: int) -> None:
+        closed.append(descriptor)
+        close(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", synced)
+        patch.setattr(os, "open", opening)
+        patch.setattr(os, "close", closing)
+        with atomic_file(tmp_path / "x") as file:
+            file.write(b"abc")
+    assert sizes[0] == 3
+    assert opened == closed

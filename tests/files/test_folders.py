@@ -135,3 +135,67 @@ def test_copies_of_what_is_read_only_are_not(tmp_path: Path) -> None:
     copy(tmp_path / "store", tmp_path / "copy")
     assert contents(tmp_path / "copy") == contents(tmp_path / "store")
     assert all(path.stat().st_mode & 0o200 for path in (tmp_path / "copy").rglob("*"))
+
+
+@pytest.mark.parametrize("is_there", [False, True])
+def test_a_folder_that_is_there_is_written_on_its_own_disk(
+    tmp_path: Path, *, is_there: bool
+) -> None:
+    folder = tmp_path / "pipe"
+    if is_there:
+        folder.mkdir()
+    with atomic_folder(folder) as new:
+        assert new.parent == (folder if is_there else tmp_path)
+        (new / "x").write_text("new")
+    assert [path.name for path in folder.iterdir()] == ["x"]
+
+
+def test_one_part_that_cannot_be_put_back_does_not_keep_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two renames fail, that of the index, and the first one of the way back."""
+    folder = tmp_path / "pipe"
+    write(folder, "old")
+    calls, replace = [], Path.replace
+
+    def fail(path: Path, target: Path) -> Path:
+        calls.append(path)
+        if len(calls) in (5, 6):
+            raise OSError("as asked")
+        return replace(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", fail)
+        with pytest.raises(OSError, match="as asked"), atomic_folder(folder) as new:
+            write(new, "new")
+    parts = [(folder / part / "config.json").read_text() for part in PARTS]
+    assert sorted(parts) == ["new", "old"]
+    assert (folder / "model_index.json").read_text() == "old"
+
+
+def test_what_cannot_be_removed_is_told_and_the_rest_is_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "pipe"
+    write(folder, "old")
+    remove = shutil.rmtree
+
+    def refuse(path: Path, *, ignore_errors: bool = False) -> None:
+        if not ignore_errors:
+            raise OSError("in use")
+        remove(path, ignore_errors=True)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", refuse)
+        with atomic_folder(folder) as new:
+            write(new, "new")
+    assert {(folder / part / "config.json").read_text() for part in PARTS} == {"new"}
+    assert caplog.text.count("what it held before is left: in use") == len(PARTS)
+
+
+def test_a_link_to_a_folder_that_is_not_there_yet(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "real", target_is_directory=True)
+    with atomic_folder(tmp_path / "link") as new:
+        write(new, "new")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real" / "model_index.json").read_text() == "new"

@@ -336,3 +336,90 @@ def test_saved_again_it_is_the_same(tmp_path: Path) -> None:
     lowbits.load(tmp_path / "m.safetensors", into=into)
     lowbits.save(into, tmp_path / "again.safetensors")
     assert (tmp_path / "again.safetensors").read_bytes() == first
+
+
+def whole(weights: dict[str, Any]) -> dict[str, list[Segment]]:
+    return {name: [Segment(name, 0, value.shape[0])] for name, value in weights.items()}
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_names_are_kept_in_float32_where_float16_is_asked_for_alone(dtype: Any) -> None:
+    into: Any = nn.ModuleDict({"wo": nn.Linear(WIDTH, 8, bias=False).bfloat16()})
+    weights = {"wo.weight": torch.randn(8, WIDTH)}
+    load_rows(into, weights, whole(weights), kept_in_fp32=("wo",), dtype=dtype)
+    assert into["wo"].weight.dtype == torch.bfloat16
+
+
+def test_packed_layers_know_that_they_are_kept_in_float32() -> None:
+    into: Any = nn.ModuleDict({name: nn.Linear(WIDTH, 8, bias=False) for name in ("wo", "wi")})
+    weights = {f"{name}.weight": pack(torch.randn(8, WIDTH), "torchao-int8") for name in into}
+    load_rows(into, weights, whole(weights), kept_in_fp32=("wo",))
+    kept = {name: layer.lowbits_layouts["weight"].keeps_fp32 for name, layer in into.items()}
+    assert kept == {"wo": True, "wi": False}
+
+
+@pytest.mark.parametrize("names", [("embed", "head"), ("head", "embed")])
+@pytest.mark.parametrize("stored", ["embed", "head"])
+def test_a_weight_that_only_one_of_its_layers_can_hold_is_decoded(
+    names: tuple[str, str], stored: str
+) -> None:
+    made: dict[str, Any] = {
+        "embed": nn.Embedding(16, WIDTH),
+        "head": nn.Linear(WIDTH, 16, bias=False),
+    }
+    made["head"].weight = made["embed"].weight
+    into: Any = nn.ModuleDict({name: made[name] for name in names})
+    weights = {f"{stored}.weight": pack(torch.randn(16, WIDTH), "torchao-int8-dynamic")}
+    report = load_rows(into, weights, whole(weights))
+    assert not any(isinstance(layer, PackedLayer) for layer in into.values())
+    assert into["head"].weight is into["embed"].weight
+    assert report.layers[0].reason.startswith("decoded from torchao-int8-dynamic")
+
+
+def test_on_meta_what_says_no_dtype_is_as_most_of_the_rest() -> None:
+    into = on_meta()
+    state: dict[str, Tensor] = {
+        name: torch.zeros(t.shape, dtype=t.dtype if name == "count" else torch.bfloat16)
+        for name, t in into.state_dict().items()
+        if name != "head.weight"
+    }
+    for name in ("gain", "embed.weight"):
+        state[name] = state[name].float()
+    state["layers.0.weight"] = state["layers.0.weight"].to(torch.float8_e4m3fn)
+    rows = {n: [Segment(n, 0, t.shape[0] if t.ndim else 1)] for n, t in state.items()}
+    load_rows(into, state, rows)
+    assert into.embed.weight.dtype == torch.float32
+    assert into.layers[0].weight.dtype == torch.bfloat16
+
+
+class Raw(nn.Module):
+    """Has a weight of its own that is tied to a layer's."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.layer = layer
+        self.table = layer.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.layer(x) @ self.table
+        return y
+
+
+def test_a_tie_between_different_names_is_filled() -> None:
+    into = Raw(nn.Linear(WIDTH, 16, bias=False))
+    packed = pack(torch.randn(16, WIDTH), "bnb-nf4")
+    weights = {"layer.weight": packed}
+    load_rows(into, weights, whole(weights))
+    assert into(torch.ones(2, WIDTH)).isfinite().all()
+    assert torch.equal(into.table, into.layer.weight)
+
+
+def test_a_dtype_that_was_asked_for_to_compute_in_is_read(tmp_path: Path) -> None:
+    source = nn.Sequential(nn.Linear(WIDTH, WIDTH))
+    lowbits.quantize(
+        source, "torchao-int8", rules={"*": "torchao-int8"}, compute_dtype=torch.float32
+    )
+    lowbits.save(source, tmp_path / "x.safetensors")
+    into: Any = nn.Sequential(nn.Linear(WIDTH, WIDTH))
+    lowbits.load(tmp_path / "x.safetensors", into=into)
+    assert into[0].lowbits_layouts["weight"].compute_dtype == torch.float32

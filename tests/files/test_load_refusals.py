@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -46,6 +47,29 @@ def test_layers_of_another_library_are_refused(tmp_path: Path) -> None:
     expected = into(torch.ones(2, 128))
     with pytest.raises(PatchError, match="0 is a Linear8bitLt of bitsandbytes.*ordinary layers"):
         lowbits.load(tmp_path / "x.safetensors", into=into)
+    assert torch.equal(into(torch.ones(2, 128)), expected)
+
+
+class Odd(ABC, nn.Linear):
+    """Laid out otherwise: its class cannot be set."""
+
+
+@pytest.mark.parametrize("kind", ["a class", "a name"])
+def test_a_layer_that_cannot_be_packed_leaves_the_others_as_they_were(
+    tmp_path: Path, kind: str
+) -> None:
+    source = nn.Sequential(nn.Linear(128, 128), nn.LayerNorm(128), nn.Linear(128, 128))
+    lowbits.quantize(source, "gguf-q8_0", rules={"*": "gguf-q8_0"})
+    lowbits.save(source, tmp_path / "x.safetensors")
+    last = Odd(128, 128) if kind == "a class" else nn.Linear(128, 128)
+    if kind == "a name":
+        last.__dict__["weight_like"] = 1
+    into = nn.Sequential(nn.Linear(128, 128), nn.LayerNorm(128), last)
+    expected, weights = into(torch.ones(2, 128)), dict(into.named_parameters())
+    with pytest.raises(PatchError, match="2"):
+        lowbits.load(tmp_path / "x.safetensors", into=into)
+    assert [type(module) for module in into] == [nn.Linear, nn.LayerNorm, type(last)]
+    assert all(weights[name] is parameter for name, parameter in into.named_parameters())
     assert torch.equal(into(torch.ones(2, 128)), expected)
 
 

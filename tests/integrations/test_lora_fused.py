@@ -296,3 +296,29 @@ def test_streamed_states_are_those_of_resident_ones(lora: Path) -> None:
         assert torch.equal(draw("flux", pipe), draw("flux", PIPELINES["flux"].build()))
         assert {name for _, name in anatomy.tensors}
     assert torch.equal(*pictures)
+
+
+@pytest.mark.parametrize("lets_go", ["a pass", "a switch"])
+def test_what_was_fused_on_request_stays_in_all_of_its_layers(lets_go: str) -> None:
+    """Another one that has some of these layers, and not all, was switched off before."""
+    pipe: Any = PIPELINES["flux"].build()
+    handle = applied(pipe, "gguf-q8_0", {}, lora="merge")
+    model = pipe.transformer
+    for name, targets in {"one": ["to_q", "to_k"], "two": ["to_q", "to_v"]}.items():
+        config = LoraConfig(r=4, target_modules=targets, init_lora_weights=False)
+        model.add_adapter(config, adapter_name=name)
+    packed = {key: held.clone() for key, held in model.state_dict().items() if "qdata" in key}
+    model.set_adapters(["one", "two"])
+    model.fuse_lora()
+    model.set_adapters(["one"])
+    draw("flux", pipe)
+    model.unload_lora()
+    if lets_go == "a pass":
+        draw("flux", pipe)
+    else:
+        handle.switch("gguf-q8_0")
+    now = model.state_dict()
+    changed = {key for key, held in packed.items() if not torch.equal(held, now[key])}
+    layers = {layer for layer in ("to_q", "to_k", "to_v") for key in changed if f".{layer}." in key}
+    assert layers == {"to_q", "to_k"}
+    assert all((".to_q." in key or ".to_k." in key) == (key in changed) for key in packed)

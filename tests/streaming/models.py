@@ -212,3 +212,27 @@ def streamed_models(locations: tuple[str, ...] = ("cpu", "disk")) -> Iterator[St
             for _ in range(passes):
                 model(inputs())
             yield model
+
+
+class Hungry(nn.Module):
+    """A layer between others that runs out of memory at some of its calls."""
+
+    def __init__(self, at: range) -> None:
+        super().__init__()
+        self.at, self.calls = at, 0
+
+    def forward(self, x: Any) -> Any:
+        self.calls += 1
+        if self.calls - 1 in self.at:
+            raise torch.OutOfMemoryError("as asked")
+        return x
+
+
+def hungry(at: range, where: int = 2) -> tuple[nn.Sequential, Hungry]:
+    torch.manual_seed(0)
+    layer = Hungry(at)
+    blocks = [Stack(1) for _ in range(5)]
+    model = nn.Sequential(
+        *blocks[:where], nn.Sequential(blocks[where], layer), *blocks[where + 1 :]
+    )
+    return model.eval(), layer

@@ -238,3 +238,15 @@ def test_an_adapter_that_came_since_the_last_pass_is_cast_too(passes: int) -> No
             each.double()
         assert [p.dtype for p in model.parameters()] == [p.dtype for p in twin.parameters()]
         assert same(list(model.parameters()), list(twin.parameters()))
+
+
+@pytest.mark.parametrize("cache_enabled", [False, True])
+@torch.no_grad()
+def test_autocasts_cache_is_as_it_was(*, cache_enabled: bool) -> None:
+    model = reference()
+    with (
+        streamer_of(model),
+        torch.autocast("cpu", torch.bfloat16, cache_enabled=cache_enabled),
+    ):
+        model(inputs())
+        assert torch.is_autocast_cache_enabled() == cache_enabled

@@ -101,6 +101,17 @@ def test_blocks_that_stay_whole_and_share_a_layer(share: float, *, is_raw: bool)
         assert_streams(model, inputs(), budget=budget)
 
 
+def test_compiled_layers_of_a_list_that_is_too_small_to_be_cut_stay_whole() -> None:
+    model = nn.Sequential(nn.Linear(40 * WIDTH, 40 * WIDTH), Wrapper(nn.ModuleList()))
+    small = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH))
+    small.compile(backend="eager")
+    root = Wrapper(model)
+    root.small = nn.ModuleDict({"compiled": small})
+    modules = [unit.module for unit in lay_out(root, budget_bytes=0, depth=1).units]
+    assert small in modules
+    assert not set(small) & set(modules)
+
+
 def test_the_base_gives_no_more_than_is_missing() -> None:
     model = Flat(12, 4)
     whole = lay_out(model, budget_bytes=1 << 40, depth=3)

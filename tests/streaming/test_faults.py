@@ -10,7 +10,7 @@ import torch
 from diffusers.hooks import HookRegistry, ModelHook
 from streaming.models import (
     Snapshot,
-    Stack,
+    hungry,
     inputs,
     reference,
     same,
@@ -223,30 +223,6 @@ def test_copies_that_failed_beside_it_are_asked_for_again(monkeypatch: pytest.Mo
         assert same(model(inputs()), expected)
     streamer.detach()
     assert same(model(inputs()), expected)
-
-
-class Hungry(nn.Module):
-    """A layer between others that runs out of memory at some of its calls."""
-
-    def __init__(self, at: range) -> None:
-        super().__init__()
-        self.at, self.calls = at, 0
-
-    def forward(self, x: Any) -> Any:
-        self.calls += 1
-        if self.calls - 1 in self.at:
-            raise torch.OutOfMemoryError("as asked")
-        return x
-
-
-def hungry(at: range, where: int = 2) -> tuple[nn.Sequential, Hungry]:
-    torch.manual_seed(0)
-    layer = Hungry(at)
-    blocks = [Stack(1) for _ in range(5)]
-    model = nn.Sequential(
-        *blocks[:where], nn.Sequential(blocks[where], layer), *blocks[where + 1 :]
-    )
-    return model.eval(), layer
 
 
 @pytest.mark.parametrize(("mode", "when"), [(torch.no_grad, 3), (torch.inference_mode, 0)])

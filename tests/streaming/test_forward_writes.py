@@ -456,3 +456,25 @@ def test_writes_do_not_make_the_scratch_file_grow() -> None:
             model[0].linear.weight.data.add_(1)
             sizes.append(streamer.stats().disk_bytes)
     assert sizes[2:] == [sizes[2]] * 4
+
+
+class Told(Replaced):
+    """Notes whether its weight says that it wants a gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.told: list[bool] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.told.append(self.linear.weight.requires_grad)
+        return super().forward(x)
+
+
+@torch.no_grad()
+def test_weights_that_are_made_anew_say_what_the_originals_say() -> None:
+    """`torch.matmul` chooses by that how it multiplies."""
+    model: Any = nn.Sequential(*(Told() for _ in range(3))).train()
+    with streamer_of(model, budget=10**6):
+        for _ in range(3):
+            model(inputs())
+    assert all(block.told == [True] * 3 for block in model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import errno
 import gc
 import io
@@ -9,6 +10,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +24,7 @@ from lowbits.streaming.host import ALIGNMENT, Reader
 from lowbits.streaming.scratch import ScratchFile
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from torch import Tensor
 
@@ -92,6 +94,33 @@ def test_a_scratch_file_that_cannot_be_removed_is_named(
     (scratch.path.parent / "someone else's").touch()
     scratch.close()
     assert f"cannot remove {scratch.path.parent}" in caplog.text
+
+
+def test_a_scratch_file_that_is_still_read_goes_at_exit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """On Windows: a reader that is collected together with it may be closed after it."""
+    late: list[Callable[[], None]] = []
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError("in use")
+
+    def register(function: Callable[..., None], *args: object, **kwargs: object) -> None:
+        late.append(partial(function, *args, **kwargs))
+
+    monkeypatch.setattr(atexit, "register", register)
+    scratch = ScratchFile(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", refuse)
+        scratch.close()
+        assert scratch.path.exists()
+        assert len(late) == 1
+        assert not caplog.text
+        late[0]()
+        assert "cannot remove" in caplog.text
+    late[0]()
+    assert list(tmp_path.iterdir()) == []
+    assert len(late) == 1
 
 
 def test_a_folder_that_takes_no_file_is_named(tmp_path: Path) -> None:

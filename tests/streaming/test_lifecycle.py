@@ -7,6 +7,7 @@ import gc
 import threading
 import time
 import weakref
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -420,3 +421,53 @@ def test_host_memory_is_free_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     finally:
         gc.enable()
     assert made
+
+
+def test_attach_is_all_or_nothing_though_modules_hold_stand_ins_already(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = reference()
+    before = Snapshot(model)
+    original, calls = Stored.hide, []
+
+    def fail(self: Stored) -> None:
+        original(self)
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+
+    streamer = streamer_of(model, location="cpu")
+    with monkeypatch.context() as patch:
+        patch.setattr(Stored, "hide", fail)
+        with pytest.raises(KeyboardInterrupt):
+            streamer.attach()
+    before.require()
+    with streamer:
+        assert same(model(inputs()), reference()(inputs()))
+
+
+def test_host_memory_is_free_at_once_though_attach_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[weakref.ref[Tensor]] = []
+    init = HostMaster.__init__
+
+    def noted(self: HostMaster, unit: Any, flat: Tensor, *args: Any) -> None:
+        init(self, unit, flat, *args)
+        made.append(weakref.ref(flat))
+
+    def fail(_: Stored) -> None:
+        raise RuntimeError("as asked")
+
+    model = reference()
+    streamer = streamer_of(model, location="cpu")
+    gc.disable()
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(HostMaster, "__init__", noted)
+            patch.setattr(Stored, "hide", fail)
+            with suppress(RuntimeError):
+                streamer.attach()
+        assert made
+        assert not [reference for reference in made if reference() is not None]
+    finally:
+        gc.enable()
+    assert torch.is_tensor(model(inputs()))

@@ -341,3 +341,35 @@ def test_streaming_is_undone_though_a_weight_became_another(
     }
     assert all(map(same, model.parameters(), twin.parameters()))
     assert all(map(same, model.buffers(), twin.buffers()))
+
+
+@pytest.mark.parametrize("wants_grad", [False, True])
+def test_a_weight_that_became_another_wants_gradients_as_before(*, wants_grad: bool) -> None:
+    model = reference()
+    model.stem.weight.requires_grad_(wants_grad)
+    with streamer_of(model, budget=10**6), torch.no_grad():
+        model(inputs())
+        model.stem.weight.data = torch.randn(2 * WIDTH, WIDTH)
+    assert model.stem.weight.shape == (2 * WIDTH, WIDTH)
+    assert model.stem.weight.requires_grad == wants_grad
+
+
+@pytest.mark.parametrize("when", ["before", "while"])
+@pytest.mark.parametrize("part", ["stem", "blocks.1.up"])
+@torch.no_grad()
+def test_weights_that_are_swapped_for_one_pass_again_and_again(part: str, when: str) -> None:
+    """As an average of weights is tried: what is put back in between is not the unit's own."""
+    model, twin = reference(), reference()
+    layers: list[Any] = [each.get_submodule(part) for each in (model, twin)]
+    others = [nn.Parameter(layer.weight + 1) for layer in layers]
+    firsts = [layer.weight for layer in layers]
+    with streamer_of(model):
+        if when == "while":
+            firsts = [layer.weight for layer in layers]
+        for _ in range(3):
+            for weights, passes in ((others, 1), (firsts, 3)):
+                for layer, weight in zip(layers, weights, strict=True):
+                    layer.weight = weight
+                for _ in range(passes):
+                    assert same(model(inputs()), twin(inputs()))
+    assert same(model(inputs()), twin(inputs()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from streaming.models import WIDTH, inputs, same, stage_of, streamer_of
+from streaming.models import WIDTH, inputs, same, smallest_budget, stage_of, streamer_of
 from torch import nn
 
 from lowbits.errors import StreamError
@@ -227,6 +228,21 @@ def test_units_inside_units(location: str) -> None:
             assert streamer.stats().peak_device_bytes <= streamer.stats().budget_bytes
 
 
+@pytest.mark.parametrize("method", ["queue", "async", "auto"])
+@pytest.mark.parametrize("count", [3, 3.5])
+def test_units_inside_units_have_the_slots_that_they_take(method: str, count: float) -> None:
+    """Passes after a trial of both methods included."""
+    model = Nesting()
+    expected = model(inputs())
+    budget = int(count * smallest_budget(model, depth=1))
+    with streamer_of(model, budget=budget, method=method, depth="auto") as streamer:
+        for _ in range(8):
+            assert same(model(inputs()), expected)
+        stats = streamer.stats()
+    assert stats.depth == 3
+    assert stats.peak_device_bytes <= stats.budget_bytes
+
+
 def test_a_unit_inside_a_unit_without_a_slot_is_told() -> None:
     model = Nesting()
     expected = model(inputs())
@@ -238,3 +254,17 @@ def test_a_unit_inside_a_unit_without_a_slot_is_told() -> None:
     with streamer_of(model, depth=4):
         assert same(model(inputs()), expected)
     assert same(model(inputs()), expected)
+
+
+def test_units_inside_units_leave_nothing_behind() -> None:
+    model = Nesting()
+    expected = model(inputs())
+    with streamer_of(model, depth=3) as streamer:
+        counts = []
+        for _ in range(6):
+            assert same(model(inputs()), expected)
+            gc.collect()
+            residency = stage_of(streamer)._residency
+            assert residency is not None
+            counts.append(sum(len(home.rivals) for home in residency._homes))
+        assert counts[-1] == counts[1]

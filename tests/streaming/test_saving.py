@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import threading
+import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -254,3 +256,43 @@ def test_what_others_ask_of_weights() -> None:
         assert next(model.parameters()).is_floating_point()
         vector = nn.utils.parameters_to_vector(model.parameters())
         assert torch.equal(vector, nn.utils.parameters_to_vector(plain.parameters()))
+
+
+def test_a_state_dict_waits_for_the_forward_of_another_thread() -> None:
+    """It would take the weights from under it for a moment."""
+    model, expected = reference(), reference()(inputs())
+    started, is_running, seen = threading.Event(), threading.Event(), []
+
+    def begin(*_: Any) -> None:
+        is_running.set()
+        started.set()
+        time.sleep(0.05)
+
+    with streamer_of(model):
+        model.blocks[0].register_forward_pre_hook(begin)
+        model.blocks[3].register_forward_hook(lambda *_: is_running.clear())
+        hook: Any = model.register_state_dict_pre_hook
+        hook(lambda *_: seen.append(is_running.is_set()))
+        results: list[Any] = []
+        thread = threading.Thread(target=lambda: results.append(model(inputs())))
+        thread.start()
+        assert started.wait(10)
+        model.state_dict()
+        thread.join(10)
+    assert seen == [False]
+    assert same(results[0], expected)
+
+
+@pytest.mark.parametrize("passes", [0, 1])
+@torch.no_grad()
+def test_what_is_of_another_shape_is_copied_as_it_is(passes: int) -> None:
+    model = reference()
+    layer: Any = model.blocks[1].up
+    with streamer_of(model):
+        for _ in range(passes):
+            model(inputs())
+        before, layer.weight = layer.weight, nn.Parameter(torch.ones(3, WIDTH))
+        copied = copy.deepcopy(model)
+        assert copied.blocks[1].up.weight.shape == (3, WIDTH)
+        layer.weight = before
+        assert same(model(inputs()), reference()(inputs()))

@@ -6,15 +6,27 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from streaming.models import WIDE, Snapshot, Stack, frozen, inputs, reference, same, streamer_of
+from streaming.models import (
+    WIDE,
+    Block,
+    Snapshot,
+    Stack,
+    Wrapper,
+    frozen,
+    inputs,
+    reference,
+    same,
+    streamer_of,
+)
+from torch import nn
 from torch._dynamo.utils import counters
 
 import lowbits
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
-    from torch import nn
+    from torch import Tensor
 
 METHODS = ("queue", "async")
 ROOM = 8_000
@@ -140,6 +152,43 @@ def test_fullgraph_of_the_whole_names_the_way_out(how: str) -> None:
             compiled = model
         with pytest.raises(Exception, match="compile_repeated_blocks"):
             compiled(inputs())
+
+
+def compile_children(model: nn.Module) -> None:
+    for child in model.children():
+        child.compile(backend="eager", fullgraph=True)
+
+
+def replace_by_compiled(model: nn.Module) -> None:
+    for name, child in list(model.named_children()):
+        model.add_module(name, torch.compile(child, backend="eager", fullgraph=True))  # type: ignore[arg-type] # torch types it as a function
+
+
+class Attributes(nn.Module):
+    """What is compiled is in no list, and made of smaller modules, in lists too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = Wrapper(nn.Sequential(Block(), Block()))
+        self.mid = nn.Sequential(Block(), Block())
+        self.last = Block()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.last(self.mid(self.first(x)))
+        return out
+
+
+@pytest.mark.parametrize("compiled", [compile_children, replace_by_compiled])
+def test_what_is_compiled_is_never_cut(compiled: Callable[[nn.Module], None]) -> None:
+    model = Attributes()
+    with torch.no_grad():
+        expected = model(inputs())
+        compiled(model)
+        with streamer_of(model) as streamer:
+            names = [unit.name for unit in streamer.stats().units if not unit.is_base]
+            assert names == ["first", "mid", "last"]
+            for _ in range(3):
+                assert same(model(inputs()), expected)
 
 
 def test_a_compiled_block_that_had_to_be_split_says_so() -> None:

@@ -17,6 +17,7 @@ from streaming.models import (
     Stack,
     assert_streams,
     inputs,
+    reference,
     same,
     smallest_budget,
     streamer_of,
@@ -279,3 +280,12 @@ def test_slots_are_poisoned_before_every_load(
     with torch.no_grad():
         for depth in (1, 3):
             assert_streams(model, x, depth=depth, method=method, location=location)
+
+
+def test_a_read_of_a_weight_that_is_not_there_is_a_miss() -> None:
+    model = reference()
+    with streamer_of(model) as streamer:
+        model(inputs())
+        before = sum(unit.misses for unit in streamer.stats().units)
+        _ = model.blocks[1].up.weight + 1
+        assert sum(unit.misses for unit in streamer.stats().units) == before + 1

@@ -13,6 +13,7 @@ from streaming.models import (
     Stack,
     assert_streams,
     inputs,
+    reference,
     same,
     streamer_of,
 )
@@ -211,3 +212,10 @@ def test_a_parameter_that_is_made_of_a_stand_in_is_an_ordinary_one() -> None:
     assert not same(model(inputs()), expected)
     up.weight.data.mul_(0.5)
     assert same(model(inputs()), expected)
+
+
+def test_an_empty_tensor_needs_no_bytes() -> None:
+    model, expected = reference(), reference()(inputs())
+    model.register_buffer("empty", torch.empty(0, device="meta"))
+    with streamer_of(model, budget=10**6):
+        assert same(model(inputs()), expected)

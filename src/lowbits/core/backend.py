@@ -12,7 +12,7 @@ from torch.nn import functional
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from torch import dtype, nn
+    from torch import device, dtype, nn
 
     from lowbits.core.foreign import Foreign
     from lowbits.core.scheme import Scheme
@@ -40,6 +40,10 @@ class Packed:
 
     def __getitem__(self, name: str) -> Tensor:
         return self.tensors[name]
+
+    def to(self, device: device) -> Packed:
+        """Return it on a device."""
+        return replace(self, tensors={name: t.to(device) for name, t in self.tensors.items()})
 
     def rows_at_once(self, limit: int) -> int:
         """Return how many rows to ask `QuantBackend.unpack` for at a time, at most ``limit``.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import importlib
 import math
 import sys
 import threading
@@ -174,12 +175,14 @@ def return_freed_memory() -> None:
 
 def available_host_bytes() -> int | None:
     """Return the host bytes that may still be taken, cgroup's limit included; None if unknown."""
-    candidates = [_linux_available(), _cgroup_available()]
+    candidates = [_system_available(), _cgroup_available()]
     known = [value for value in candidates if value is not None]
     return min(known) if known else None
 
 
-def _linux_available() -> int | None:
+def _system_available() -> int | None:
+    if sys.platform != "linux":
+        return int(importlib.import_module("psutil").virtual_memory().available)
     path = Path("/proc/meminfo")
     if not path.exists():
         return None

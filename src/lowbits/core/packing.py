@@ -90,17 +90,19 @@ def packed_parts(
 
 @torch.no_grad()
 def _pack_part(part: Tensor, scheme: Scheme, backend: QuantBackend, device: torch.device) -> Packed:
-    values = part.to(device)
+    # Metal has neither float8 nor float64, and its memory is the host's.
+    maker = torch.device("cpu") if device.type == "mps" else device
+    values = part.to(maker)
     if values.dtype != torch.float32 or not values.is_contiguous():
         values = temporary("rows", values, torch.float32).copy_(values)
     # Part by part: torch.isfinite makes a copy of what it looks at.
-    pieces = torch.split(values.view(-1), part_weights(device))
+    pieces = torch.split(values.view(-1), part_weights(maker))
     bad: int = sum(_count_bad(piece) for piece in pieces)
     if bad:
         raise NonFiniteWeightError(f"{bad} of its values are NaN or infinite")
     packed = backend.pack(values, scheme)
     _require_finite(packed, values, backend)
-    return packed
+    return packed if maker == device else packed.to(device)
 
 
 def are_finite(values: Tensor) -> bool:

@@ -39,7 +39,7 @@ def requantized(decisions: Sequence[Decision], policy: str) -> tuple[str, ...]:
         steps[f"{decision.stored_as} to {decision.scheme.name}"].append(decision)
     text = twice_text(
         {
-            step: (len(group), sum({d.tie: d.nbytes for d in group}.values()))
+            step: (len(nbytes := {d.tie: d.nbytes for d in group}), sum(nbytes.values()))
             for step, group in steps.items()
         }
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final, cast, final
 
@@ -24,7 +25,7 @@ from lowbits.core.source import MemorySource, NoSource, PackedSource, Source
 from lowbits.errors import PatchError, SourceUnavailableError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from lowbits.core.backend import Packed
     from lowbits.core.foreign import Foreign
@@ -449,30 +450,43 @@ class Takeover:
 def take_over(takeovers: Sequence[Takeover]) -> None:
     """Turn layers of other libraries into packed ones, in place: all of them, or none."""
     journal = Journal()
-    done: list[tuple[nn.Module, type[nn.Module], dict[str, Any]]] = []
     moved: list[tuple[dict[str, nn.Module | None], str, nn.Module | None]] = []
     try:
-        for takeover in takeovers:
-            module = takeover.module
-            done.append((module, type(module), dict(module.__dict__)))
-            module.__class__ = takeover.base
-            if takeover.foreign:
-                _strip(module.__dict__, takeover.foreign)
-            journal.install(module, takeover.packed, takeover.fqn)
-        for takeover in takeovers:
-            for parent, name in takeover.places:
-                moved.append((parent._modules, name, parent._modules[name]))
-                parent._modules[name] = takeover.module
+        with all_or_none() as note:
+            for takeover in takeovers:
+                module = takeover.module
+                note(module)
+                module.__class__ = takeover.base
+                if takeover.foreign:
+                    _strip(module.__dict__, takeover.foreign)
+                journal.install(module, takeover.packed, takeover.fqn)
+            for takeover in takeovers:
+                for parent, name in takeover.places:
+                    moved.append((parent._modules, name, parent._modules[name]))
+                    parent._modules[name] = takeover.module
     except BaseException:
         for modules, name, before in reversed(moved):
             modules[name] = before
-        for module, cls, state in reversed(done):
+        raise
+    for takeover in takeovers:
+        takeover.module.__dict__.pop(_OWNER, None)
+
+
+@contextmanager
+def all_or_none() -> Iterator[Callable[[nn.Module], None]]:
+    """Give modules their classes and attributes back if what is done with them fails.
+
+    Yields what has to be told of a module before it is changed. Unlike `undo`, it needs no sources.
+    """
+    noted: list[tuple[nn.Module, type[nn.Module], dict[str, Any]]] = []
+    try:
+        yield lambda module: noted.append((module, type(module), dict(module.__dict__)))
+    except BaseException:
+        for module, cls, state in reversed(noted):
             module.__class__ = cls
             module.__dict__.clear()
             module.__dict__.update(state)
         raise
-    for module, *_ in done:
-        module.__dict__.pop(_OWNER, None)
 
 
 def _strip(state: dict[str, Any], foreign: Foreign) -> None:

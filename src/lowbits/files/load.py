@@ -18,7 +18,7 @@ from lowbits.core.report import LayerReport, Report
 from lowbits.core.scheme import NATIVE, rows_of
 from lowbits.core.select import tensor_kind, unsuitable_module
 from lowbits.core.source import NoSource
-from lowbits.core.surgery import Journal, PackedParameters, packed_parameters, undo
+from lowbits.core.surgery import Journal, PackedParameters, all_or_none, packed_parameters
 from lowbits.errors import AlreadyPatchedError, FormatError, PatchError
 from lowbits.files.rows import RowReader, in_float32
 from lowbits.progress import CancelToken, ProgressCallback, ProgressEvent
@@ -176,13 +176,14 @@ def install(staged: Sequence[Staged]) -> Report:
     """
     journal, before = Journal(), []
     try:
-        for part in staged:
-            for item in part.loaded:
-                before += _put_plain(item)
-            for module, (fqn, packed) in _packed_by_module(part).items():
-                journal.install(module, packed, fqn)
+        with all_or_none() as note:
+            for part in staged:
+                for item in part.loaded:
+                    before += _put_plain(item)
+                for module, (fqn, packed) in _packed_by_module(part).items():
+                    note(module)
+                    journal.install(module, packed, fqn)
     except BaseException:
-        undo([journal])
         for holder, tensor in before:
             holder.slots[holder.name] = tensor
         raise

@@ -132,7 +132,7 @@ class Adapters:
         """Let merged adapters act beside their layers again, whose weights are the originals."""
         for wrapper in self._wrappers:
             state = state_of(wrapper)
-            note_merged(wrapper, state, state.inside, ())
+            note_merged(wrapper, state, state.inside, {})
             state.is_dirty = False
 
     def merge(self) -> None:
@@ -147,8 +147,8 @@ class Adapters:
             self._refuse_others()
             wanted = [(wrapper, acting(wrapper)) for wrapper in self._present()]
             self.write((w, scales) for w, scales in wanted if not state_of(w).holds(scales))
-            for wrapper, _ in wanted:
-                state_of(wrapper).is_automatic = False
+            for wrapper, scales in wanted:
+                state_of(wrapper).asked |= scales.keys()
 
     def _refuse_others(self, *, is_asked: bool = True) -> None:
         """Raise where an adapter acts on a packed layer that it cannot be merged into.
@@ -192,12 +192,10 @@ class Adapters:
         wrapped = {id(wrapper.base_layer) for wrapper in self._present()}
         found = {}
         for layer, state in self._merged.items():
-            if state.is_automatic:
-                found[layer] = _Fused(state.baked, {})
-            elif id(layer) in wrapped:
-                found[layer] = _Fused(state.baked, state.merged)
-            else:
-                found[layer] = _Fused((*state.baked, *state.deltas), {})
+            is_wrapped = id(layer) in wrapped
+            found[layer] = (
+                _Fused(state.baked, state.kept) if is_wrapped else _Fused(state.lasting, {})
+            )
         return found
 
     @torch.no_grad()
@@ -220,10 +218,10 @@ class Adapters:
                 state = State(self) if wrapper is None else state_of(wrapper)
                 if deltas:
                     state.baked = deltas
-                    self._rewrite(layer, state, (*deltas, *state.deltas))
+                    self._rewrite(layer, state, (*deltas, *state.deltas.values()))
                 if wrapper is not None and scales:
                     self.write([(wrapper, scales)])
-                    state.is_automatic = False
+                    state.asked |= scales.keys()
         if lost:
             logger.warning(
                 "a LoRA that was fused and unloaded is gone from %d layers, which are not packed "
@@ -249,8 +247,6 @@ class Adapters:
             if self._is_lenient:
                 changed = [change for change in changed if self._can_write(*change)]
             self.write(changed)
-            for wrapper, _ in changed:
-                state_of(wrapper).is_automatic = True
             wrapped = {id(wrapper.base_layer) for wrapper in present}
             for layer in list(self._merged):
                 if id(layer) not in wrapped:
@@ -260,7 +256,8 @@ class Adapters:
         """Take out of a layer that is not wrapped any more what nobody has asked to merge."""
         with self._lock:
             state = self._merged.get(layer)
-            if state is not None and state.is_automatic:
+            if state is not None and not state.asked.issuperset(state.merged):
+                state.baked = state.lasting
                 self._reset(layer, state)
 
     def settle(self, *, takes_out: bool = False) -> None:
@@ -273,8 +270,8 @@ class Adapters:
             changed = []
             for wrapper in self._present():
                 state = state_of(wrapper)
-                is_taken = takes_out and state.is_automatic
-                scales = state.inside if is_taken else settled(wrapper)
+                is_taken = takes_out and not state.asked.issuperset(state.merged)
+                scales = {**state.inside, **state.kept} if is_taken else settled(wrapper)
                 if wrapper.base_layer in self._merged and not state.holds(scales):
                     changed.append((wrapper, scales))
             self.write(changed)
@@ -295,12 +292,10 @@ class Adapters:
         merged = [name for name in wrapper.merged_adapters if name in wrapper.scaling]
         inside = {name: wrapper.scaling[name] for name in merged}
         state = State(self, inside)
-        before = self._merged.get(layer)
-        if before is not None and before.is_automatic:
-            self._reset(layer, before)
-        if before is not None and layer in self._merged:
+        self.let_go(layer)
+        if (before := self._merged.get(layer)) is not None:
             # Merged for good and unwrapped since: it stays, whatever comes.
-            state.baked = (*before.baked, *before.deltas)
+            state.baked = before.lasting
             self._merged[layer] = state
         wrapper.__dict__[KEY] = state
         put_in_front(wrapper, AdapterLayer)
@@ -357,17 +352,17 @@ class Adapters:
             _read(*found)  # says why there is none
         return found
 
-    def _deltas(self, wrapper: Any, scales: Scales) -> tuple[Delta, ...]:
+    def _deltas(self, wrapper: Any, scales: Scales) -> dict[str, Delta]:
         """Return what has to be added to a layer's source; raise where that cannot be done."""
         fqn, _ = self._source(wrapper.base_layer)
         self._refuse_tied(wrapper.base_layer, fqn)
         inside = state_of(wrapper).inside
         change = {n: scales.get(n, 0.0) - inside.get(n, 0.0) for n in {**inside, **scales}}
-        return tuple(
-            delta_of(wrapper, name, scale, fqn, is_inside=name in inside)
+        return {
+            name: delta_of(wrapper, name, scale, fqn, is_inside=name in inside)
             for name, scale in change.items()
             if scale
-        )
+        }
 
     def _refuse_tied(self, layer: PackedLayer, fqn: str) -> None:
         owned = self._handle()
@@ -381,7 +376,7 @@ class Adapters:
         state, layer = state_of(wrapper), wrapper.base_layer
         deltas = self._deltas(wrapper, scales)
         before = None if layer in self._merged else packed_weight(layer)
-        merged, parts = self._quantize(layer, (*state.baked, *deltas))
+        merged, parts = self._quantize(layer, (*state.baked, *deltas.values()))
         if before is not None and deltas and _bits(layer) < _FEW_BITS:
             survival.add(merged, before, parts, layer.lowbits_layouts["weight"].backend)
         # Noted first: what an interrupt leaves half written is written again.
@@ -408,7 +403,8 @@ class Adapters:
     def _reset(self, layer: Any, state: State) -> None:
         """Give a layer that no adapter wraps any more the codes of its weight and what is baked."""
         self._rewrite(layer, state, state.baked)
-        state.merged, state.deltas, state.is_automatic = dict(state.inside), (), False
+        state.merged, state.deltas = dict(state.inside), {}
+        state.asked = frozenset(state.inside)
         state.factors, state.is_dirty = [], False
 
     def _rewrite(self, layer: Any, state: State, deltas: Sequence[Delta]) -> None:

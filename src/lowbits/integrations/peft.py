@@ -58,9 +58,9 @@ class State:
     Attributes:
         inside: adapters that were merged before the layer was packed, and are in its source.
         merged: adapters that are in the codes.
-        deltas: what those of `merged` that are not `inside` add to the source.
+        asked: those of `merged` that were merged on request: they stay where peft lets go of them.
+        deltas: what those of `merged` that are not `inside` add to the source, by name.
         baked: what adapters add that peft has let go of, after they were merged.
-        is_automatic: whether they were merged without being asked for, one by one.
         is_dirty: whether writing the codes was begun and not finished.
         factors: tensors of what was merged: who holds each, by which name, and its count of writes.
     """
@@ -68,9 +68,10 @@ class State:
     def __init__(self, adapters: Adapters | None = None, inside: Scales | None = None) -> None:
         self.adapters = weakref.ref(adapters) if adapters is not None else lambda: None
         self.inside, self.merged = dict(inside or {}), dict(inside or {})
-        self.deltas: tuple[Delta, ...] = ()
+        self.asked = frozenset(self.inside)
+        self.deltas: dict[str, Delta] = {}
         self.baked: tuple[Delta, ...] = ()
-        self.is_automatic = self.is_dirty = False
+        self.is_dirty = False
         self.factors: list[tuple[dict[str, Any], str, Tensor, int | None]] = []
 
     def holds(self, scales: Scales) -> bool:
@@ -80,6 +81,16 @@ class State:
             slots.get(name) is tensor and write_count(tensor) == version
             for slots, name, tensor, version in self.factors
         )
+
+    @property
+    def kept(self) -> Scales:
+        """What was merged on request, with the strengths that it has."""
+        return {name: scale for name, scale in self.merged.items() if name in self.asked}
+
+    @property
+    def lasting(self) -> tuple[Delta, ...]:
+        """What stays in the codes where peft lets go of all adapters."""
+        return *self.baked, *(delta for name, delta in self.deltas.items() if name in self.asked)
 
     def __reduce__(self) -> tuple[type[State], tuple[()]]:
         return State, ()
@@ -107,7 +118,7 @@ class AdapterLayer(nn.Module):
         names = _active(self) if adapter_names is None else adapter_names
         scales = {name: self.scaling[name] for name in names if name in self.scaling}
         _write(self, {**state.merged, **scales})
-        state.is_automatic = False
+        state.asked |= scales.keys()
 
     def unmerge(self) -> None:
         """Take all adapters out of the codes."""
@@ -153,9 +164,10 @@ def state_of(wrapper: nn.Module) -> State:
     return state
 
 
-def note_merged(wrapper: Any, state: State, scales: Scales, deltas: tuple[Delta, ...]) -> None:
+def note_merged(wrapper: Any, state: State, scales: Scales, deltas: dict[str, Delta]) -> None:
     """Say which adapters are in the codes, to peft as well."""
     state.merged, state.deltas = dict(scales), deltas
+    state.asked &= scales.keys()
     state.factors = list(_factors(wrapper, scales))
     wrapper.merged_adapters = list(scales)
 
@@ -187,8 +199,7 @@ def settled(wrapper: Any) -> Scales:
 
     What acts, and what was merged by its name, acting or not.
     """
-    state = state_of(wrapper)
-    return {**({} if state.is_automatic else state.merged), **acting(wrapper)}
+    return {**state_of(wrapper).kept, **acting(wrapper)}
 
 
 def wants_grad(wrapper: nn.Module) -> bool:

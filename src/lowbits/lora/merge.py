@@ -189,8 +189,8 @@ class Survival:
             added = merged.added(*rows)
             change = backend.unpack(part, torch.float32)
             change = change - backend.unpack(before, torch.float32, rows=rows)
-            self._found += float((change * added).sum(dtype=torch.float64))
-            self._meant += float(added.square().sum(dtype=torch.float64))
+            self._found += _sum(change * added)
+            self._meant += _sum(added.square())
             start = rows[1]
 
     @property
@@ -202,3 +202,8 @@ class Survival:
     def share(self) -> float:
         """The figure; 1 where nothing was added."""
         return self._found / self._meant if self._meant else 1.0
+
+
+def _sum(rows: Tensor) -> float:
+    """Add up a matrix, its rows' sums in float64, which not every device has."""
+    return float(rows.sum(1).cpu().sum(dtype=torch.float64))

@@ -116,6 +116,7 @@ class Component:
                 loose.give_back()
             raise
         self.units, self.base = done[:-1], done[-1]
+        del self._layout  # it knows adapters, which may go
 
     def _stored(self, unit: Unit, *, is_base: bool) -> Stored:
         return Stored(unit, self.tier.store(unit), self._device, is_base=is_base)

@@ -158,9 +158,7 @@ class _Cut:
         What is in units is there because several have it: it would come back.
         """
         inside = {id(module) for unit in self.layout.units for module in unit.module.modules()}
-        # torch's attention computes with its child's weights, and does not call it.
-        attentions = [m for m in self.root.modules() if isinstance(m, nn.MultiheadAttention)]
-        wholes = {id(child): whole for whole in attentions for child in whole.modules()}
+        wholes = _wholes(self.root)
         sizes: dict[nn.Module, int] = defaultdict(int)
         for place in self.layout.base.places:
             module = place.holders[0].module
@@ -176,10 +174,29 @@ class _Cut:
 
 
 def _blocks(module: nn.Module, least: float) -> list[nn.Module]:
-    """Return the elements of the outermost containers of a model, but of small ones."""
+    """Return the elements of the outermost containers of a model, but of small ones.
+
+    What is compiled, but for the model itself, is one, too.
+    """
     if isinstance(module, _CONTAINERS):
         return _callable(module) if _tree_bytes(module) > least else []
-    return [block for child in module.children() for block in _blocks(child, least)]
+    found: list[nn.Module] = []
+    for child in module.children():
+        is_whole = _is_compiled(child) and _tree_bytes(child)
+        found += [child] if is_whole else _blocks(child, least)
+    return found
+
+
+def _wholes(root: nn.Module) -> dict[int, nn.Module]:
+    """Return what each module of a model is not to be moved without, by their identities."""
+    wholes: dict[int, nn.Module] = {}
+    for module in root.modules():
+        # torch's attention computes with its child's weights, and does not call it.
+        is_graph = module is not root and _is_compiled(module)
+        if is_graph or isinstance(module, nn.MultiheadAttention):
+            for part in module.modules():
+                wholes.setdefault(id(part), module)
+    return wholes
 
 
 def _callable(module: nn.Module) -> list[nn.Module]:

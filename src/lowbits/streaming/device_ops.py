@@ -186,7 +186,8 @@ class UnifiedOps(SynchronousOps):
 
     def release_cached(self) -> None:
         """Give cached memory back."""
-        torch.accelerator.empty_cache()
+        # torch.accelerator does it for MPS from torch 2.13 on.
+        torch.get_device_module(self.device).empty_cache()
 
 
 @final

@@ -94,10 +94,16 @@ class HookGuard:
         self._guarded: list[tuple[nn.Module, Any, bool]] = []
 
     def install(self) -> None:
-        """Give every module a registry that refuses; nothing where diffusers has none, or twice."""
+        """Give every module a registry that refuses; nothing where diffusers has none, or twice.
+
+        Raises:
+            PatchError: a module has such a hook already; nothing is changed.
+        """
         base: Any = getattr(sys.modules.get("diffusers.hooks"), "HookRegistry", None)
         if base is None or self._guarded:
             return
+        for name, module in self._root.named_modules():
+            refuse_foreign(module, name or type(module).__name__)  # while it was removed
         for module in self._root.modules():
             is_new = _REGISTRY not in module.__dict__
             registry = module.__dict__.setdefault(_REGISTRY, base(module) if is_new else None)

@@ -115,7 +115,7 @@ def make_plan(
     bandwidth: float,
     budget_bytes: int,
     fixed_bytes: int,
-    depth: int | None,
+    depth: int | range | None,
     prefetch: bool,
     device: str = "device",
 ) -> StreamPlan:
@@ -128,9 +128,10 @@ def make_plan(
         bandwidth: of the link in bytes per second, above 0.
         budget_bytes: that fixed bytes, residents and slots may take together.
         fixed_bytes: on the device besides units.
-        depth: number of slots, at least 1; None: three, or another number where that is worth 1 %.
-            No more are made than there are units to use them.
-        prefetch: False: a copy starts only when its unit is entered, so one slot is all it takes.
+        depth: number of slots, at least 1; a range: one of these, three where no other one is worth
+            1 % more; None: of all. No more are made than there are units to use them.
+        prefetch: False: a copy starts only when its unit is entered, so one slot is all it takes,
+            or as many as a range begins with: for units that are called inside others.
         device: whose memory it is, for messages.
 
     Raises:
@@ -139,8 +140,13 @@ def make_plan(
     search = _Search(costs, order, bandwidth, budget_bytes - fixed_bytes, prefetch=prefetch)
     if search.fits(everything := search.layout(frozenset(range(len(costs))), 1)):
         return _plan(search, search.candidate(everything), fixed_bytes)
-    exact = 1 if depth is None or not prefetch else search.slots_at_most(depth)
-    best = search.fastest() if depth is None and prefetch else search.best(exact)
+    depths = range(1, DEEPEST + 1) if depth is None else depth
+    if isinstance(depths, range):
+        exact = search.slots_at_most(depths.start)
+        best = search.fastest(depths) if prefetch else search.best(exact)
+    else:
+        exact = search.slots_at_most(depths) if prefetch else 1
+        best = search.best(exact)
     if best is None:
         raise _too_small(search.smallest(exact), budget_bytes, fixed_bytes, device)
     return _plan(search, best, fixed_bytes)
@@ -299,16 +305,17 @@ class _Search:
         bound_s = max(self.pass_s, simulated.copy_s)
         return _Candidate(layout, simulated, max(bound_s, simulated.wall_s), bound_s)
 
-    def fastest(self) -> _Candidate | None:
-        """Return the best candidate of all depths, beginning with the usual one.
+    def fastest(self, depths: range) -> _Candidate | None:
+        """Return the best candidate of some depths, beginning with the usual one.
 
         Times that vary from pass to pass cost 7 % with two slots where three lose 2 %, which the
         simulation of equal passes does not see: fewer than three have to gain something in it.
         """
         best: _Candidate | None = None
+        possible = range(self.slots_at_most(depths.start), self.slots_at_most(depths.stop - 1) + 1)
         for depth in (*range(_USUAL_DEPTH, DEEPEST + 1), *range(_USUAL_DEPTH - 1, 0, -1)):
             is_enough = best is not None and best.wall_s <= best.bound_s * _WORTHWHILE
-            if depth > max(1, len(self.called)) or (depth > _USUAL_DEPTH and is_enough):
+            if depth not in possible or (depth > _USUAL_DEPTH and is_enough):
                 continue
             found = self.best(depth)
             if found and (best is None or found.wall_s * _WORTHWHILE < best.wall_s):

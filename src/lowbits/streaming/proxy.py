@@ -196,7 +196,12 @@ _ANSWERS: Final[dict[str, Callable[[StreamedTensor], Any]]] = {
 
 #: Functions that write into what they are given, although nothing in their names says so:
 #: running statistics, and the rows that ``max_norm`` scales.
-_SECRET_WRITERS: Final = frozenset(("batch_norm", "instance_norm", "embedding", "embedding_bag"))
+_SECRET_WRITERS: Final = frozenset(
+    (
+        *("batch_norm", "native_batch_norm", "_native_batch_norm_legit", "instance_norm"),
+        *("embedding", "embedding_bag"),
+    )
+)
 
 
 def _may_write(func: Callable[..., Any], kwargs: Mapping[str, Any]) -> bool:

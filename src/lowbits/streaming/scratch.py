@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import multiprocessing
 import os
@@ -133,13 +134,18 @@ class ScratchFile:
             done += self._raw.write(view[done : done + _CHUNK_BYTES])
 
 
-def _remove_scratch(raw: FileIO, path: Path, owner: int) -> None:
+def _remove_scratch(raw: FileIO, path: Path, owner: int, *, is_last: bool = False) -> None:
     raw.close()
     if os.getpid() != owner:
         return
     try:
         path.unlink(missing_ok=True)
         path.parent.rmdir()
+    except PermissionError as error:
+        if is_last:
+            logger.warning("cannot remove %s: %s", path.parent, error)
+        else:  # Windows, while a reader is open that is collected together with this
+            atexit.register(_remove_scratch, raw, path, owner, is_last=True)
     except OSError as error:
         logger.warning("cannot remove %s: %s", path.parent, error)
 

@@ -12,10 +12,10 @@ import torch
 from lowbits.errors import InsufficientMemoryError
 from lowbits.streaming.autograd import refuse_training, reread_for_backward
 from lowbits.streaming.order import CallOrder
-from lowbits.streaming.plan import StreamPlan, UnitCost, least_bytes, make_plan
+from lowbits.streaming.plan import DEEPEST, StreamPlan, UnitCost, least_bytes, make_plan
 from lowbits.streaming.residency import Residency
 from lowbits.streaming.timing import MethodTrial, Timing
-from lowbits.streaming.transfer import DirectTransfer, InlineTransfer, ThreadTransfer, Transfer
+from lowbits.streaming.transfer import Transfer, make_transfer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -73,13 +73,11 @@ class Stage:
         self._ops, self._depth = ops, depth
         self._trial = MethodTrial() if method == "auto" else None
         self.method = "async" if method == "auto" else method
-        self._parked_bytes = 0
+        self._parked_bytes = self._budget_bytes = self._running = 0
         self._limit_bytes: int | None = None
         self._is_warm = False
-        self._running = 0
-        # Whether a unit was ever called inside another: plans do not know which must not share.
-        self._is_nested = False
-        self._budget_bytes = 0
+        # How many units were in use at once: plans do not know which must not share.
+        self._nesting = 1
         self._transfer: Transfer | None = None
         self._residency: Residency | None = None
         self._number_entries()
@@ -160,7 +158,7 @@ class Stage:
     @property
     def can_shrink(self) -> bool:
         """Whether less of the device would do."""
-        return self.plan is not None and self.plan.device_bytes > self._one_slot_bytes
+        return self.plan is not None and self.plan.device_bytes > self._bytes_of(self._nesting)
 
     def writes(self) -> list[int | None]:
         """Return how often each weight was written, wherever that is counted."""
@@ -199,15 +197,14 @@ class Stage:
     @property
     def minimum_bytes(self) -> int:
         """The smallest budget that the stage can run in, with the slots that were asked for."""
-        if self._depth is None or self.method == "queue":
-            return self._one_slot_bytes
-        nbytes = [entry.unit.nbytes for entry in self._units]
-        return self.fixed_bytes + least_bytes(nbytes, self._order.expected, self._depth)
+        is_free = self._depth is None or self.method == "queue"
+        return self._bytes_of(self._nesting if is_free else self._depth or 1)
 
-    @property
-    def _one_slot_bytes(self) -> int:
-        largest = max((entry.unit.nbytes for entry in self._units), default=0)
-        return self.fixed_bytes + largest
+    def _bytes_of(self, depth: int) -> int:
+        nbytes = [entry.unit.nbytes for entry in self._units]
+        if depth == 1:
+            return self.fixed_bytes + max(nbytes, default=0)
+        return self.fixed_bytes + least_bytes(nbytes, self._order.expected, depth)
 
     def activate(self, budget_bytes: int) -> None:
         """Make a plan, and bring the bases to the device.
@@ -225,25 +222,18 @@ class Stage:
 
     def _make_plan(self) -> StreamPlan:
         if self._transfer is None:
-            self._transfer = self._make_transfer()
+            masters = [entry.master for entry in self._entries]
+            self._transfer = make_transfer(self._ops, masters, is_ahead=self.method == "async")
         return make_plan(
             [UnitCost(e.unit.nbytes, e.compute_s) for e in self._units],
             self._order.expected,
             bandwidth=self.timing.bandwidth,
             budget_bytes=min(self._budget_bytes, self.wanted_bytes),
             fixed_bytes=self.fixed_bytes,
-            depth=self._depth,
+            depth=self._depth or range(self._nesting, DEEPEST + 1),
             prefetch=self.method == "async",
             device=str(self._ops.device),
         )
-
-    def _make_transfer(self) -> Transfer:
-        is_pinned = all(entry.master.is_pinned for entry in self._entries)
-        if self._ops.has_streams and is_pinned:
-            return DirectTransfer(self._ops)
-        if self.method == "queue" or not self._ops.copies_in_threads:
-            return InlineTransfer(self._ops)
-        return ThreadTransfer(self._ops)
 
     def _use_plan(self, plan: StreamPlan) -> None:
         assert self._transfer
@@ -406,7 +396,7 @@ class Stage:
         loads = [e.unit.nbytes / self.timing.bandwidth for e in self._units]
         now = self.plan.simulate(order, costs, loads, prefetch=self.method == "async")
         # Where copies take longer, fewer slots, and more residents, may leave less to be copied.
-        if now.wall_s > _GOOD_ENOUGH * compute_s and not self._is_nested:
+        if now.wall_s > _GOOD_ENOUGH * compute_s and self._nesting == 1:
             better = self._make_plan()
             if better.predicted_s < (1 - _GAIN) * now.wall_s:
                 self._use_plan(better)
@@ -425,9 +415,12 @@ class Stage:
 
     def run_unit(self, entry: Stored, forward: Callable[[], Any]) -> Any:
         """Run a unit's forward with its bytes on the device."""
-        residency, number = self._residency, self._numbers[entry]
-        assert residency is not None
+        number = self._numbers[entry]
         entry.check()
+        if self._running >= self._nesting:
+            self._nest()
+        residency = self._residency
+        assert residency is not None
         if not self._is_in_pass:
             self._see_pass(number)
             residency = self._residency or residency
@@ -443,7 +436,6 @@ class Stage:
         entry.begin_use(tensors)
         versions = residency.versions(number)
         self._running += 1
-        self._is_nested = self._is_nested or self._running > 1
         try:
             if not (self._is_warm and is_held and is_due):
                 self._prefetch()  # else all was asked for when the unit before was done
@@ -470,6 +462,15 @@ class Stage:
                 self.timing.note(entry, called, started, done if is_timed else None)
             if is_freed or not (self._is_warm and is_held and is_due):
                 self._prefetch()  # behind a resident nothing has become free
+
+    def _nest(self) -> None:
+        """Have a slot more, for one more unit that is called inside others."""
+        before, self._nesting = self._nesting, min(self._running + 1, DEEPEST)
+        if self._depth is None and self.plan and 0 < self.plan.depth < self._nesting:
+            try:
+                self.replan()
+            except InsufficientMemoryError:
+                self._nesting = before  # who is to get the slot says so
 
     @staticmethod
     def _keep_failed(

@@ -20,7 +20,7 @@ from lowbits.errors import InsufficientMemoryError, StreamError
 from lowbits.streaming.host import PinnedSlab, aligned_empty, pinned_empty
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from torch import Tensor
 
@@ -241,6 +241,21 @@ class ThreadTransfer(Transfer):
         if self._thread is not None and self._pid == os.getpid():
             self._thread.join()
         self._thread = None
+
+
+def make_transfer(ops: DeviceOps, masters: Iterable[Master], *, is_ahead: bool) -> Transfer:
+    """Return what copies from some masters to a device best.
+
+    Args:
+        ops: of the device.
+        masters: all that it is to copy from.
+        is_ahead: whether units are copied ahead of their use.
+    """
+    if ops.has_streams and all(master.is_pinned for master in masters):
+        return DirectTransfer(ops)
+    if is_ahead and ops.copies_in_threads:
+        return ThreadTransfer(ops)
+    return InlineTransfer(ops)
 
 
 def _failed(load: Load, error: BaseException) -> BaseException:
