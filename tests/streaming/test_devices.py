@@ -153,8 +153,11 @@ def test_a_pass_takes_few_orders(share: float) -> None:
     # Behind the first five, every seventh is measured, the last one here. What a measured pass has
     # taken may change the plan at its end, and until the second one behind it.
     for orders in passes[17:]:
-        assert orders["copy"] == orders["copy_after"] == orders["has_happened"] == copies
+        assert orders["copy"] == orders["copy_after"] == copies
         assert orders["compute_after"] <= copies
+    # A resident that such a plan has brought is asked for twice, if it came late.
+    for orders in passes[18:21]:
+        assert orders["has_happened"] == copies
     for orders in passes[17:21]:
         assert orders["mark_copied"] == copies
         assert orders["mark_computed"] == 2 + copies + 2 * orders["compute_after"]
@@ -328,6 +331,10 @@ def copies_are_of_one_device() -> None:
         factor.grad = torch.ones(16)
         model(x.to(device))
         assert factor.device.type == factor.grad.device.type == device.type
+        twin = copy.deepcopy(model.train())
+        trained = [name for name, p in twin.named_parameters() if p.device.type != "cpu"]
+        assert trained == ["factor"]
+        model.eval()
         model.train()
         copy.deepcopy(model)
         assert factor.device.type == device.type

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING, Any
 
 import accelerate
 import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
-from diffusers.hooks import apply_group_offloading, apply_layerwise_casting
+from diffusers.hooks import HookRegistry, apply_group_offloading, apply_layerwise_casting
 from diffusers.models import FluxTransformer2DModel
 from pipelines import PIPELINES, draw
 from streaming.models import Snapshot, inputs, reference, same, streamer_of
@@ -19,6 +20,8 @@ from lowbits.streaming.streamer import LayerStreamer
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -136,3 +139,18 @@ def test_hooks_of_diffusers_are_refused(kind: str) -> None:
         )
     with pytest.raises(PatchError, match="remove"):
         LayerStreamer(model, device="cpu", budget=10**9).attach()
+
+
+def test_hooks_that_came_between_a_copy_and_a_pass_are_refused_by_that_pass() -> None:
+    model = reference()
+    with torch.no_grad(), streamer_of(model):
+        expected = model(inputs())
+        copy.deepcopy(model)
+        apply_group_offloading(model, CPU, CPU, offload_type="leaf_level")
+        for _ in range(2):
+            with pytest.raises(PatchError, match="group_offloading.: remove them"):
+                model(inputs())
+        for module in model.modules():
+            HookRegistry.check_if_exists_or_initialize(module).remove_hook("group_offloading")
+        assert same(model(inputs()), expected)
+    assert same(model(inputs()), expected)

@@ -180,11 +180,13 @@ class Component:
     def settle(self) -> None:
         """Bring to the host what is moved one by one, where all the rest is, until `unsettle`.
 
-        Not while it is trained: a backward pass, and an optimizer, want it where it is.
+        While it is trained, what has bytes stays: a backward pass, and an optimizer, want it where
+        it is.
         """
-        self._is_settled = not self.root.training
-        for loose in (*self._loose, *self._extras) if self._is_settled else ():
-            if loose.tensor.grad is None:
+        self._is_settled = True
+        for loose in (*self._loose, *self._extras):
+            is_free = not (self.root.training and loose.tensor.numel())
+            if is_free and loose.tensor.grad is None:
                 loose.move_shown(torch.device("cpu"))
 
     def unsettle(self) -> None:

@@ -7,6 +7,7 @@ imported here: their hooks can only come where somebody else did that.
 from __future__ import annotations
 
 import sys
+import weakref
 from functools import cache
 from typing import TYPE_CHECKING, Any, Final, final
 
@@ -91,7 +92,8 @@ class HookGuard:
     def __init__(self, root: nn.Module) -> None:
         """Prepare; nothing is changed before `install`."""
         self._root = root
-        self._guarded: list[tuple[nn.Module, Any, bool]] = []
+        # Adapters may go meanwhile, and their modules with them.
+        self._guarded: list[tuple[weakref.ref[nn.Module], weakref.ref[Any], bool]] = []
 
     def install(self) -> None:
         """Give every module a registry that refuses; nothing where diffusers has none, or twice.
@@ -110,12 +112,15 @@ class HookGuard:
             is_plain = type(registry) is base
             if is_plain:
                 registry.__class__ = _guarding(base)
-                self._guarded.append((module, registry, is_new))
+                self._guarded.append((weakref.ref(module), weakref.ref(registry), is_new))
 
     def remove(self) -> None:
         """Take the registries away that nobody else has used."""
         while self._guarded:
-            module, registry, is_new = self._guarded.pop()
+            owner, guarding, is_new = self._guarded.pop()
+            module, registry = owner(), guarding()
+            if module is None or registry is None:
+                continue
             registry.__class__ = type(registry).__mro__[1]
             if is_new and not registry.hooks and module.__dict__.get(_REGISTRY) is registry:
                 del module.__dict__[_REGISTRY]

@@ -164,7 +164,10 @@ class Reader:
     def _file(self, path: Path) -> _File:
         with self._lock:
             if self._files is None:
-                raise LowbitsError(f"cannot read {path}: the reader was closed")
+                raise LowbitsError(
+                    f"cannot read {path}: the reader was closed; a backward pass has to be run "
+                    "before streaming ends, or is configured anew"
+                )
             if path not in self._files:
                 self._files[path] = _File(path, direct=self._direct)
             return self._files[path]

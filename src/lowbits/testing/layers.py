@@ -56,12 +56,9 @@ class Model(nn.Module):
         """Run ``(batch, 32)`` tokens through every layer; returns ``(batch, 32, 64)``."""
         x = self.table(tokens) + self.tied(tokens.flip(1)) + self.offset
         x = x + self.conv1(x)
-        x = (
-            x
-            + self.conv2(x[..., None].expand(-1, -1, -1, 2))[..., :1].repeat_interleave(2, 2)[
-                ..., 0
-            ]
-        )
+        # Not two columns: on a CPU with AMX, torch 2.13 convolves those to NaN in bfloat16.
+        columns = x[..., None].expand(-1, -1, -1, 3)
+        x = x + self.conv2(columns)[..., 0].repeat_interleave(2, 2)
         x = self.norm(x + self.conv3(x[..., None, None])[..., 0, 0])
         x = x[..., :_WIDTH] + self.blocks[1](torch.relu(self.blocks[0](x)))
         y: Tensor = x + self.attention(x, x, x, need_weights=False)[0]
