@@ -42,7 +42,7 @@ from lowbits.integrations.diffusers import announce_device, denoisers_of
 from lowbits.integrations.vae import GuardedModels
 from lowbits.streaming.activations import Activations
 from lowbits.streaming.budget import BUDGETS
-from lowbits.streaming.device_ops import free_bytes
+from lowbits.streaming.device_ops import free_bytes, is_unified
 from lowbits.streaming.engine import refuse_streamed
 from lowbits.streaming.layout import loose_bytes
 from lowbits.streaming.models import (
@@ -306,7 +306,8 @@ class _Target:
         if device is None:
             return resident
         placement = self._placement(device, modules, config)
-        here = (t for t in tensors_of(modules.values()) if same_device(t.device, device))
+        tensors = tensors_of(modules.values())
+        here = [t for t in tensors if is_unified(device) or same_device(t.device, device)]
         budget = placement.budget(nbytes, storage_bytes(here))
         placed: PlacedModels = resident
         if budget is not None:

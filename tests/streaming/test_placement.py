@@ -12,7 +12,9 @@ from peft import LoraConfig, inject_adapter_in_model
 from streaming.models import Stack, inputs, same, smallest_budget
 
 import lowbits
+from lowbits import _api
 from lowbits.errors import InsufficientMemoryError
+from lowbits.streaming import device_ops
 from lowbits.streaming.masters import FileMaster, HostMaster
 from lowbits.streaming.models import Placement
 
@@ -156,3 +158,15 @@ def test_a_cap_that_is_taken_away_asks_nothing() -> None:
     with pytest.raises(InsufficientMemoryError):
         model(inputs())
     handle.restore()
+
+
+@pytest.mark.parametrize(("free", "is_streamed"), [(GIB, False), (GIB - 1, True)])
+def test_on_metal_what_is_on_the_host_makes_room(
+    free: int, monkeypatch: pytest.MonkeyPatch, *, is_streamed: bool
+) -> None:
+    """Both are one memory: a model that is loaded there fits beside what is left free."""
+    monkeypatch.setattr(device_ops, "available_host_bytes", lambda: free)
+    models = {"": torch.nn.Linear(512, 512, bias=False)}
+    config = lowbits.LowbitsConfig(reserve=GIB)
+    target = _api._Target(models, config, torch.device("mps"))
+    assert target.choose(models, config, 512 * 512 * 4, None).is_streamed == is_streamed

@@ -312,9 +312,14 @@ def is_capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
+def is_unified(device: torch.device) -> bool:
+    """Say whether a device's memory is the host's."""
+    return device.type in ("cpu", "mps")
+
+
 def free_bytes(device: torch.device) -> int | None:
     """Return the free memory of a device, what torch keeps unused included; None if not known."""
-    if device.type in ("cpu", "mps"):  # whose memory is the host's
+    if is_unified(device):
         return available_host_bytes()
     try:
         free, _ = torch.accelerator.get_memory_info(device)
