@@ -148,7 +148,8 @@ class Adapters:
             wanted = [(wrapper, acting(wrapper)) for wrapper in self._present()]
             self.write((w, scales) for w, scales in wanted if not state_of(w).holds(scales))
             for wrapper, scales in wanted:
-                state_of(wrapper).asked |= scales.keys()
+                state = state_of(wrapper)
+                state.asked = state.asked.union(scales)
 
     def _refuse_others(self, *, is_asked: bool = True) -> None:
         """Raise where an adapter acts on a packed layer that it cannot be merged into.
@@ -221,7 +222,7 @@ class Adapters:
                     self._rewrite(layer, state, (*deltas, *state.deltas.values()))
                 if wrapper is not None and scales:
                     self.write([(wrapper, scales)])
-                    state.asked |= scales.keys()
+                    state.asked = state.asked.union(scales)
         if lost:
             logger.warning(
                 "a LoRA that was fused and unloaded is gone from %d layers, which are not packed "

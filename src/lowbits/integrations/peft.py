@@ -118,7 +118,7 @@ class AdapterLayer(nn.Module):
         names = _active(self) if adapter_names is None else adapter_names
         scales = {name: self.scaling[name] for name in names if name in self.scaling}
         _write(self, {**state.merged, **scales})
-        state.asked |= scales.keys()
+        state.asked = state.asked.union(scales)
 
     def unmerge(self) -> None:
         """Take all adapters out of the codes."""
@@ -167,7 +167,7 @@ def state_of(wrapper: nn.Module) -> State:
 def note_merged(wrapper: Any, state: State, scales: Scales, deltas: dict[str, Delta]) -> None:
     """Say which adapters are in the codes, to peft as well."""
     state.merged, state.deltas = dict(scales), deltas
-    state.asked &= scales.keys()
+    state.asked = state.asked.intersection(scales)
     state.factors = list(_factors(wrapper, scales))
     wrapper.merged_adapters = list(scales)
 
