@@ -257,7 +257,7 @@ class Adapters:
         """Take out of a layer that is not wrapped any more what nobody has asked to merge."""
         with self._lock:
             state = self._merged.get(layer)
-            if state is not None and not state.asked.issuperset(state.merged):
+            if state is not None and state.has_unasked:
                 state.baked = state.lasting
                 self._reset(layer, state)
 
@@ -271,7 +271,7 @@ class Adapters:
             changed = []
             for wrapper in self._present():
                 state = state_of(wrapper)
-                is_taken = takes_out and not state.asked.issuperset(state.merged)
+                is_taken = takes_out and state.has_unasked
                 scales = {**state.inside, **state.kept} if is_taken else settled(wrapper)
                 if wrapper.base_layer in self._merged and not state.holds(scales):
                     changed.append((wrapper, scales))

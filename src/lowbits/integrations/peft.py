@@ -83,6 +83,11 @@ class State:
         )
 
     @property
+    def has_unasked(self) -> bool:
+        """Whether something was merged that nobody has asked for."""
+        return not self.asked.issuperset(self.merged)
+
+    @property
     def kept(self) -> Scales:
         """What was merged on request, with the strengths that it has."""
         return {name: scale for name, scale in self.merged.items() if name in self.asked}

@@ -205,5 +205,5 @@ class Survival:
 
 
 def _sum(rows: Tensor) -> float:
-    """Add up a matrix, its rows' sums in float64, which not every device has."""
+    """Add up a matrix: the sums of its rows in float64, which not every device has."""
     return float(rows.sum(1).cpu().sum(dtype=torch.float64))
